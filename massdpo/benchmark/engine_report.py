@@ -1,0 +1,90 @@
+"""What the engine's benchmark says: its sides, its goals, and the tables and figure made of a report."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from massdpo.store import replacing, write_text
+
+# Goals of a quiet machine: at least, or at most.
+AT_LEAST = {
+    "full_pool_speedup": 25.0,
+    "full_pool_speedup_lean": 12.0,
+    "random_k_speedup": 5.0,
+    "random_k_speedup_lean": 3.0,
+    "mass_speedup": 4.0,
+    "mass_speedup_lean": 2.5,
+    "trl_pairs_speedup": 1.3,
+}
+AT_MOST = {"full_pool_memory_ratio": 1 / 12, "mass_over_random": 1.4}
+SIDES = {
+    "full_everywhere": "full pool, prompts repeated, logits at every token",
+    "full_lean": "full pool, prompts repeated, logits at response tokens",
+    "full_packed": "full pool, packed",
+    "random_everywhere": "random k, prompts repeated, logits at every token",
+    "random_lean": "random k, prompts repeated, logits at response tokens",
+    "random_packed": "random k, packed",
+    "mass": "MASS, selected at this step, two-phase",
+}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Every number of the report as Markdown tables."""
+    lines = ["| side | step, s | extra peak memory, GB |", "|---|---|---|"]
+    memory = report["peak_bytes"]
+    for side, meaning in SIDES.items():
+        lines.append(f"| {meaning} | {report['seconds'][side]:.3f} | {memory[side] / 1e9:.2f} |")
+    lines += ["", "| ratio | measured | goal |", "|---|---|---|"]
+    for sign, goals in (("at least", AT_LEAST), ("at most", AT_MOST)):
+        lines += [f"| {name} | {report[name]:.3g} | {sign} {goal:.3g} |" for name, goal in goals.items()]
+    lines += ["", "| grows along | value | full, packed, s | MASS, s | random k, packed, s | random k, lean, s |"]
+    lines.append("|---|---|---|---|---|---|")
+    for row in report["growth"]:
+        times = " | ".join(f"{row[side]:.3f}" for side in ("full_packed", "mass", "random_packed", "random_lean"))
+        lines.append(f"| {row['axis']} | {row['value']} | {times} |")
+    setting = ", ".join(f"{name} {value}" for name, value in report["setting"].items())
+    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    return "\n".join([*lines, "", f"Setting: {setting}.", f"Machine: {machine}.", f"Commit: {report['commit']}.", ""])
+
+
+def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
+    """`engine_growth.png` and `.svg`: one panel an axis; and the numbers as `engine_growth.csv`."""
+    titles = {"negatives": "negatives in the pool", "k": "negatives trained on (k)", "prompt": "prompt tokens"}
+    labels = {
+        "full_packed": "full pool, packed",
+        "mass": "MASS, two-phase",
+        "random_packed": "random k, packed",
+        "random_lean": "random k, prompts repeated",
+    }
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for panel, (axis, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        rows = [row for row in growth if row["axis"] == axis]
+        for (side, label), marker in zip(labels.items(), "osD^", strict=True):
+            panel.plot([r["value"] for r in rows], [r[side] for r in rows], marker=marker, markersize=4, label=label)
+        panel.set(xlabel=title, xscale="log", yscale="log", xticks=[r["value"] for r in rows])
+        panel.set_xticks([r["value"] for r in rows], [str(r["value"]) for r in rows])
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds a step")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    for ending in ("png", "svg"):
+        with replacing(out / f"engine_growth.{ending}") as path:
+            figure.savefig(path, format=ending, dpi=150)
+    columns = ["axis", "value", *labels]
+    table = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in growth)]
+    write_text(out / "engine_growth.csv", "\n".join(table) + "\n")
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table("ratio", "measured", "goal", title="The shared-prefix engine against the usual ways")
+    for sign, goals in (("at least", AT_LEAST), ("at most", AT_MOST)):
+        for name, goal in goals.items():
+            good = report[name] >= goal if goals is AT_LEAST else report[name] <= goal
+            table.add_row(name, f"[{'green' if good else 'red'}]{report[name]:.3g}", f"{sign} {goal:.3g}")
+    sides = Table("side", "step, s", "extra peak memory, GB")
+    for side, meaning in SIDES.items():
+        sides.add_row(meaning, f"{report['seconds'][side]:.3f}", f"{report['peak_bytes'][side] / 1e9:.2f}")
+    Console().print(sides, table)

@@ -1,0 +1,213 @@
+"""Raw files from their owners' published addresses: fetched once into the cache, checked and unpacked.
+
+Addresses are pinned: files by their SHA-256, hub sets by their revision. Without a network, or with another content
+than the pinned one, a single error says what to put where.
+"""
+
+import json
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from massdpo.errors import UserError
+from massdpo.store import Cache, digest
+
+
+@dataclass(frozen=True)
+class WebFiles:
+    """Files at plain addresses, `(address, SHA-256)` each; an archive is unpacked, its folder `inside` is the data."""
+
+    files: tuple[tuple[str, str], ...]
+    inside: str = ""
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Parquet files of a hub data set at a revision, by the name their rows get as JSON Lines in the owners' layout."""
+
+    repo: str
+    revision: str
+    files: dict[str, str]
+    stem: str = "question"  # the column with the question's text
+
+
+S_DPO = "https://raw.githubusercontent.com/chenyuxin1999/S-DPO/07befa4141239c1ecd8d13b1136d226315d0227b/sample_data/"
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
+FIRST_PART = "-00000-of-00001.parquet"
+
+SOURCES: dict[str, WebFiles | HubSet] = {
+    "lastfm": WebFiles(
+        (
+            (
+                f"{S_DPO}lastfm-sft-cans20/lastfm-train.json",
+                "ecfdf0999aee341da322e5ab4315875cbf01656caeb9321ec3c7d8209e5c03e6",
+            ),
+            (
+                f"{S_DPO}lastfm-sft-cans20/lastfm-val.json",
+                "4fe1044f3c95eb77d402d0fc2d1b513bf3a585225c344b8f84c23b1c3f3007a4",
+            ),
+            (
+                f"{S_DPO}lastfm-sft-cans20/lastfm-test.json",
+                "868fe7570f4fdeea9cbbf3fb85c1fdadc20cf2f375e7a70247dae7d34d867983",
+            ),
+        )
+    ),
+    "movielens_100k": WebFiles(
+        ((f"{GROUPLENS}ml-100k.zip", "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),),
+        inside="ml-100k",
+    ),
+    "movielens_1m": WebFiles(
+        ((f"{GROUPLENS}ml-1m.zip", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),),
+        inside="ml-1m",
+    ),
+    "qasc": HubSet(
+        "allenai/qasc",
+        "a34ba204eb9a33b919c10cc08f4f1c8dae5ec070",
+        {"train.jsonl": f"data/train{FIRST_PART}", "dev.jsonl": f"data/validation{FIRST_PART}"},
+    ),
+    "arc": HubSet(
+        "allenai/ai2_arc",
+        "210d026faf9955653af8916fad021475a3f00453",
+        {
+            "ARC-Challenge-Train.jsonl": f"ARC-Challenge/train{FIRST_PART}",
+            "ARC-Challenge-Dev.jsonl": f"ARC-Challenge/validation{FIRST_PART}",
+            "ARC-Challenge-Test.jsonl": f"ARC-Challenge/test{FIRST_PART}",
+        },
+    ),
+    "commonsenseqa": HubSet(
+        "tau/commonsense_qa",
+        "94630fe30dad47192a8546eb75f094926d47e155",
+        {"train_rand_split.jsonl": f"data/train{FIRST_PART}", "dev_rand_split.jsonl": f"data/validation{FIRST_PART}"},
+    ),
+    "openbookqa": HubSet(
+        "allenai/openbookqa",
+        "388097ea7776314e93a529163e0fea805b8a6454",
+        {
+            "train.jsonl": f"main/train{FIRST_PART}",
+            "dev.jsonl": f"main/validation{FIRST_PART}",
+            "test.jsonl": f"main/test{FIRST_PART}",
+        },
+        stem="question_stem",
+    ),
+    "medmcqa": HubSet(
+        "openlifescienceai/medmcqa",
+        "91c6572c454088bf71b679ad90aa8dffcd0d5868",
+        {"train.jsonl": f"data/train{FIRST_PART}", "validation.jsonl": f"data/validation{FIRST_PART}"},
+    ),
+}
+
+
+def fetch(name: str, cache: Cache) -> Path:
+    """The folder with the raw files of the dataset `name`, fetched if the cache does not hold it yet.
+
+    Raises:
+        UserError: no address is known, there is no network, or what came is not what was published.
+    """
+    source = SOURCES.get(name)
+    if source is None:
+        raise UserError(f"dataset {name!r} has no published address: set dataset.raw_dir to the folder with its files")
+
+    def build(folder: Path) -> None:
+        if isinstance(source, WebFiles):
+            _fetch_files(name, source, folder)
+        else:
+            _fetch_hub(name, source, folder)
+
+    folder = cache.folder("raw", f"{name}-{digest(asdict(source))[:12]}", build)
+    return folder / source.inside if isinstance(source, WebFiles) else folder
+
+
+def _fetch_files(name: str, source: WebFiles, folder: Path) -> None:
+    import pooch  # here and below: slow to import, seldom needed
+    import requests
+
+    for address, sha256 in source.files:
+        file_name = address.rsplit("/", 1)[1]
+        try:
+            pooch.retrieve(address, f"sha256:{sha256}", fname=file_name, path=folder, progressbar=True)
+        except (OSError, requests.RequestException) as error:
+            raise _unreachable(name, address, f"{file_name} (SHA-256 {sha256})", error) from error
+        except ValueError as error:  # what pooch raises for another checksum
+            raise UserError(
+                f"{address} is not the published file (its SHA-256 is not {sha256}): "
+                "get the right one and set dataset.raw_dir to its folder"
+            ) from error
+        if file_name.endswith((".zip", ".tar.gz")):
+            extract(folder / file_name, folder)
+            (folder / file_name).unlink()
+
+
+def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
+    import httpx
+    import pyarrow.parquet
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    convert = medmcqa_row if name == "medmcqa" else ai2_row(source.stem)
+    for file_name, remote in source.files.items():
+        try:
+            local = hf_hub_download(source.repo, remote, repo_type="dataset", revision=source.revision)
+        except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
+            raise _unreachable(
+                name, f"{source.repo} (revision {source.revision})", ", ".join(source.files), error
+            ) from error
+        with open(folder / file_name, "w", encoding="utf-8", newline="\n") as file:
+            for row in pyarrow.parquet.read_table(local).to_pylist():
+                file.write(json.dumps(convert(row), ensure_ascii=False) + "\n")
+
+
+def ai2_row(stem: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A converter from the hub's columns back to the owners' JSON."""
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
+        choices = [{"text": text, "label": label} for text, label in pairs]
+        return {"id": row["id"], "question": {"stem": row[stem], "choices": choices}, "answerKey": row["answerKey"]}
+
+    return convert
+
+
+def medmcqa_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in ("id", "question", "opa", "opb", "opc", "opd", "cop")}
+
+
+def _unreachable(name: str, address: str, files: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    return UserError(
+        f"dataset={name} could not be fetched from {address} ({reason}): put {files} into a folder "
+        "and set dataset.raw_dir to it"
+    )
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar archive into `folder`.
+
+    Raises:
+        UserError: a member would land outside the folder or is a link or device (then nothing is unpacked), or the
+            archive is damaged.
+    """
+    try:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as zipped:
+                for info in zipped.infolist():
+                    _check(archive, info.filename, is_plain=not stat.S_ISLNK(info.external_attr >> 16))
+                zipped.extractall(folder)
+        else:
+            with tarfile.open(archive) as tarred:
+                for member in tarred.getmembers():
+                    _check(archive, member.name, is_plain=member.isfile() or member.isdir())
+                tarred.extractall(folder, filter="data")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{archive} cannot be unpacked ({reason}): get it again") from error
+
+
+def _check(archive: Path, member: str, is_plain: bool) -> None:
+    path = PurePosixPath(member.replace("\\", "/"))
+    inside = path.parts and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+    if not (inside and is_plain):
+        raise UserError(f"{archive}: member {member!r} leaves the folder; nothing was unpacked")

@@ -1,0 +1,254 @@
+"""Anyone's own preferences: lines of {"prompt", "chosen", "rejected": [...]}, or a folder saved by `datasets`.
+
+Texts may also be lists of messages {"role", "content"}, as TRL's conversational format has them. Without a chat
+template a single user message is its content, and several are lines "role: content" that end with "assistant:".
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.text import read_jsonl
+from massdpo.errors import UserError
+from massdpo.store import digest, keyed_seed
+
+Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
+SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}
+FIELDS = {"prompt", "chosen", "rejected", "candidates", "id"}
+ROLES = {"system", "user", "assistant", "tool"}
+
+
+@dataclass
+class Jsonl:
+    """Preferences from `path`, with the validation and test rows from files of their own or held out by the seed.
+
+    `path`, `val_path` and `test_path` are JSON Lines files or folders written by `datasets.save_to_disk`; a saved
+    dictionary of datasets brings its own splits. A row has `prompt`, `chosen`, `rejected` (one text or a list), and may
+    have `candidates` (the slate: chosen and rejected in the order shown) and `id`. All rows of one prompt are held out
+    together.
+
+    Raises:
+        UserError: a file is missing, empty or not UTF-8; a row is not usable (file, line, and what is wrong), unless
+            `bad_rows="skip"`; a split would be empty.
+    """
+
+    path: str | None
+    val_path: str | None = None
+    test_path: str | None = None
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    bad_rows: str = "error"
+    seed: int = 0
+    _report: Counter[str] = field(default_factory=Counter, init=False, repr=False)
+
+    def load(self) -> Splits:
+        self._check_options()
+        self._report = Counter()
+        seen: dict[str, str] = {}
+        bad: list[UserError] = []
+        handle = bad.append if self.bad_rows == "skip" else None
+        given = {split: self._examples(split, rows, seen, handle) for split, rows in self._sources(handle).items()}
+        report: dict[str, Any] = {f"{name}_rows_read": len(rows) for name, rows in given.items()} | dict(self._report)
+        if bad:
+            report |= {"rows_skipped": len(bad), "first_skipped": str(bad[0])}
+            print(f"warning: {len(bad)} rows skipped, the first: {bad[0]}", file=sys.stderr)
+        parts = self._hold_out(given)
+        trained_on = {row.prompt for row in parts["train"]}
+        for split in ("val", "test"):
+            report[f"{split}_prompts_also_in_train"] = sum(row.prompt in trained_on for row in parts[split])
+        train, val, test = (self._numbered(split, parts[split]) for split in SPLIT_NAMES)
+        return Splits(train, val, test, digest(*(asdict(row) for row in (*train, *val, *test))), report)
+
+    def _check_options(self) -> None:
+        if not self.path:
+            raise UserError("dataset=jsonl needs dataset.path=FILE: lines of prompt, chosen, rejected")
+        if self.bad_rows not in ("error", "skip"):
+            raise UserError(f"dataset.bad_rows={self.bad_rows!r} is unknown: error or skip")
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: training needs rows too")
+
+    def _sources(self, bad: Callable[[UserError], None] | None) -> dict[str, Iterator[Row]]:
+        """The rows of each split that was given; a later one takes the place of one that `path` brought."""
+        sources = dict(_read(Path(str(self.path)), bad))
+        if "train" not in sources:
+            raise UserError(f"{self.path} has no split 'train', only {', '.join(sources)}")
+        for split, path in (("val", self.val_path), ("test", self.test_path)):
+            if path:
+                sources[split] = _read(Path(path), bad).get(split) or _only(path, _read(Path(path), bad), split)
+        return sources
+
+    def _examples(
+        self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: Callable[[UserError], None] | None
+    ) -> list[PreferenceExample]:
+        examples = []
+        for where, row in rows:
+            try:
+                example = self._example(where, row)
+                if example.id and (first := seen.setdefault(example.id, where)) != where:
+                    raise UserError(f'{where}: "id" {example.id!r} was already given at {first}: ids must be unique')
+            except UserError as error:
+                if bad is None:
+                    raise
+                bad(error)
+            else:
+                examples.append(example)
+        if not examples:
+            raise UserError(f"no usable row for the split {split!r}: at least one is needed")
+        if len({bool(example.id) for example in examples}) > 1:
+            raise UserError(f'the split {split!r}: only some rows have an "id"; give one to all or to none')
+        return examples
+
+    def _example(self, where: str, row: dict[str, Any]) -> PreferenceExample:
+        if missing := [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]:
+            raise UserError(f'{where}: no "{missing[0]}"; a row needs "prompt", "chosen" and "rejected"')
+        for name in row.keys() - FIELDS:
+            self._report[f"ignored_field_{name}"] += 1
+        prompt, messages = self._prompt(where, row["prompt"])
+        chosen = self._response(where, "chosen", row["chosen"])
+        rejected = row["rejected"]
+        if isinstance(rejected, str) or (isinstance(rejected, list) and rejected and isinstance(rejected[0], dict)):
+            rejected = [rejected]  # one text or one conversation
+        if not isinstance(rejected, list) or not rejected:
+            raise UserError(f'{where}: "rejected" must be a text or a list of at least one, found {_found(rejected)}')
+        texts = [self._response(where, f"rejected[{place}]", text) for place, text in enumerate(rejected)]
+        if chosen in texts:
+            raise UserError(f'{where}: "chosen" is also rejected[{texts.index(chosen)}]: remove it from there')
+        pool = tuple(dict.fromkeys(texts))
+        self._report["rejected_repeats_dropped"] += len(texts) - len(pool)
+        identity = row.get("id")
+        if isinstance(identity, bool) or not isinstance(identity, str | int | None):
+            raise UserError(f'{where}: "id" must be a text or a whole number, found {_found(identity)}')
+        name = "" if identity is None else str(identity)
+        return PreferenceExample(
+            name,
+            prompt,
+            chosen,
+            pool,
+            self._slate(where, row.get("candidates"), prompt, chosen, pool),
+            meta={"messages": messages} if messages else {},
+        )
+
+    def _prompt(self, where: str, value: Any) -> tuple[str, list[dict[str, str]]]:
+        """The prompt as text, and its messages where it was given as messages."""
+        if isinstance(value, str):
+            return self._text(where, "prompt", value, value.rstrip()), []
+        messages = _messages(where, "prompt", value)
+        if len(messages) == 1 and messages[0]["role"] == "user":
+            content = messages[0]["content"]
+            return self._text(where, "prompt", content, content.rstrip()), messages
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        return "\n".join([*lines, "assistant:"]), messages
+
+    def _response(self, where: str, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            messages = _messages(where, name, value)
+            if [message["role"] for message in messages] != ["assistant"]:
+                raise UserError(
+                    f'{where}: "{name}" must be one message of the role "assistant"; '
+                    'the messages before it belong to "prompt"'
+                )
+            value = messages[0]["content"]
+        return self._text(where, name, value, value.strip())
+
+    def _text(self, where: str, name: str, value: str, stripped: str) -> str:
+        if not stripped.strip():
+            raise UserError(f'{where}: "{name}" is empty; give it at least one word')
+        self._report["texts_stripped"] += stripped != value
+        return stripped
+
+    def _slate(self, where: str, value: Any, prompt: str, chosen: str, pool: tuple[str, ...]) -> tuple[str, ...]:
+        """The candidates as given, or in an order that does not tell the chosen one."""
+        if value is None:
+            slate = [chosen, *pool]
+            Random(keyed_seed("jsonl slate", self.seed, prompt, slate)).shuffle(slate)
+            return tuple(slate)
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise UserError(f'{where}: "candidates" must be a list of texts, found {_found(value)}')
+        given = tuple(dict.fromkeys(text.strip() for text in value))
+        if set(given) != {chosen, *pool}:
+            other = sorted(set(given) ^ {chosen, *pool})[0]
+            raise UserError(
+                f'{where}: "candidates" must be exactly "chosen" and all "rejected"; {other[:60]!r} is only on one side'
+            )
+        return given
+
+    def _hold_out(self, given: dict[str, list[PreferenceExample]]) -> dict[str, list[PreferenceExample]]:
+        """All three splits: what was not given is drawn from train by the seed, whole prompts at a time."""
+        rows = given["train"]
+        sizes = Counter(row.prompt for row in rows)
+        order = sorted(sizes, key=lambda prompt: keyed_seed("jsonl split", self.seed, prompt))
+        place: dict[str, str] = {}
+        for split, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
+            held = 0
+            while split not in given and order and held < max(1, round(fraction * len(rows))):
+                place[order[0]] = split
+                held += sizes[order.pop(0)]
+        if not order:
+            raise UserError(
+                f"{self.path}: {len(sizes)} different prompts are too few to hold out validation and test rows; "
+                "add rows, or give dataset.val_path and dataset.test_path"
+            )
+        drawn = {split: [row for row in rows if place.get(row.prompt, "train") == split] for split in SPLIT_NAMES}
+        return drawn | {split: part for split, part in given.items() if split != "train"}
+
+    def _numbered(self, split: str, rows: list[PreferenceExample]) -> list[PreferenceExample]:
+        named = (vars(row) | {"id": row.id or f"{split}/{number}"} for number, row in enumerate(rows))
+        return [PreferenceExample(**fields) for fields in named]
+
+
+def _read(path: Path, bad: Callable[[UserError], None] | None) -> dict[str, Iterator[Row]]:
+    """The rows at `path` by split; what has no name of a split is `train`."""
+    if not path.is_dir():
+        return {"train": ((f"{path}:{number}", row) for number, row in read_jsonl(path, bad))}
+    from datasets import Dataset, DatasetDict, load_from_disk  # seconds to import, and only needed here
+
+    try:
+        saved = load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is no folder saved by datasets.save_to_disk ({reason}); give a JSONL file or one"
+        ) from error
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+
+    def rows(name: str, part: Dataset) -> Iterator[Row]:
+        return ((f"{path} ({name}, row {number})", dict(row)) for number, row in enumerate(part, start=1))
+
+    known = {name: split for split, names in SPLIT_NAMES.items() for name in names}
+    return {known.get(name, name): rows(name, part) for name, part in splits.items()}
+
+
+def _only(path: str, sources: dict[str, Iterator[Row]], split: str) -> Iterator[Row]:
+    if len(sources) > 1:
+        raise UserError(f"dataset.{split}_path={path} has the splits {', '.join(sources)}, but none named {split!r}")
+    return next(iter(sources.values()))
+
+
+def _messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise UserError(f'{where}: "{name}" must be a text or a list of messages, found {_found(value)}')
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise UserError(
+                f'{where}: "{name}" has a message without the texts "role" and "content": {_found(message)}'
+            )
+        if message["role"] not in ROLES:
+            raise UserError(
+                f'{where}: "{name}" has a message of the role {message["role"]!r}: {", ".join(sorted(ROLES))}'
+            )
+        if not message["content"].strip():
+            raise UserError(f'{where}: "{name}" has a message without content')
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _found(value: Any) -> str:
+    kind = {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}.get(type(value), "")
+    return "an empty list" if value == [] else kind or f"{str(value)[:40]!r}"

@@ -1,0 +1,162 @@
+"""From a dataset's config node to splits: fetched if need be, prepared once, kept by content, read from the disk.
+
+A prepared split is one JSON object a line, and a file with the lines' offsets: a row is read when it is asked for, so
+that memory does not grow with the number of rows, and a person can read the file too.
+"""
+
+import json
+import mmap
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import hydra.errors
+import hydra.utils
+import numpy as np
+
+import massdpo
+from massdpo.data.download import fetch
+from massdpo.data.interactions import SPLITS
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.errors import UserError
+from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
+
+# prepared data is made anew when the code that makes it changes
+CODE = [
+    Path(__file__).parent / f"{name}.py"
+    for name in (
+        "histories",
+        "interactions",
+        "mcqa",
+        "prepare",
+        "public_logs",
+        "recommendation",
+        "schema",
+        "slates",
+        "text",
+    )
+]
+
+
+def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
+    """The splits of a dataset node (`_target_`, its options, `name`, `terms`, `limit_train|val|test`).
+
+    Raises:
+        UserError: from the dataset's own reader, the download, or a limit that is no count.
+    """
+    node = dict(dataset)
+    limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
+    name, terms = node.pop("name", ""), node.pop("terms", None)
+    if "raw_dir" in node and node["raw_dir"] is None:
+        node["raw_dir"] = str(fetch(name, cache))
+    try:
+        source = hydra.utils.instantiate(node)
+    except hydra.errors.InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    if "raw_dir" not in node:  # made on the spot, or a file that is read as it is
+        return _limit(source.load(), limits, node)
+    options = {key: value for key, value in node.items() if key != "raw_dir"}
+    key = digest(massdpo.__version__, options, *CODE, *source.files())
+
+    def build(folder: Path) -> None:
+        if terms:
+            print(f"{name or node['_target_']}: {terms}", file=sys.stderr)
+        splits = source.load()
+        for split in SPLITS:
+            _write(getattr(splits, split), folder, split)
+        write_json(folder / "report.json", splits.report)
+
+    folder = cache.folder("prepared", key, build)
+    train, val, test = (MappedSplit(folder, split) for split in SPLITS)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
+    return _limit(Splits(train, val, test, content, report), limits, node)
+
+
+def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
+    seed = node.get("seed", 0)
+    train, val, test = (limited(getattr(splits, split), limits[split], seed, split) for split in SPLITS)
+    return Splits(train, val, test, digest(splits.digest, limits, seed), splits.report)
+
+
+def limited(
+    examples: Sequence[PreferenceExample], limit: int | None, seed: int, split: str
+) -> Sequence[PreferenceExample]:
+    """A seeded subset of at most `limit` examples, in their order; a smaller subset is part of a larger one."""
+    if limit is None:
+        return examples
+    if type(limit) is not int or limit < 1:
+        raise UserError(f"dataset.limit_{split} must be a whole number of at least 1, or null; not {limit!r}")
+    order = np.random.default_rng(keyed_seed("limit", seed, split)).permutation(len(examples))
+    return Subset(examples, np.sort(order[:limit]))
+
+
+class _Lazy(Sequence[PreferenceExample]):
+    """A sequence by its length and its `_at`."""
+
+    def _at(self, row: int) -> PreferenceExample:
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, index: int) -> PreferenceExample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
+    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
+        rows = range(len(self))[index]
+        return self._at(rows) if isinstance(rows, int) else [self._at(row) for row in rows]
+
+    def __iter__(self) -> Iterator[PreferenceExample]:
+        return map(self._at, range(len(self)))
+
+
+class Subset(_Lazy):
+    """Chosen rows of another sequence."""
+
+    def __init__(self, examples: Sequence[PreferenceExample], rows: np.ndarray[Any, np.dtype[np.int64]]):
+        self.examples = examples
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _at(self, row: int) -> PreferenceExample:
+        return self.examples[int(self.rows[row])]
+
+
+class MappedSplit(_Lazy):
+    """A prepared split on the disk. It is opened anew in another process, so workers can share it."""
+
+    def __init__(self, folder: Path, split: str):
+        self.folder = folder
+        self.split = split
+        self.offsets = np.load(folder / f"{split}.npy", mmap_mode="r")
+        with open(folder / f"{split}.jsonl", "rb") as file:
+            self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __reduce__(self) -> tuple[type["MappedSplit"], tuple[Path, str]]:
+        return MappedSplit, (self.folder, self.split)
+
+    def _at(self, row: int) -> PreferenceExample:
+        fields = json.loads(self.lines[self.offsets[row] : self.offsets[row + 1]])
+        candidates = fields.pop("candidates")
+        chosen, *pool = (candidates[place] for place in fields.pop("places"))
+        history = tuple(fields.pop("history"))
+        return PreferenceExample(
+            chosen=chosen, pool=tuple(pool), candidates=tuple(candidates), history=history, **fields
+        )
+
+
+def _write(examples: Sequence[PreferenceExample], folder: Path, split: str) -> None:
+    offsets = array("q", [0])
+    with open(folder / f"{split}.jsonl", "wb") as file:
+        for example in examples:
+            fields = vars(example) | {}
+            place_of = {text: place for place, text in enumerate(example.candidates)}
+            fields["places"] = [place_of[text] for text in (fields.pop("chosen"), *fields.pop("pool"))]
+            offsets.append(offsets[-1] + file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n"))
+    np.save(folder / f"{split}.npy", np.frombuffer(offsets, dtype=np.int64))

@@ -1,0 +1,44 @@
+"""What every dataset becomes: prompts with one chosen response and a pool of negatives."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PreferenceExample:
+    """One prompt, its chosen response and the pool of negatives to select from.
+
+    `prompt` has no space at its end and no response one at its start: the tokeniser puts the single space between them.
+    `history` is what may be cut from its old end when the prompt is too long; its items stand in the prompt joined by
+    ", " from character `history_start` on. A prompt that cannot be cut has an empty history.
+    """
+
+    id: str  # unique within the dataset, `split/number`
+    prompt: str
+    chosen: str
+    pool: tuple[str, ...]  # the negatives, without the chosen response
+    candidates: tuple[str, ...]  # the slate: chosen and pool in the order in which they are shown or ranked
+    history: tuple[str, ...] = ()  # oldest first
+    history_start: int = 0
+    meta: dict[str, Any] = field(default_factory=dict)  # json-able: user, popularity, question's own options, ...
+
+    def without_oldest(self, count: int) -> str:
+        """The prompt with the `count` oldest items of the history left out."""
+        joined = ", ".join(self.history)
+        rest = self.prompt[self.history_start + len(joined) :]
+        return self.prompt[: self.history_start] + ", ".join(self.history[count:]) + rest
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A prepared dataset: three sequences of examples and what happened on the way.
+
+    `digest` changes whenever any example does; `report` counts what was left out or changed, and why (flat, json-able).
+    """
+
+    train: Sequence[PreferenceExample]
+    val: Sequence[PreferenceExample]
+    test: Sequence[PreferenceExample]
+    digest: str
+    report: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,8 @@
+"""The one exception for what a user can cause."""
+
+
+class UserError(Exception):
+    """A mistake in configuration, data or environment, told in one line: what is wrong, where, what would be right.
+
+    `run.py` prints the line and exits with 2, without a traceback (unless `debug=true`).
+    """

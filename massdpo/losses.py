@@ -1,0 +1,46 @@
+"""Preference losses: one pure function each, rewards in, per-prompt loss out.
+
+Every loss has the signature `loss(rewards_BC, mean_logp_BC, mask_BC) -> loss_B`:
+    rewards_BC    implicit rewards r = beta (log pi - log pi_ref) of the chosen response (column 0) and the negatives
+    mean_logp_BC  mean token log-prob of each response under the policy, nats; only `mppo` looks at it
+    mask_BC       True where a candidate exists; column 0 always does
+Shapes: B prompts, C = 1 + K candidates.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pl(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """Plackett-Luce: -log P(chosen wins) = logsumexp([0, r_i - r_0]) (S-DPO, arXiv 2406.09215; MASS-DPO, arXiv 2605.10784)."""
+    return torch.logsumexp(rewards_BC.masked_fill(~mask_BC, -torch.inf), dim=-1) - rewards_BC[:, 0]
+
+
+def dpo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """DPO on one negative: -log sigma(r_0 - r_1) (arXiv 2305.18290, Eq. 7). Needs C = 2."""
+    chosen_B, rejected_B = rewards_BC.unbind(-1)
+    return -F.logsigmoid(chosen_B - rejected_B)
+
+
+def dmpo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """Direct multi-preference optimisation: -log sigma(r_0 - mean_i r_i) (arXiv 2405.16127)."""
+    return -F.logsigmoid(rewards_BC[:, 0] - _mean_of_negatives(rewards_BC, mask_BC))
+
+
+def mppo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """Multi pair-wise preference optimisation, without a reference (arXiv 2412.15244):
+    -log sigma(K p_0 - sum_i p_i), p = exp(mean token log-prob)."""
+    probability_BC = mean_logp_BC.exp() * mask_BC
+    count_B = mask_BC[:, 1:].sum(-1)
+    return -F.logsigmoid(count_B * probability_BC[:, 0] - probability_BC[:, 1:].sum(-1))
+
+
+def pairwise(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """The mean of K DPO terms: mean_i -log sigma(r_0 - r_i)."""
+    return _mean_of_negatives(-F.logsigmoid(rewards_BC[:, :1] - rewards_BC), mask_BC)
+
+
+def _mean_of_negatives(value_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    mask_BK = mask_BC[:, 1:]
+    return torch.where(mask_BK, value_BC[:, 1:], 0.0).sum(-1) / mask_BK.sum(-1)

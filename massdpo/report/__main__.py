@@ -1,0 +1,176 @@
+"""`python -m massdpo.report SWEEP ...`: collect the rows of sweeps, then render tables, figures and the page."""
+
+import argparse
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from massdpo import store
+from massdpo.errors import UserError
+from massdpo.report import figures, status, tables
+from massdpo.report.page import Section, write_page
+from massdpo.report.rows import Rows, collect
+from massdpo.report.statistics import BootstrapCache
+from massdpo.report.summary import Summary, at_best, summarise
+from massdpo.report.views import View, view_of
+from massdpo.tracking import summary_table
+
+PRINTED = 60  # lines; a longer table is only written
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m massdpo.report", description=__doc__)
+    parser.add_argument("sweeps", nargs="*", help="sweeps to report; none: all that have rows or runs")
+    parser.add_argument("--status", action="store_true", help="only tell which runs are finished, failed or missing")
+    parser.add_argument(
+        "--render", action="store_true", help="from the rows that are there; do not look at run folders"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("results/runs"), help="where runs are (default: results/runs)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where reports go (default: results)")
+    options = parser.parse_args(arguments)
+    try:
+        sweeps = options.sweeps or _all_sweeps(options.runs, options.out)
+        if options.status:
+            for sweep in sweeps:
+                _tell_status(options.runs / sweep)
+            return 0
+        sections = {sweep: _report(sweep, options.runs, options.out, options.render) for sweep in sweeps}
+        for folder in (path.parent for path in _committed(options.out)):
+            if folder.name not in sections:
+                sections[folder.name] = write_tables(folder)[1]
+        write_page(options.out / "index.html", [sections[sweep] for sweep in sorted(sections)])
+        print(f"page: {options.out / 'index.html'}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _committed(out: Path) -> list[Path]:
+    return sorted(out.glob("*/rows.csv"))
+
+
+def _all_sweeps(runs: Path, out: Path) -> list[str]:
+    sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")} | {
+        p.parent.name for p in _committed(out)
+    }
+    if not sweeps:
+        raise UserError(f"no runs in {runs} and no rows in {out}: `make demo` makes some")
+    return sorted(sweeps)
+
+
+def _report(sweep: str, runs: Path, out: Path, render_only: bool) -> Section:
+    folder = out / sweep
+    if not render_only and (runs / sweep).is_dir():
+        _collect(runs / sweep, folder)
+    elif not (folder / "rows.csv").exists():
+        raise UserError(f"there is no sweep {sweep}: neither runs in {runs / sweep} nor rows in {folder}")
+    section = render(folder)
+    for table in section.tables:
+        if len(table.lines) > PRINTED:
+            print(f"{table.title}: {len(table.lines)} lines, in {folder}")
+            continue
+        summary_table(table.title, [dict(zip(table.head, map(_plain, line), strict=True)) for line in table.lines])
+        print("\n".join(table.notes))
+    print(f"tables, figures and rows: {folder}")
+    return section
+
+
+def _plain(cell: tables.Cell) -> str:
+    return f"{cell.text} (best)" if cell.best else f"{cell.text} ~" if cell.tie else cell.text
+
+
+def _collect(runs: Path, folder: Path) -> None:
+    rows = collect(runs)
+    if (folder / "rows.csv").exists():
+        gone = set(pd.read_csv(folder / "rows.csv")["name"]) - set(rows.frame["name"])
+        if gone:
+            print(
+                f"warning: {len(gone)} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr
+            )
+    rows.write(folder)
+    view = view_of(runs.name)
+    if view.curves:
+        histories = _histories(runs, rows, view)
+        store.write_text(folder / "histories.csv", histories.to_csv(index=False, lineterminator="\n"))
+
+
+def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
+    """The columns of the view from the history of every finished run."""
+    parts = []
+    for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
+        history = pd.read_csv(runs / row["name"] / "history.csv")
+        history = history[[column for column in ("step", *view.curves) if column in history]]
+        parts.append(history.assign(**{name: row[name] for name in ("dataset", "model", "label", "seed")}))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def tables_of(rows: Rows, sweep: str, cache: BootstrapCache) -> tuple[Summary, dict[str, tables.Table]]:
+    """The summary of a sweep, and its tables by the names of their files."""
+    view = view_of(sweep)
+    title = view.title.format(sweep=sweep)
+    summary = summarise(rows, view.metrics, cache)
+    found = {
+        "means": tables.means_table(summary, title),
+        "differences": tables.differences_table(summary, f"{title}: against random"),
+    }
+    if view.best_on and view.best_on in rows.frame and rows.axes:
+        best_rows, told = at_best(rows, view.best_on)
+        best = summarise(best_rows, view.metrics, cache)
+        table = tables.means_table(best, f"{title}: each method at its best by {view.best_on}")
+        table.notes += told
+        found["best_means"] = table
+        found["best_differences"] = tables.differences_table(best, f"{table.title}, against random at its best")
+    return summary, found
+
+
+def write_tables(folder: Path) -> tuple[Summary, Section]:
+    """Tables of one sweep, from `rows.csv`, `prompts.npz` and `bootstrap.csv` in its folder alone."""
+    sweep = folder.name
+    cache = BootstrapCache(folder / "bootstrap.csv")
+    rows = Rows.read(folder)
+    summary, found = tables_of(rows, sweep, cache)
+    cache.write()
+    for name, table in found.items():
+        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{source(rows, sweep)}\n")
+        store.write_text(folder / f"{name}.tex", tables.to_latex(table, f"{sweep}-{name}"))
+    store.write_text(folder / "tables.csv", tables.to_csv(summary))
+    pictures = sorted((folder / "figures").glob("*.png"))
+    title = view_of(sweep).title.format(sweep=sweep)
+    return summary, Section(sweep, title, source(rows, sweep), list(found.values()), pictures)
+
+
+def render(folder: Path) -> Section:
+    """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
+    summary, section = write_tables(folder)
+    histories = folder / "histories.csv"
+    curves = pd.read_csv(histories) if histories.exists() else None
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # those of datasets that are no longer there would stay
+    pictures = figures.draw(summary, view_of(folder.name), folder.name, folder / "figures", curves)
+    return replace(section, figures=sorted(pictures))
+
+
+def source(rows: Rows, sweep: str) -> str:
+    """Where the numbers come from, in a sentence."""
+    finished = rows.frame[rows.frame["status"] == "finished"]
+    parts = [f"{len(finished)} runs of sweep {sweep} (rows.csv)"]
+    for column, name in (("git_commit", "commit"), ("machine", "machine"), ("command", "command")):
+        if column in finished:
+            values = finished[column].dropna().astype(str).drop_duplicates()
+            parts.append(f"{name}: {', '.join(values[:3])}{f' and {len(values) - 3} more' if len(values) > 3 else ''}")
+    return "; ".join(parts)
+
+
+def _tell_status(folder: Path) -> None:
+    lines, sentence = status.sweep_status(folder)
+    summary_table(folder.name, lines)
+    print(sentence)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

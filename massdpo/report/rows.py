@@ -1,0 +1,170 @@
+"""Run folders -> one row a run, and the compact per-prompt results behind the rows.
+
+`rows.csv` has one row a run that was started or expected, finished or not; `prompts.npz` has, for each set of test
+prompts (column `prompts` of the rows), the arrays `<set>/<field>` of shape (runs, prompts), in the order of the rows.
+"""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+
+from massdpo import store
+from massdpo.errors import UserError
+
+IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
+GROUPS = ["dataset", "model", "selector", "loss", "method"]
+NO_AXIS = {"name", "sweep", "seed", "in", "out", "force", "debug", "size", "runs_dir", "cache_dir"}
+FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float32, "reward_correct": np.bool_}
+
+Prompts = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Rows:
+    """`frame`: one row a run, with its `place` in the arrays of its set of `prompts` (see the file's top).
+
+    `axes`: columns of the options that the sweep varies by themselves.
+    """
+
+    frame: pd.DataFrame
+    axes: list[str]
+    prompts: Prompts
+
+    @classmethod
+    def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "Rows":
+        frame = pd.read_csv(csv, dtype={"prompts": str, "git_commit": str})
+        place = frame.groupby("prompts").cumcount().reindex(frame.index, fill_value=-1)
+        return cls(frame.assign(place=place.fillna(-1).astype(int)), _axes(frame), prompts)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Rows":
+        with np.load(folder / "prompts.npz") as data:
+            return cls.parse(folder / "rows.csv", {name: data[name] for name in data.files})
+
+    def write(self, folder: Path) -> None:
+        frame = self.frame.drop(columns="place")
+        store.write_text(folder / "rows.csv", frame.to_csv(index=False, lineterminator="\n"))
+        with store.replacing(folder / "prompts.npz") as beside, open(beside, "wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **self.prompts)
+
+
+def collect(folder: Path) -> Rows:
+    """The rows of all runs below `results/runs/<sweep>`; a run that has not finished is there without numbers."""
+    runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+    if not runs:
+        raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
+    axes = _varied_options([options for _, options, _ in runs])
+    records: list[dict[str, Any]] = []
+    by_set: dict[str, list[dict[str, list[Any]]]] = {}
+    for row, options, predictions in runs:
+        if predictions is not None:
+            by_set.setdefault(row["prompts"], []).append(predictions)
+        records.append(row | {f"option/{name}": options.get(path) for name, path in axes.items()})
+    started = {row["name"] for row in records}
+    records += [{"name": name, "status": "missing"} for name in expected_runs(folder) if name not in started]
+    prompts: Prompts = {
+        f"{key}/{name}": np.array([run[name] for run in runs_of_set], dtype=dtype)
+        for key, runs_of_set in by_set.items()
+        for name, dtype in FIELDS.items()
+    }
+    frame = pd.DataFrame(records)
+    first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
+    frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
+    # Through the text once, so that freshly collected rows and rows read back are the same to the last type.
+    return Rows.parse(io.StringIO(frame.to_csv(index=False)), prompts)
+
+
+def _axes(frame: pd.DataFrame) -> list[str]:
+    """Options with more than one value for the same data, model and label."""
+    candidates = ["k", "beta", "refresh", *(name for name in frame.columns if name.startswith("option/"))]
+    values = frame.dropna(subset="label").groupby(["dataset", "model", "label"])[candidates].nunique(dropna=False)
+    return [name for name in candidates if (values[name] > 1).any()]
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[Any]] | None]:
+    """One run's row, its config flattened, and its per-prompt results (None: not finished)."""
+    config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    status, why = read_status(folder)
+    choices = config["choices"]
+    row: dict[str, Any] = {"name": folder.name, "status": status, "why": why}
+    row |= {name: choices[name] for name in GROUPS}
+    by_parts = choices["selector"] if choices["loss"] == "pl" else f"{choices['selector']}+{choices['loss']}"
+    row["label"] = choices["method"] or by_parts
+    row |= {name: config[name] for name in ("k", "beta", "refresh", "seed")}
+    row["prompts"] = None
+    predictions = None
+    if status == "finished":
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        row |= {name: value for name, value in metrics.items() if name not in row}
+        ids, predictions = _read_predictions(folder / "predictions.jsonl")
+        row["prompts"] = store.digest(ids)
+    return row, _flatten(config), predictions
+
+
+def expected_runs(folder: Path) -> list[str]:
+    """Names of the runs that the sweep in this folder was started for, where it was noted."""
+    path = folder / "expected.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def read_status(folder: Path) -> tuple[str, str]:
+    """A run's state (running, finished, failed) and, for a failed one, why."""
+    path = folder / "status.json"
+    if not path.exists():
+        return "running", ""
+    status = json.loads(path.read_text(encoding="utf-8"))
+    return status["status"], status.get("why") or ""
+
+
+def _read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    lines.sort(key=lambda line: str(line["id"]))
+    return [str(line["id"]) for line in lines], {name: [line[name] for line in lines] for name in FIELDS}
+
+
+def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, list) else value
+    return flat
+
+
+def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
+    """Options that differ between runs of the same choices: what a sweep varied by itself, short name -> path.
+
+    An option that follows another one (`selector.k`, interpolated from `k`) is no axis of its own.
+    """
+    seen: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
+    for options in runs:
+        group = seen.setdefault(tuple(options[f"choices.{name}"] for name in GROUPS), {})
+        for path, value in options.items():
+            group.setdefault(path, set()).add(value)
+    paths = sorted({path for group in seen.values() for path, values in group.items() if len(values) > 1})
+    paths = [path for path in paths if path not in NO_AXIS and not path.startswith(("choices.", "hydra.", "logger."))]
+    known = {tuple(options.get(path) for options in runs) for path in ("k", "beta", "refresh", "seed", "name")}
+    axes: dict[str, str] = {}
+    for path in paths:
+        values = tuple(options.get(path) for options in runs)
+        if "." in path and not _follows(values, known):
+            known.add(values)
+            short = path.rsplit(".", 1)[1]
+            axes[path if short in axes else short] = path
+    return axes
+
+
+def _follows(values: tuple[Any, ...], known: set[tuple[Any, ...]]) -> bool:
+    """Is the option the same as a known one wherever it exists?"""
+    return any(
+        all(value is None or value == other for value, other in zip(values, column, strict=True)) for column in known
+    )

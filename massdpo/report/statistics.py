@@ -1,0 +1,105 @@
+"""Paired bootstrap over seeds and prompts, its cache, and Holm's correction.
+
+Suffixes: S seeds, P test prompts, R resamples.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from massdpo import store
+
+Floats = NDArray[np.float64]
+RESAMPLES = 10_000
+CHUNK = 1000  # resamples at once: keeps the floating copy of the (R, P) counts small
+
+
+class Difference(NamedTuple):
+    """A mean paired difference, its 95% interval and two-sided p value."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_bootstrap(difference_SP: Floats, seed: int, resamples: int = RESAMPLES) -> Difference:
+    """Mean of paired differences that share seeds (rows) and test prompts (columns), by resampling both.
+
+    All seeds answer the same prompts, so rows and columns are drawn independently of each other (Owen 2007, "The
+    pigeonhole bootstrap"): drawing prompts anew within each seed would take prompts for independent that are not, and
+    give too narrow an interval. The seeds' deviations are stretched by sqrt(S / (S - 1)), without which the spread over
+    few seeds comes out too small. With one seed only prompts are drawn, and the result says nothing of other seeds.
+    p is 2 min(P(mean* <= 0), P(mean* >= 0)), with one added to count and total, so never 0.
+    """
+    seeds, prompts = difference_SP.shape
+    mean = difference_SP.mean()
+    stretch = np.sqrt(seeds / (seeds - 1)) - 1 if seeds > 1 else 0.0
+    stretched_SP = difference_SP + stretch * (difference_SP.mean(1, keepdims=True) - mean)
+    count_RS, count_RP = _draws(seed, seeds, prompts, resamples)
+    parts = []
+    for start in range(0, resamples, CHUNK):
+        of_prompts_RS = count_RP[start : start + CHUNK].astype(np.float64) @ stretched_SP.T
+        parts.append((count_RS[start : start + CHUNK] * of_prompts_RS).sum(1) / difference_SP.size)
+    mean_R = np.concatenate(parts)
+    low, high = np.quantile(mean_R, [0.025, 0.975])
+    tail = min((mean_R <= 0).sum(), (mean_R >= 0).sum())
+    return Difference(float(mean), float(low), float(high), min(1.0, 2 * float(tail + 1) / (resamples + 1)))
+
+
+@lru_cache(maxsize=4)  # the comparisons of a table have few shapes, and may share their draws
+def _draws(seed: int, seeds: int, prompts: int, resamples: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """How often each seed and each prompt is drawn in each resample."""
+    generator = np.random.default_rng(seed)
+    count_RS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples).astype(np.uint16)
+    count_RP = np.empty((resamples, prompts), dtype=np.uint16)
+    for resample in range(resamples):
+        count_RP[resample] = np.bincount(generator.integers(prompts, size=prompts), minlength=prompts)
+    return count_RS, count_RP
+
+
+def holm(p_values: Sequence[float]) -> Floats:
+    """p values adjusted by Holm's step-down method (Holm 1979), in the order given; NaN (not tested) stays NaN."""
+    p = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(len(p), np.nan)
+    tested = np.flatnonzero(~np.isnan(p))
+    order = tested[np.argsort(p[tested], kind="stable")]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p[order] * factors))
+    return adjusted
+
+
+class BootstrapCache:
+    """Results of `paired_bootstrap` by the content of their data, in a CSV file that is committed beside the rows."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.computed = 0
+        self._known: dict[str, Difference] = {}
+        self._used: dict[str, Difference] = {}
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    self._known[row["key"]] = Difference(*(float(row[name]) for name in Difference._fields))
+
+    def difference(self, difference_SP: Floats) -> Difference:
+        key = store.digest("pigeonhole", RESAMPLES, list(difference_SP.shape), difference_SP.tobytes())
+        if key not in self._known:
+            self._known[key] = paired_bootstrap(difference_SP, store.keyed_seed("pigeonhole"))
+            self.computed += 1
+        self._used[key] = self._known[key]
+        return self._used[key]
+
+    def write(self) -> None:
+        """Keep what was used since reading, so that the file holds what its tables need and no more."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["key", *Difference._fields])
+        writer.writerows([key, *difference] for key, difference in sorted(self._used.items()))
+        store.write_text(self.path, text.getvalue())

@@ -1,0 +1,48 @@
+"""Where a sweep stands: which runs are finished, running, failed (and why) or missing, and the time left."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from massdpo.errors import UserError
+from massdpo.report.rows import expected_runs, read_status
+
+
+def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """A line a run (run, state, seconds, note), and one sentence with counts and the time left."""
+    names = sorted({path.parent.name for path in folder.glob("*/config.yaml")} | set(expected_runs(folder)))
+    if not names:
+        raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
+    lines = [_line(folder / name) for name in names]
+    counts = {
+        state: sum(line["state"] == state for line in lines) for state in ("finished", "running", "failed", "missing")
+    }
+    took = [line["seconds"] for line in lines if line["state"] == "finished"]
+    left = counts["running"] + counts["failed"] + counts["missing"]
+    sentence = ", ".join(f"{count} {state}" for state, count in counts.items())
+    if left and took:
+        side_by_side = max(1, counts["running"])
+        seconds = left * sum(took) / len(took) / side_by_side
+        sentence += (
+            f"; about {_duration(seconds)} left at {_duration(sum(took) / len(took))} a run, {side_by_side} at once"
+        )
+    return lines, sentence
+
+
+def _line(folder: Path) -> dict[str, Any]:
+    """Times are those of the files: the config is a run's first one, metrics.json its last."""
+    if not (folder / "config.yaml").exists():
+        return {"run": folder.name, "state": "missing", "seconds": 0, "note": ""}
+    state, why = read_status(folder)
+    begin = (folder / "config.yaml").stat().st_mtime
+    last = max(path.stat().st_mtime for path in folder.iterdir())
+    if state == "running":
+        why = f"last sign of life {_duration(time.time() - last)} ago"
+    end = (folder / "metrics.json").stat().st_mtime if state == "finished" else last
+    return {"run": folder.name, "state": state, "seconds": round(end - begin), "note": why}
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,239 @@
+"""Rows -> one long frame: a line a table cell, with mean, interval, number of seeds, best and ties, and the paired
+difference to `random`.
+
+A table has a block for each (dataset, model) and in it a line for each label and value of the varied options.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from massdpo.errors import UserError
+from massdpo.metrics import ranking_values
+from massdpo.report.rows import Prompts, Rows
+from massdpo.report.statistics import BootstrapCache, holm
+from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_START, label_rank
+
+BLOCK = ["dataset", "model"]
+START = "sft"  # label of the start that every run is measured from
+Floats = NDArray[np.float64]
+Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
+NO_TEST = (np.nan,) * 4
+
+
+@dataclass
+class Summary:
+    """`cells`: columns dataset, model, label, the axes, metric, mean, half, n, of, best, tie, difference, low, high, p,
+    note, p_holm. A cell that no finished run fills has n = 0."""
+
+    cells: pd.DataFrame
+    axes: list[str]
+    metrics: list[str]
+    absent: list[str]  # metrics that were asked for and that no run has
+    unfinished: pd.DataFrame  # name, status and why of runs without numbers
+
+
+def summarise(rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache) -> Summary:
+    """The summary of all finished runs; resampling is done once and kept in `cache`."""
+    frame = rows.frame
+    present = [metric for metric in metrics if metric in frame]
+    frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
+    frame = pd.concat([frame, _starts(frame, rows.axes, present)], ignore_index=True)
+    frame = frame[frame["label"].notna()]  # an expected run that never started has a name and nothing else
+    lines = _grid(frame, rows.axes)
+    _refuse_twins(frame, rows.axes)
+    per_prompt = _PerPrompt(rows.prompts)
+    parts = []
+    for (dataset, model), block in frame.groupby(BLOCK, sort=True):
+        finished = block[block["status"] == "finished"].reset_index(drop=True)
+        cells = _block_cells(finished, lines, rows.axes, present, per_prompt, cache)
+        parts.append(cells.assign(dataset=str(dataset), model=str(model), of=block["seed"].nunique()))
+    cells = pd.concat(parts, ignore_index=True)
+    cells["p_holm"] = holm(cells["p"].tolist())
+    first = [*BLOCK, "label", *rows.axes, "metric"]
+    cells = cells[[*first, *(name for name in cells.columns if name not in first)]]
+    unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
+    return Summary(cells, rows.axes, present, [metric for metric in metrics if metric not in frame], unfinished)
+
+
+def at_best(rows: Rows, metric: str) -> tuple[Rows, list[str]]:
+    """Only the runs at each method's best value of the varied options, by the mean over seeds of a validation metric.
+
+    Also says which values these are. The order of the rows decides between equal means.
+    """
+    keys = [*BLOCK, "label"]
+    finished = rows.frame[rows.frame["status"] == "finished"]
+    means = finished.groupby([*keys, *rows.axes], dropna=False, sort=False)[metric].mean().reset_index()
+    best = means.loc[means.groupby(keys, sort=True)[metric].idxmax()]
+    told = []
+    for line in best.to_dict("records"):
+        options = ", ".join(f"{axis.removeprefix('option/')} = {line[axis]}" for axis in rows.axes)
+        told.append(f"{line['dataset']}, {line['model']}, {line['label']}: {options}")
+    return Rows(rows.frame.merge(best[[*keys, *rows.axes]]), [], rows.prompts), told
+
+
+def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
+    finished = frame[(frame["status"] == "finished") & frame["name"].notna()]
+    twins = finished[finished.duplicated([*BLOCK, "label", *axes, "seed"], keep=False)]
+    if len(twins):
+        first, second = twins.sort_values([*BLOCK, "label", "seed"], kind="stable")["name"].iloc[:2]
+        raise UserError(f"runs {first} and {second} have the same data, model, method, options and seed: remove one")
+
+
+def _starts(frame: pd.DataFrame, axes: list[str], metrics: list[str]) -> pd.DataFrame:
+    """A line for the SFT start of each dataset, model and seed, from the `sft/...` metrics of a run that shares it."""
+    columns = {f"{START}/{metric}": metric for metric in metrics if f"{START}/{metric}" in frame}
+    if not columns or (frame["label"] == START).any():
+        return pd.DataFrame()
+    finished = frame[frame["status"] == "finished"].drop_duplicates([*BLOCK, "seed"])
+    starts = finished[[*BLOCK, "seed", "status", *columns]].rename(columns=columns)
+    return starts.assign(label=START, place=-1, **dict.fromkeys(axes, ""))
+
+
+def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
+    """The lines of every block: whatever any block has, all have, so that what is missing can be seen."""
+    lines = frame[["label", *axes]].drop_duplicates()
+    keys = [_label_keys(lines["label"]), *(_axis_keys(lines[axis]) for axis in axes)]
+    return lines.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
+
+
+def _label_keys(labels: pd.Series) -> pd.Series:
+    return labels.map({label: place for place, label in enumerate(sorted(labels.unique(), key=label_rank))})
+
+
+def _axis_keys(values: pd.Series) -> pd.Series:
+    ordered = sorted(values.unique(), key=lambda value: (isinstance(value, str), value))
+    return values.map({value: place for place, value in enumerate(ordered)})
+
+
+def _block_cells(
+    finished: pd.DataFrame,
+    lines: pd.DataFrame,
+    axes: list[str],
+    metrics: list[str],
+    per_prompt: "_PerPrompt",
+    cache: BootstrapCache,
+) -> pd.DataFrame:
+    """All cells of one block; L lines, S seeds."""
+    keys = ["label", *axes]
+    line_of = {tuple(line): place for place, line in enumerate(lines[keys].itertuples(index=False))}
+    seeds = sorted(finished["seed"].unique())
+    seed_of = {seed: place for place, seed in enumerate(seeds)}
+    run_LS = np.full((len(lines), len(seeds)), -1)  # place in `finished`, -1: no such run
+    places = zip(finished[keys].itertuples(index=False), finished["seed"], strict=True)
+    for place, (key, seed) in enumerate(places):
+        run_LS[line_of[tuple(key)], seed_of[seed]] = place
+    baseline_L = _baselines(lines, (run_LS >= 0).any(1), axes)
+    runs = list(zip(finished["prompts"], finished["place"], strict=True))
+    parts = []
+    for metric in metrics:
+        values = finished[metric].to_numpy(dtype=np.float64)
+        values_LS = np.where(run_LS >= 0, values[run_LS], np.nan)
+        if metric in ZERO_AT_START:  # rewards are measured from the start: its own are 0 by definition, and no result
+            values_LS[lines["label"] == START] = np.nan
+        cells = lines.assign(metric=metric, **_means(values_LS, run_LS >= 0))
+        cells["best"], cells["tie"] = _best(metric, values_LS)
+        tests = []
+        for line, base in enumerate(baseline_L):
+            start = lines["label"][line] == START
+            if base in (-1, line) or (start and metric in ZERO_AT_START):
+                tests.append((*NO_TEST, "baseline" if base == line else "start" if start else "no baseline"))
+                continue
+            both_S = (run_LS[line] >= 0) & (run_LS[base] >= 0)
+            pairs = [
+                (runs[run], runs[other]) for run, other in zip(run_LS[line][both_S], run_LS[base][both_S], strict=True)
+            ]
+            tests.append(per_prompt.compare(metric, pairs, cache))
+        parts.append(cells.assign(**pd.DataFrame(tests, columns=["difference", "low", "high", "p", "note"])))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
+    """Mean, half-width of its 95% t interval, and number of seeds of each line; a NaN among the values is kept."""
+    n_L = there_LS.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_L = np.where(there_LS, values_LS, 0).sum(1) / n_L
+        variance_L = np.where(there_LS, (values_LS - mean_L[:, None]) ** 2, 0).sum(1) / (n_L - 1)
+        half_L = stats.t.ppf(0.975, n_L - 1) * np.sqrt(variance_L / n_L)
+    return {"mean": mean_L, "half": np.where(n_L > 1, half_L, np.nan), "n": n_L}
+
+
+def _best(metric: str, values_LS: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """The best line, and those that the 95% interval of the difference over shared seeds does not tell from it."""
+    lines = len(values_LS)
+    best_L, tie_L = np.zeros(lines, dtype=bool), np.zeros(lines, dtype=bool)
+    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
+    mean_L = sign * _means(values_LS, ~np.isnan(values_LS))["mean"]
+    if metric in NO_BEST or np.isnan(mean_L).all():
+        return best_L, tie_L
+    best_L = mean_L == np.nanmax(mean_L)
+    gap_LS = values_LS[int(np.flatnonzero(best_L)[0])] - values_LS
+    gap = _means(gap_LS, ~np.isnan(gap_LS))
+    return best_L, ~best_L & (np.abs(gap["mean"]) <= gap["half"])
+
+
+def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str]) -> list[int]:
+    """For each line the line of `random` at the same options; where random was run at one setting only, that one.
+
+    -1: there is none.
+    """
+    options = [tuple(line) for line in lines[axes].to_numpy()]
+    candidates = {options[place]: int(place) for place in np.flatnonzero(there_L & lines["label"].isin(BASELINES))}
+    only = next(iter(candidates.values())) if len(candidates) == 1 else -1
+    return [candidates.get(option, only) for option in options]
+
+
+class _PerPrompt:
+    """Values of every test prompt, and their paired comparison."""
+
+    def __init__(self, prompts: Prompts):
+        self._prompts = prompts
+        self._values: dict[tuple[str, str], Floats | None] = {}
+
+    def compare(self, metric: str, pairs: list[tuple[Run, Run]], cache: BootstrapCache) -> tuple[Any, ...]:
+        """(difference, low, high, p, note) of runs paired with those of the baseline, a pair a seed.
+
+        The note says why there is no test.
+        """
+        shared = [(run, base) for run, base in pairs if isinstance(run[0], str) and run[0] == base[0]]
+        if not shared:
+            kept = any(isinstance(run[0], str) for run, _ in pairs)
+            return (*NO_TEST, "no shared seeds and prompts" if kept else "start")
+        differences = []
+        for (prompt_set, run), (_, base) in shared:
+            values = self._of(prompt_set, metric)
+            if values is None:
+                return (*NO_TEST, "not kept per prompt")
+            differences.append(values[run] - values[base])
+        if len({len(difference_P) for difference_P in differences}) > 1:
+            return (*NO_TEST, "prompts differ between seeds")
+        difference_SP = np.array(differences)
+        if np.isnan(difference_SP).any():
+            return (*NO_TEST, "not a number")
+        return (*cache.difference(difference_SP), "")
+
+    def _of(self, prompt_set: str, metric: str) -> Floats | None:
+        """(runs, P) values, or None where the metric is not known prompt by prompt."""
+        key = (prompt_set, metric)
+        if key not in self._values:
+            self._values[key] = prompt_values(self._prompts, *key)
+        return self._values[key]
+
+
+def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:
+    """(runs, prompts) values of a metric over one set of test prompts."""
+    if metric == "margin":
+        return prompts[f"{key}/margin"].astype(np.float64)
+    if metric == "reward_accuracy":
+        return prompts[f"{key}/reward_correct"].astype(np.float64)
+    field = "rank_sum" if metric.endswith("_sum") else "rank"
+    name, _, cutoff = metric.removesuffix("_sum").partition("@")
+    if name not in ("accuracy", "recall", "ndcg", "mrr"):
+        return None
+    ranks = torch.from_numpy(prompts[f"{key}/{field}"].astype(np.int64))
+    return ranking_values(ranks, [int(cutoff)] if cutoff else [])[metric.removesuffix("_sum")].numpy()

@@ -1,0 +1,209 @@
+"""A summary as Markdown, HTML, LaTeX (booktabs) and CSV: one table of means, one of paired differences to `random`."""
+
+import html
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from massdpo.report.statistics import RESAMPLES
+from massdpo.report.summary import BLOCK, START, Summary
+from massdpo.report.views import LOWER_IS_BETTER, metric_name
+
+MISSING = "missing"
+QUIET = ("baseline", "start", "not kept per prompt")  # no test to be expected
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    best: bool = False
+    tie: bool = False
+
+
+@dataclass
+class Table:
+    """Lines of cells under a head; a line that starts a new block is in `block_starts`."""
+
+    title: str
+    notes: list[str]
+    head: list[str]
+    lines: list[list[Cell]]
+    block_starts: list[int]
+
+
+def means_table(summary: Summary, title: str) -> Table:
+    notes = [
+        "Mean over seeds ± half-width of its 95% t interval; bold: best of its block; ~: not told apart from the "
+        "best (the 95% interval of the difference over shared seeds holds 0).",
+    ]
+    if summary.absent:
+        notes.append(f"No run has: {', '.join(metric_name(metric) for metric in summary.absent)}.")
+    if len(summary.unfinished):
+        counts = summary.unfinished["status"].value_counts().sort_index()
+        told = ", ".join(f"{count} {status}" for status, count in counts.items())
+        notes.append(f"Without numbers here: {told} ({', '.join(summary.unfinished['name'][:20])}{_more(summary)}).")
+    arrows = {metric: "↓" if metric in LOWER_IS_BETTER else "" for metric in summary.metrics}
+    head = [f"{metric_name(metric)} {arrows[metric]}".strip() for metric in summary.metrics]
+    return _table(summary, title, notes, head, _mean_cell, seeds=True)
+
+
+def _more(summary: Summary) -> str:
+    more = len(summary.unfinished) - 20
+    return f" and {more} more" if more > 0 else ""
+
+
+def differences_table(summary: Summary, title: str) -> Table:
+    notes = [
+        "Mean paired difference to random negatives on the same seeds and test prompts [95% interval], p adjusted by "
+        f"Holm over the table; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
+    ]
+    head = [f"Δ {metric_name(metric)}" for metric in summary.metrics]
+    return _table(summary, title, notes, head, _difference_cell, seeds=False)
+
+
+def _table(
+    summary: Summary, title: str, notes: list[str], head: list[str], render: Callable[[Any], Cell], seeds: bool
+) -> Table:
+    keys = [*BLOCK, "label", *summary.axes]
+    cells = summary.cells
+    by_metric = [cells[cells["metric"] == metric].reset_index(drop=True) for metric in summary.metrics]
+    first = by_metric[0]
+    columns = [[render(cell) for cell in frame.itertuples(index=False)] for frame in by_metric]
+    names = [[Cell(_value(value)) for value in line] for line in first[keys].itertuples(index=False)]
+    lines = [[*name, *line] for name, line in zip(names, zip(*columns, strict=True), strict=True)]
+    if seeds:
+        counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
+        lines = [[*line, Cell(count)] for line, count in zip(lines, counts, strict=True)]
+    blocks = first[BLOCK].apply(tuple, axis=1)
+    starts = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
+    axes = [axis.removeprefix("option/") for axis in summary.axes]
+    names_head = ["dataset", "model", "method", *axes]
+    return Table(title, notes, [*names_head, *head, *(["seeds"] if seeds else [])], lines, starts)
+
+
+def _value(value: object) -> str:
+    if value == "":
+        return "–"
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def number(value: float, scale: float | None = None) -> str:
+    """Three decimals, fewer for large numbers (`scale` decides, where a value goes with another one)."""
+    if math.isnan(value):
+        return "NaN"
+    size = abs(value if scale is None else scale)
+    return f"{value:,.{0 if size >= 1000 else 1 if size >= 100 else 2 if size >= 10 else 3}f}"
+
+
+def _mean_cell(cell: Any) -> Cell:
+    if cell.n == 0:
+        return Cell(MISSING)
+    if cell.label == START and math.isnan(cell.mean):
+        return Cell("–")  # what the start does not have, such as training time
+    text = number(cell.mean)
+    if not math.isnan(cell.half):
+        text += f" ± {number(cell.half, cell.mean)}"
+    return Cell(text, bool(cell.best), bool(cell.tie))
+
+
+def _difference_cell(cell: Any) -> Cell:
+    if cell.n == 0:
+        return Cell(MISSING)
+    if cell.note:
+        return Cell("–" if cell.note in QUIET else cell.note)
+    scale = max(abs(cell.low), abs(cell.high))
+    numbers = (f"{'+' if value >= 0 else ''}{number(value, scale)}" for value in (cell.difference, cell.low, cell.high))
+    mean, low, high = numbers
+    p = "p < 0.001" if cell.p_holm < 0.001 else f"p = {cell.p_holm:.3f}"
+    return Cell(f"{mean} [{low}, {high}] {p}{'*' if cell.p_holm < 0.05 else ''}")
+
+
+def to_markdown(table: Table) -> str:
+    def show(cell: Cell) -> str:
+        text = _escape_markdown(cell.text)
+        return f"**{text}**" if cell.best else f"{text} ~" if cell.tie else text
+
+    lines = [" | ".join(map(show, line)) for line in table.lines]
+    head = " | ".join(_escape_markdown(name) for name in table.head)
+    rule = " | ".join(["---"] * len(table.head))
+    body = "\n".join(f"| {line} |" for line in [head, rule, *lines])
+    return f"## {_escape_markdown(table.title)}\n\n{body}\n\n" + "".join(
+        f"{_escape_markdown(note)}\n\n" for note in table.notes
+    )
+
+
+def _escape_markdown(text: str) -> str:
+    for char in "\\`*_[]<>|~":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("\n", " ")
+
+
+def to_html(table: Table) -> str:
+    def show(cell: Cell) -> str:
+        text = html.escape(cell.text)
+        kind = ' class="missing"' if cell.text == MISSING else ""
+        return f"<td{kind}><b>{text}</b></td>" if cell.best else f"<td{kind}>{text}{' ~' if cell.tie else ''}</td>"
+
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
+    lines = "".join(
+        f"<tr{' class=block' if place in table.block_starts else ''}>{''.join(map(show, line))}</tr>\n"
+        for place, line in enumerate(table.lines)
+    )
+    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in table.notes)
+    return (
+        f"<h3>{html.escape(table.title)}</h3><div class=scroll><table><thead><tr>{head}</tr></thead>\n"
+        f"<tbody>{lines}</tbody></table></div>{notes}\n"
+    )
+
+
+def to_latex(table: Table, label: str) -> str:
+    """A table environment that needs the package booktabs alone."""
+
+    def show(cell: Cell) -> str:
+        text = _escape_latex(cell.text)
+        return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
+
+    names = 2 + sum(name not in ("dataset", "model") for name in table.head)
+    lines = []
+    for place, line in enumerate(table.lines):
+        if place in table.block_starts:
+            lines.append(r"\midrule")
+        lines.append(" & ".join(map(show, line)) + r" \\")
+    caption = _escape_latex(" ".join([f"{table.title}.", *table.notes]))
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{'l' * names}}}",
+            r"\toprule",
+            " & ".join(map(_escape_latex, table.head)) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\textasciicircum{}", "±": r"$\pm$", "Δ": r"$\Delta$"}
+    | {"<": "$<$", ">": "$>$", "↓": r"$\downarrow$", "–": "--", "\n": " "}
+)
+
+
+def _escape_latex(text: str) -> str:
+    return text.translate(LATEX)
+
+
+def to_csv(summary: Summary) -> str:
+    """Every number behind the tables, one line a cell, at six significant digits (the rows have all of them)."""
+    frame: pd.DataFrame = summary.cells.rename(columns=lambda name: str(name).removeprefix("option/"))
+    return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")

@@ -1,0 +1,89 @@
+"""What the report of each sweep shows: its title, the metrics of its tables, and its figures."""
+
+from dataclasses import dataclass
+
+LABEL_ORDER = (
+    *("sft", "random", "sdpo", "dpo", "dmpo", "mppo", "pairwise", "full", "hardest", "hardest_logp", "sampled"),
+    *("dpp", "farthest", "dynamic", "adpo", "interleaved", "mass"),
+)
+BASELINES = ("random", "sdpo")  # two names of one thing: k negatives drawn uniformly, PL loss
+
+NAMES = {
+    "accuracy": "accuracy",
+    "reward_accuracy": "reward accuracy",
+    "reward_accuracy_pairwise": "pairwise reward accuracy",
+    "margin": "mean margin",
+    "margin_max": "max margin",
+    "mrr": "MRR",
+    "mrr_sum": "MRR (summed)",
+    "chosen_logp_change": "chosen log-prob change",
+    "train_seconds": "training (s)",
+    "select_seconds": "selection (s)",
+    "tokens_per_second": "tokens/s",
+    "peak_memory_mb": "peak memory (MB)",
+}
+LOWER_IS_BETTER = {"train_seconds", "select_seconds", "peak_memory_mb"}
+ZERO_AT_START = {"reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"}
+NO_BEST = {"chosen_logp_change"}  # a diagnosis, not a goal
+
+
+def metric_name(metric: str) -> str:
+    if metric in NAMES:
+        return NAMES[metric]
+    name = metric.removesuffix("_sum").replace("ndcg", "NDCG").replace("_", " ")
+    return f"{name} (summed)" if metric.endswith("_sum") else name
+
+
+def label_rank(label: str) -> tuple[int, str]:
+    return (LABEL_ORDER.index(label) if label in LABEL_ORDER else len(LABEL_ORDER), label)
+
+
+@dataclass(frozen=True)
+class View:
+    """Tables show `metrics`; `figure` is `dots` (a mean and interval a method), `lines` (over the option that the sweep
+    varies), `front` (pairs of metrics against each other) or `curves` (columns of `history.csv` over steps).
+    `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    figure: str = "dots"
+    pairs: tuple[tuple[str, str], ...] = ()
+    curves: tuple[str, ...] = ()
+    best_on: str | None = None
+
+
+QUALITY = ("accuracy", "ndcg@5", "reward_accuracy", "margin")
+DEFAULT = View("{sweep}", QUALITY)
+
+VIEWS = {
+    "demo": View("Demonstration: selectors on the embedded default", QUALITY),
+    "main": View("Main comparison", ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change")),
+    "ranking": View(
+        "Ranking", ("recall@3", "recall@5", "recall@10", "ndcg@3", "ndcg@5", "ndcg@10", "mrr", "ndcg@5_sum", "mrr_sum")
+    ),
+    "negatives": View("Number of negatives", QUALITY, "lines"),
+    "beta": View("Reward scale", QUALITY, "lines"),
+    "refresh": View("When negatives are selected again", QUALITY),
+    "features": View("Features behind the selection", QUALITY),
+    "learning_rate": View("Learning rate", QUALITY, "lines", best_on="val/accuracy"),
+    "pool": View("Size of the pool", QUALITY, "lines"),
+    "near_duplicates": View("Near-duplicates in the pool", QUALITY, "lines"),
+    "dynamics": View("Training dynamics", QUALITY, "curves", curves=("margin", "reward_accuracy", "chosen_logp")),
+    "cost": View(
+        "Cost",
+        ("accuracy", "ndcg@5", "train_seconds", "select_seconds", "tokens_per_second", "peak_memory_mb"),
+        "front",
+        pairs=(("train_seconds", "accuracy"), ("peak_memory_mb", "accuracy")),
+    ),
+    "front": View(
+        "The whole front",
+        ("accuracy", "ndcg@5", "ndcg@5_sum", "reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max"),
+        "front",
+        pairs=(("ndcg@5_sum", "ndcg@5"), ("reward_accuracy", "ndcg@5"), ("margin", "ndcg@5_sum")),
+    ),
+}
+
+
+def view_of(sweep: str) -> View:
+    return VIEWS.get(sweep, DEFAULT)

@@ -1,0 +1,248 @@
+"""Fetching over a real connection (to this machine), hub rows turned back, and archives that would break out."""
+
+import io
+import json
+import stat
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from functools import partial
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from massdpo.data import download
+from massdpo.data.download import SOURCES, HubSet, WebFiles, extract, fetch
+from massdpo.data.mcqa import MedMCQA, MultipleChoice
+from massdpo.data.prepare import prepare
+from massdpo.errors import UserError
+from massdpo.store import Cache
+from tests.test_prepare import node
+from tests.test_recommendation import MovieLens100K, write_movielens
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A folder and the address at which it is served."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    Quiet.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_address[1]}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def test_an_archive_is_fetched_once_checked_unpacked_and_prepared(
+    site: tuple[Path, str], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = site
+    write_movielens(tmp_path, MovieLens100K)
+    members = {f"ml-100k/{name}": (tmp_path / name).read_bytes() for name in ("u.data", "u.item")}
+    (folder / "ml-100k.zip").write_bytes(zipped(members))
+    checksum = sha256((folder / "ml-100k.zip").read_bytes()).hexdigest()
+    source = WebFiles(((f"{address}ml-100k.zip", checksum),), inside="ml-100k")
+    monkeypatch.setitem(SOURCES, "movielens_100k", source)
+    config = node("movielens_100k", num_negatives=5)
+    first, second = prepare(config, cache), prepare(config, cache)
+    assert Quiet.asked == ["/ml-100k.zip"] and first.digest == second.digest and len(first.train) > 0
+
+
+def test_another_content_than_the_published_one_is_refused(
+    site: tuple[Path, str], cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, address = site
+    (folder / "data.json").write_text("[]")
+    monkeypatch.setitem(SOURCES, "lastfm", WebFiles(((f"{address}data.json", "0" * 64),)))
+    with pytest.raises(UserError, match=r"data.json is not the published file .* set dataset.raw_dir"):
+        fetch("lastfm", cache)
+    assert not any(cache.root.rglob("data.json"))
+
+
+@pytest.mark.parametrize("path", ["missing.json", None])
+def test_no_file_or_no_network_says_what_to_put_where(
+    site: tuple[Path, str], cache: Cache, monkeypatch: pytest.MonkeyPatch, path: str | None
+) -> None:
+    address = site[1] + path if path else "http://127.0.0.1:9/u.json"  # port 9 (discard) is closed
+    monkeypatch.setitem(SOURCES, "lastfm", WebFiles(((address, "0" * 64),)))
+    with pytest.raises(UserError, match=r"lastfm could not be fetched .*put \w+.json .*set dataset.raw_dir"):
+        fetch("lastfm", cache)
+
+
+def test_offline_hub(cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(
+        UserError, match=r"dataset=qasc could not be fetched .*put train.jsonl, dev.jsonl into a folder"
+    ):
+        fetch("qasc", cache)
+
+
+def test_an_unknown_name(cache: Cache) -> None:
+    with pytest.raises(UserError, match=r"'mine' has no published address: set dataset.raw_dir"):
+        fetch("mine", cache)
+
+
+def test_every_address_is_pinned() -> None:
+    for source in SOURCES.values():
+        if isinstance(source, HubSet):
+            assert len(source.revision) == 40 and int(source.revision, 16)
+        else:
+            assert all(len(checksum) == 64 and int(checksum, 16) for _, checksum in source.files)
+            assert all(address.startswith("https://") for address, _ in source.files)
+
+
+def hub_rows(stem: str, count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": f"q{row}",
+            stem: f"what is {row}?",
+            "choices": {"text": [f"right {row}", f"wrong {row}", f"other {row}"], "label": ["A", "B", "C"]},
+            "answerKey": "A",
+        }
+        for row in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", ["qasc", "arc", "commonsenseqa", "openbookqa", "medmcqa"])
+def test_hub_sets_are_turned_into_the_owners_layout(
+    name: str, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = SOURCES[name]
+    assert isinstance(source, HubSet)
+    asked = []
+
+    def served(repo: str, remote: str, repo_type: str, revision: str) -> str:
+        asked.append((repo, remote, repo_type, revision))
+        if name == "medmcqa":
+            options = ("opa", "opb", "opc", "opd")
+            rows = [
+                {"id": f"m{row}", "question": f"m{row}?", "cop": row % 4, "exp": None, "choice_type": "single"}
+                | {each: f"{each} {row}" for each in options}
+                for row in range(20)
+            ]
+        else:
+            rows = hub_rows(source.stem, 20)
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+        return str(tmp_path / "rows.parquet")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", served)
+    config = node(name, num_negatives=5) | ({"cop_base": 0} if name == "medmcqa" else {})
+    if config["val_file"] is None:
+        config["val_size"] = 5
+    splits = prepare(config, cache)
+    expected = [
+        f"{('opa', 'opb', 'opc', 'opd')[row % 4]} {row}" if name == "medmcqa" else f"right {row}" for row in range(20)
+    ]
+    assert [example.chosen for example in splits.test] == expected
+    assert {each[0] for each in asked} == {source.repo} and {each[3] for each in asked} == {source.revision}
+    target = MedMCQA if name == "medmcqa" else MultipleChoice
+    assert config["_target_"].endswith(target.__name__)
+
+
+# archives
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize("name", ["../out.txt", "a/../../out.txt", "/out.txt", "C:/out.txt", "..\\out.txt"])
+@pytest.mark.parametrize("kind", [".zip", ".tar.gz"])
+def test_members_that_leave_the_folder_are_refused(tmp_path: Path, name: str, kind: str) -> None:
+    archive = tmp_path / f"bad{kind}"
+    if kind == ".zip":
+        archive.write_bytes(zipped({"fine.txt": b"fine", name: b"out"}))
+    else:
+        with tarfile.open(archive, "w:gz") as tarred:
+            tarred.addfile(member("fine.txt"))
+            tarred.addfile(member(name))
+    target = tmp_path / "inner" / "target"
+    target.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"leaves the folder; nothing was unpacked"):
+        extract(archive, target)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [archive.name, "inner", "target"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_links_and_devices_in_tar_are_refused(tmp_path: Path, kind: bytes) -> None:
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tarred:
+        tarred.addfile(member("door", kind, "/etc"))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(UserError, match=r"'door' leaves the folder"):
+        extract(tmp_path / "bad.tar.gz", tmp_path / "target")
+    assert not any((tmp_path / "target").iterdir())
+
+
+def test_links_in_zip_are_refused(tmp_path: Path) -> None:
+    info = zipfile.ZipInfo("door")
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr(info, "/etc")
+    (tmp_path / "target").mkdir()
+    with pytest.raises(UserError, match=r"'door' leaves the folder"):
+        extract(tmp_path / "bad.zip", tmp_path / "target")
+
+
+@pytest.mark.parametrize("name", ["bad.zip", "bad.tar.gz"])
+def test_damaged_archives(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\x1f\x8bnot an archive")
+    with pytest.raises(UserError, match=r"cannot be unpacked .*get it again"):
+        extract(tmp_path / name, tmp_path)
+
+
+def test_sound_archives(tmp_path: Path) -> None:
+    (tmp_path / "good.zip").write_bytes(zipped({"set/one.txt": b"1"}))
+    with tarfile.open(tmp_path / "good.tar.gz", "w:gz") as tarred:
+        info = member("set/two.txt")
+        info.size = 1
+        tarred.addfile(info, io.BytesIO(b"2"))
+    for name in ("good.zip", "good.tar.gz"):
+        extract(tmp_path / name, tmp_path / "target")
+    assert (tmp_path / "target/set/one.txt").read_text() + (tmp_path / "target/set/two.txt").read_text() == "12"
+
+
+def test_converters_keep_every_field() -> None:
+    (row,) = hub_rows("question_stem", 1)
+    turned = download.ai2_row("question_stem")(row)
+    assert json.loads(json.dumps(turned)) == {
+        "id": "q0",
+        "question": {
+            "stem": "what is 0?",
+            "choices": [{"text": text, "label": label} for text, label in zip(*row["choices"].values(), strict=True)],
+        },
+        "answerKey": "A",
+    }

@@ -1,0 +1,115 @@
+"""The look-up finds slates that tell their target and nothing else; the page and the export hold what they promise."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from massdpo.data.inspect import export, inspect, leak_check, popularity_baseline
+from massdpo.data.recommendation import LastFM, UserSequences
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.errors import UserError
+from tests.conftest import SHARED_DATA, needs_shared_data
+from tests.test_recommendation import write_interactions
+
+LASTFM = str(SHARED_DATA / "lastfm")
+
+
+def splits_of(*slates: list[tuple[str, ...]]) -> Splits:
+    """Splits whose examples are (chosen, candidate, candidate, ...)."""
+    named = [
+        [
+            PreferenceExample(f"{name}/{row}", "p", chosen, tuple(each for each in slate if each != chosen), slate)
+            for row, (chosen, *slate_list) in enumerate(rows)
+            for slate in [tuple(slate_list)]
+        ]
+        for name, rows in zip(("train", "val", "test"), slates, strict=True)
+    ]
+    return Splits(named[0], named[1], named[2], "digest")
+
+
+@needs_shared_data
+@pytest.mark.parametrize("options", [{}, {"seed": 1}, {"negatives": "popularity"}])
+def test_clean_slates_leave_the_look_up_at_chance(options: dict[str, object]) -> None:
+    found = leak_check(LastFM(raw_dir=LASTFM, **options).load())
+    assert found["lookup_chance"] == pytest.approx(1 / 20)
+    assert abs(found["lookup_accuracy"] - found["lookup_chance"]) < 4 * found["lookup_standard_error"]
+    assert found["lookup_matched"] > 0.5  # it did try
+
+
+@needs_shared_data
+def test_legacy_slates_give_the_target_away() -> None:
+    assert leak_check(LastFM(raw_dir=LASTFM, slate="legacy").load())["lookup_accuracy"] > 0.5
+
+
+def test_the_look_up_by_hand() -> None:
+    train = [("a", "a", "x", "y"), ("a", "a", "y", "z"), ("a", "z", "a", "x"), ("b", "x", "y", "b")]
+    test = [
+        ("a", "a", "x", "q"),  # a at its usual place beside a remembered x: found
+        ("q", "q", "r", "s"),  # nothing known: one of three
+        ("x", "a", "x", "q"),  # a again matches best: wrong
+        ("b", "a", "q", "b"),  # a and b at their places, equally good: one of two
+    ]
+    found = leak_check(splits_of(train, [], test))
+    assert found["lookup_accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 2) / 4)
+    assert found["lookup_chance"] == pytest.approx(1 / 3)
+    assert found["lookup_standard_error"] == pytest.approx((1 / 3 * 2 / 3 / 4) ** 0.5)
+    assert found["lookup_matched"] == 0.75
+
+
+def test_the_split_in_question_teaches_the_look_up_nothing() -> None:
+    rows = [(each, each, "x", "y") for each in "abcdefgh"]
+    assert leak_check(splits_of([], [], rows))["lookup_accuracy"] == pytest.approx(1 / 3)
+    assert leak_check(splits_of([], rows, rows))["lookup_accuracy"] == 1
+
+
+def test_popularity_by_hand() -> None:
+    train = [("a", "a", "b"), ("a", "a", "b"), ("b", "a", "b")]
+    test = [("a", "b", "a", "c"), ("b", "b", "a", "c"), ("c", "d", "c", "e")]  # ranks 1, 2, and 3 among equals
+    found = popularity_baseline(splits_of(train, [], test))
+    assert found["popularity_accuracy"] == pytest.approx(1 / 3)
+    assert found["popularity_mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
+    assert found["popularity_ndcg@5"] == pytest.approx((1 + 0.6309297535714575 + 0.5) / 3)
+    assert found["popularity_recall@5"] == 1
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Splits:
+    return write_interactions(tmp_path).load()
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    model = Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, unk_token="[UNK]")
+
+
+def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
+    page = inspect(prepared, tokenizer, "val")
+    for expected in (prepared.digest, "train: 216 examples", "val: 27 examples", "pool sizes: 19 (216x)"):
+        assert expected in page
+    for example in prepared.val[:3]:
+        assert example.prompt in page and f"chosen: {example.chosen}" in page
+    assert "lookup_accuracy" in page and "popularity_accuracy" in page
+    assert "of a response: 2 to 2, median 2" in page  # "Thing 001" in words
+    with pytest.raises(UserError, match="split is train, val or test"):
+        inspect(prepared, tokenizer, "dev")
+
+
+def test_the_export(prepared: Splits, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "test.jsonl"
+    assert "27 examples of test written" in inspect(prepared, tokenizer, "test", out)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(prepared.test)
+    for row, example in zip(rows, prepared.test, strict=True):
+        assert set(row) == {"split", "id", "prompt", "chosen", "pool", "candidates"}
+        assert row["split"] == "test" and row["id"] == example.id and row["prompt"] == example.prompt
+        assert row["candidates"] == list(example.candidates) and row["pool"] == list(example.pool)
+    again = tmp_path / "again.jsonl"
+    export(UserSequences(raw_dir=str(tmp_path)).load().test, "test", again)
+    assert again.read_bytes() == out.read_bytes()

@@ -1,0 +1,213 @@
+"""Anyone's own preferences: what is read, what is refused (by file and line), and what is held out together."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from massdpo.data.jsonl import Jsonl
+from massdpo.errors import UserError
+
+
+def line(**fields):
+    return {"prompt": "p", "chosen": "c", "rejected": ["a", "b"]} | fields
+
+
+def lines(count):
+    return [line(prompt=f"question {row}", chosen=f"right {row}") for row in range(count)]
+
+
+def write(path, rows, end="\n", start=b""):
+    path.write_bytes(start + "".join(json.dumps(row, ensure_ascii=False) + end for row in rows).encode())
+    return str(path)
+
+
+def message(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def everything(splits):
+    return [*splits.train, *splits.val, *splits.test]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "own.jsonl"
+
+
+def test_every_row_arrives_once_as_it_was(path):
+    splits = Jsonl(write(path, lines(40))).load()
+    read = {(row.prompt, row.chosen, row.pool) for row in everything(splits)}
+    assert read == {(f"question {row}", f"right {row}", ("a", "b")) for row in range(40)}
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [32, 4, 4]
+    assert len({row.id for row in everything(splits)}) == 40 and splits.test[0].id == "test/0"
+    assert all(sorted(row.candidates) == sorted([row.chosen, *row.pool]) for row in everything(splits))
+    assert splits.report["train_rows_read"] == 40
+
+
+def test_bom_crlf_blank_lines_and_a_missing_last_line_end_change_nothing(tmp_path):
+    plain = Jsonl(write(tmp_path / "a", lines(20))).load()
+    windows = Jsonl(write(tmp_path / "b", lines(20), end="\r\n\r\n", start=b"\xef\xbb\xbf")).load()
+    (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes().rstrip())
+    assert plain.digest == windows.digest == Jsonl(str(tmp_path / "c")).load().digest
+
+
+def test_one_prompt_is_held_out_whole_and_the_seed_decides(path):
+    rows = [line(prompt=f"question {row % 17}", chosen=f"right {row}") for row in range(170)]
+    given = write(path, rows)
+    splits = Jsonl(given, seed=3).load()
+    prompts = [{row.prompt for row in part} for part in (splits.train, splits.val, splits.test)]
+    assert sum(map(len, prompts)) == 17 == len(set.union(*prompts))
+    assert [len(splits.val), len(splits.test)] == [20, 20]  # 17 wanted, ten rows a prompt
+    assert splits.digest == Jsonl(given, seed=3).load().digest != Jsonl(given, seed=4).load().digest
+    assert {row.prompt for row in Jsonl(given, seed=4).load().test} != prompts[2]
+
+
+def test_held_out_rows_do_not_depend_on_the_order_of_the_file(tmp_path):
+    rows = lines(50)
+    one, other = (Jsonl(write(tmp_path / name, part)).load() for name, part in (("a", rows), ("b", rows[::-1])))
+    assert {row.prompt for row in one.test} == {row.prompt for row in other.test}
+
+
+def test_files_of_their_own_for_validation_and_test(tmp_path):
+    train, val, test = (
+        write(tmp_path / name, rows) for name, rows in zip("abc", (lines(9), lines(3), lines(2)), strict=True)
+    )
+    splits = Jsonl(train, val_path=val, test_path=test).load()
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [9, 3, 2]
+    assert splits.report["val_prompts_also_in_train"] == 3 and splits.report["test_prompts_also_in_train"] == 2
+    partly = Jsonl(train, val_path=val).load()
+    assert [len(partly.train), len(partly.val), len(partly.test)] == [8, 3, 1]
+
+
+def test_the_place_of_the_chosen_one_says_nothing(path):
+    """300 slates of 3: each place has 100 +- 8.2 (binomial); five of these are never reached by chance."""
+    splits = Jsonl(write(path, lines(300)), val_fraction=0.01, test_fraction=0.01).load()
+    places = Counter(row.candidates.index(row.chosen) for row in everything(splits))
+    assert all(abs(places[place] - 100) < 41 for place in range(3))
+
+
+def test_candidates_and_ids_are_taken_as_given(path):
+    rows = [line(prompt=f"q{row}", candidates=["b", "c", "a"], id=row) for row in range(5)]
+    splits = Jsonl(write(path, rows)).load()
+    assert {row.candidates for row in everything(splits)} == {("b", "c", "a")}
+    assert {row.id for row in everything(splits)} == set("01234")
+
+
+def test_conversations_read_as_their_texts(tmp_path):
+    plain = [line(prompt=f"q{row}", chosen="yes", rejected=["no"]) for row in range(6)]
+    talk = [
+        {"prompt": [message(row["prompt"])], "chosen": [message("yes", "assistant")], "rejected": answers}
+        for row, answers in zip(plain, [[message("no", "assistant")], [[message("no", "assistant")]]] * 3, strict=True)
+    ]
+    one = everything(Jsonl(write(tmp_path / "a", plain)).load())
+    other = everything(Jsonl(write(tmp_path / "b", talk)).load())
+    assert [(r.prompt, r.chosen, r.pool) for r in one] == [(r.prompt, r.chosen, r.pool) for r in other]
+    assert all(row.meta == {"messages": [message(row.prompt)]} for row in other)
+
+
+def test_a_conversation_of_several_turns_is_flattened(path):
+    turns = [message("be brief", "system"), message("hello"), message("hi", "assistant"), message("why?")]
+    rows = [*lines(5), line(prompt=turns)]
+    (row,) = [row for row in everything(Jsonl(write(path, rows)).load()) if row.meta]
+    assert row.prompt == "system: be brief\nuser: hello\nassistant: hi\nuser: why?\nassistant:"
+    assert row.meta["messages"] == turns
+
+
+def test_what_is_changed_on_the_way_is_counted(path):
+    rows = [*lines(5), line(prompt="p ", chosen=" c", rejected=["a", "a ", "b"], score=3), line(rejected="a")]
+    splits = Jsonl(write(path, rows)).load()
+    changed = {key: splits.report[key] for key in ("texts_stripped", "rejected_repeats_dropped", "ignored_field_score")}
+    assert changed == {"texts_stripped": 3, "rejected_repeats_dropped": 1, "ignored_field_score": 1}
+    assert Counter(len(row.pool) for row in everything(splits)) == {2: 6, 1: 1}
+
+
+def test_a_folder_saved_by_datasets_equals_the_file(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = lines(30)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    file, folder = Jsonl(write(tmp_path / "a", rows)).load(), Jsonl(str(tmp_path / "saved")).load()
+    assert file.digest == folder.digest
+    parts = {"train": rows[:20], "validation": rows[20:25], "test": rows[25:]}
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
+    saved.save_to_disk(tmp_path / "whole")
+    splits = Jsonl(str(tmp_path / "whole")).load()
+    assert [len(splits.train), len(splits.val), len(splits.test)] == [20, 5, 5]
+    assert [row.prompt for row in splits.test] == [row["prompt"] for row in rows[25:]]
+
+
+START = b'{"prompt": "p", '
+BAD = {
+    "not JSON": b'{"prompt": "p", ',
+    "a JSON object is needed": b'["p", "c"]',
+    "not UTF-8": b'{"prompt": "caf\xe9", "chosen": "c", "rejected": ["a"]}',
+    "lone surrogate": b'{"prompt": "\\ud800", "chosen": "c", "rejected": ["a"]}',
+    'no "prompt"': b'{"chosen": "c", "rejected": ["a"]}',
+    'no "chosen"': b'{"prompt": "p", "chosen": null, "rejected": ["a"]}',
+    'no "rejected"': b'{"prompt": "p", "chosen": "c"}',
+    '"prompt" is empty': b'{"prompt": " ", "chosen": "c", "rejected": ["a"]}',
+    '"chosen" is empty': b'{"prompt": "p", "chosen": "", "rejected": ["a"]}',
+    r'"rejected\[1\]" is empty': b'{"prompt": "p", "chosen": "c", "rejected": ["a", ""]}',
+    r'"prompt" must be a text.*7': b'{"prompt": 7, "chosen": "c", "rejected": ["a"]}',
+    '"chosen" must be a text.*an object': b'{"prompt": "p", "chosen": {}, "rejected": ["a"]}',
+    r'"rejected\[0\]" must be a text.*true': b'{"prompt": "p", "chosen": "c", "rejected": [true]}',
+    '"rejected" must be .*an empty list': b'{"prompt": "p", "chosen": "c", "rejected": []}',
+    '"rejected" must be .*3': b'{"prompt": "p", "chosen": "c", "rejected": 3}',
+    r'"chosen" is also rejected\[1\]': b'{"prompt": "p", "chosen": "c", "rejected": ["a", "c "]}',
+    "\"candidates\" must be exactly.*'d'": START + b'"chosen": "c", "rejected": ["a"], "candidates": ["c", "a", "d"]}',
+    '"candidates" must be a list': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "candidates": "c"}',
+    '"id" must be': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "id": 1.5}',
+    'one message of the role "assistant"': START + b'"chosen": [{"role": "user", "content": "c"}], "rejected": []}',
+    'without the texts "role"': b'{"prompt": [{"role": "user"}], "chosen": "c", "rejected": ["a"]}',
+    "role 'bot'": b'{"prompt": [{"role": "bot", "content": "x"}], "chosen": "c", "rejected": ["a"]}',
+    "without content": b'{"prompt": [{"role": "user", "content": ""}], "chosen": "c", "rejected": ["a"]}',
+}
+
+
+@pytest.mark.parametrize(("told", "bad"), BAD.items())
+def test_a_bad_row_is_told_by_file_and_line_or_skipped_and_counted(path, capsys, told, bad):
+    good = [json.dumps(row).encode() for row in lines(5)]
+    path.write_bytes(b"\n".join([*good[:2], b"", bad, *good[2:]]))
+    with pytest.raises(UserError, match=told) as error:
+        Jsonl(str(path)).load()
+    assert str(error.value).startswith(f"{path}:4: ") and "\n" not in str(error.value)
+    splits = Jsonl(str(path), bad_rows="skip").load()
+    assert len(everything(splits)) == 5
+    assert splits.report["rows_skipped"] == 1 and splits.report["first_skipped"] == str(error.value)
+    assert capsys.readouterr().err.count(f"{path}:4: ") == 1
+
+
+def test_ids_given_twice(path):
+    rows = [line(prompt=f"q{row}", id=f"row {row % 4}") for row in range(5)]
+    with pytest.raises(UserError, match=r"own.jsonl:5: .*'row 0'.*own.jsonl:1"):
+        Jsonl(write(path, rows)).load()
+    with pytest.raises(UserError, match="only some rows"):
+        Jsonl(write(path, [line(id=1), line(prompt="q")])).load()
+
+
+def test_files_that_cannot_be_used(tmp_path, path):
+    with pytest.raises(UserError, match=r"dataset\.path=FILE"):
+        Jsonl(None).load()
+    with pytest.raises(UserError, match=r"absent\.jsonl cannot be read: No such file"):
+        Jsonl(str(tmp_path / "absent.jsonl")).load()
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match=r"own\.jsonl is empty"):
+        Jsonl(str(path)).load()
+    with pytest.raises(UserError, match="save_to_disk"):
+        Jsonl(str(tmp_path)).load()
+    path.write_text("nonsense\n")
+    with pytest.raises(UserError, match="no usable row"):
+        Jsonl(str(path), bad_rows="skip").load()
+
+
+def test_too_few_prompts_and_impossible_options(path):
+    with pytest.raises(UserError, match="2 different prompts are too few"):
+        Jsonl(write(path, lines(2))).load()
+    for options, told in [
+        ({"bad_rows": "ignore"}, "bad_rows"),
+        ({"val_fraction": 0.0}, "val_fraction"),
+        ({"test_fraction": 1.0}, "test_fraction"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "below 1"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            Jsonl(write(path, lines(9)), **options).load()

@@ -1,0 +1,190 @@
+"""The history comes back as written; W&B's offline file holds what was logged; a W&B that fails stops nothing."""
+
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from massdpo import tracking
+from massdpo.tracking import History, NoLogger, Wandb, progress, summary_table
+from tests.conftest import ROOT
+
+
+def test_history_comes_back_to_the_last_digit(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.csv")
+    history.append({"step": 1, "loss": 0.1 + 0.2})
+    history.append({"step": 2, "loss": math.nan, "val/accuracy": 1e-17})
+    history.append({"step": 3, "lr": math.inf})
+    history.write()
+    assert (tmp_path / "history.csv").read_text().splitlines()[0] == "step,loss,val/accuracy,lr"
+    again = History.load(tmp_path / "history.csv")
+    assert repr(again.rows) == repr(history.rows)  # repr: NaN equals itself there, and 1 differs from 1.0
+    again.append({"step": 4})
+    again.write()
+    assert len(History.load(tmp_path / "history.csv").rows) == 4
+
+
+def test_history_is_written_while_rows_are_added(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.csv", write_every=0.0)
+    history.append({"step": 1})
+    assert (tmp_path / "history.csv").read_text() == "step\n1\n"
+
+
+BLOCK = 32768
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The records of an offline W&B file: LevelDB's log (blocks of 32 KiB, 7-byte headers) after 7 bytes of magic."""
+    pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at < len(data):
+        room = BLOCK - at % BLOCK
+        if room < 7:
+            at += room
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+
+def build(name: str, **overrides: Any) -> Any:
+    return hydra.utils.instantiate(OmegaConf.load(ROOT / "conf" / "logger" / f"{name}.yaml"), **overrides)
+
+
+def test_offline_file_holds_config_steps_and_final_metrics(
+    tmp_path: Path, no_account: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "metrics.json"
+    result.write_text("{}")
+    tracker = build("wandb")
+    tracker.start({"loss": {"name": "pl"}, "k": 4}, tmp_path / "run", "a run", group="main", tags=["mass", "x" * 99])
+    steps = [{"loss": 1 / (1 + i), "margin": i * 0.1} for i in range(3000)]  # enough to cross blocks of the file
+    for step, row in enumerate(steps):
+        tracker.log(step, row)
+    tracker.table("picks", [{"prompt": "a", "picked": "b"}, {"prompt": "c", "picked": "d"}])
+    command = tracker.finish({"accuracy": 0.25, "sft/accuracy": 0.125}, files=[result])
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+    assert command.startswith("wandb sync ")
+    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    kinds: dict[str, list[Any]] = {}
+    for record in records(path):
+        kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
+    (run,) = kinds["run"]
+    config = {item.key: json.loads(item.value_json) for item in run.run.config.update}
+    assert config["loss"] == {"name": "pl"} and config["k"] == 4
+    assert (run.run.project, run.run.display_name, run.run.run_group) == ("massdpo", "a run", "main")
+    assert list(run.run.tags) == ["mass", "x" * 64]
+    assert not run.run.git.remote_url and not run.run.git.commit
+    history = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in kinds["history"]
+    ]
+    logged = [{name: row[name] for name in ("loss", "margin")} for row in history if "loss" in row]
+    assert logged == steps
+    assert [row["_step"] for row in history if "loss" in row] == list(range(3000))
+    summary = {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in kinds["summary"]
+        for item in record.summary.update
+    }
+    assert summary["accuracy"] == 0.25 and summary["sft/accuracy"] == 0.125
+    assert summary["picks.nrows"] == 2
+    assert {record.artifact.type for record in kinds["artifact"]} >= {"results"}
+
+
+def test_online_without_credentials_records_offline(
+    tmp_path: Path, no_account: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = build("wandb", mode="online")
+    tracker.start({}, tmp_path / "run", "a run")
+    tracker.log(0, {"loss": 1.0})
+    assert tracker.finish({}).startswith("wandb sync ")
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and "without W&B credentials" in err
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_wandb_that_fails_costs_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # every import of it raises
+    tracker = Wandb("p", "offline")
+    tracker.start({}, tmp_path, "a run")
+    tracker.log(0, {"loss": 1.0})
+    assert tracker.finish({"accuracy": 1.0}) is None
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "W&B was left out" in error
+
+
+def test_a_wandb_that_hangs_costs_its_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Wandb, "_init", lambda *_: time.sleep(5))
+    tracker = Wandb("p", "offline", timeout=0.2)
+    begin = time.monotonic()
+    tracker.start({}, tmp_path, "a run")
+    tracker.log(0, {"loss": 1.0})
+    assert time.monotonic() - begin < 0.1  # nothing waits before the end
+    assert tracker.finish({}) is None
+    assert time.monotonic() - begin < 2  # far below the hang, far above the timeout
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
+def test_none_logs_nothing(tmp_path: Path) -> None:
+    tracker = build("none")
+    assert isinstance(tracker, NoLogger)
+    tracker.start({}, tmp_path / "run", "a run")
+    tracker.log(0, {"loss": 1.0})
+    assert tracker.finish({}) is None and not (tmp_path / "run").exists()
+
+
+def test_progress_without_a_terminal_is_sparse(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with progress(100, "quick") as advance:
+        for _ in range(100):
+            advance()
+    assert capsys.readouterr().err == ""
+    clock = iter(range(0, 10_000, 4))  # seconds: every step takes 4
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: float(next(clock)))
+    with progress(10, "slow") as advance:
+        for _ in range(10):
+            advance(note="loss 1.0")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "slow: 4 of 10 in 16 s, about 24 s left  loss 1.0",
+        "slow: 8 of 10 in 32 s, about 8 s left  loss 1.0",
+    ]
+
+
+def test_summary_table_shows_text_as_it_is() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    summary_table("results [bold]", [{"metric": "[red]x", "SFT": 0.123456, "trained": 7}], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[red]x" in text and "0.1235" in text and "results [bold]" in text
