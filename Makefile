@@ -1,0 +1,63 @@
+# `make help` lists the commands. Variables: PYTHON=python3.12, PIP_ARGS="--extra-index-url ...", ARGS="seed=1 k=8".
+
+PYTHON ?= python3# the interpreter that makes the virtual environment, 3.11 or newer
+VENV ?= .venv
+PIP_ARGS ?=# for pip, such as an index with CPU builds of PyTorch
+ARGS ?= selector=mass k=4# overrides for `make run`
+DEMO ?= outputs/demo# where `make demo` puts its tables and figures
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Two test processes on two cores: one thread each, or they wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run demo tables bench test test-long lint types clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.runtime ## install Python packages at their pinned versions, into .venv
+
+run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
+	$(BIN)/python run.py $(ARGS)
+
+demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures
+	$(BIN)/python run.py -m sweep=demo selector=mass,random,hardest,full seed=0,1,2
+	$(BIN)/python -m massdpo.report demo --out $(DEMO)
+
+tables: setup ## tables and figures of every sweep in results/
+	$(BIN)/python -m massdpo.report
+
+bench: $(VENV)/.test ## measure the engine and the selectors on this machine
+	$(BIN)/python -m massdpo.benchmark engine
+	$(BIN)/python -m massdpo.benchmark selection
+
+test: $(VENV)/.test ## the fast tests
+	$(PYTEST) -m "not slow"
+
+test-long: $(VENV)/.test ## the slow tests
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test ## mypy
+	$(BIN)/mypy
+
+clean: ## remove what make and the tools have made; results/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build massdpo.egg-info
+	find massdpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Each stamp is newer than the files that it was installed from.
+$(VENV)/.runtime: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "massdpo needs Python 3.11 or newer: make PYTHON=python3.11")'
+	@echo "installing into $(VENV): a few minutes the first time"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(PIP_ARGS) -r requirements.lock
+	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.runtime requirements-test.lock
+	$(PIP) $(PIP_ARGS) -r requirements-test.lock
+	@touch $@

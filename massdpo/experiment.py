@@ -1,0 +1,362 @@
+"""One run, top to bottom: prepare, SFT, reference, preference stage, evaluate, result files; what is there is kept."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import massdpo
+from massdpo import stages
+from massdpo.benchmark.measure import commit, machine
+from massdpo.config import identity, resolved, run_name, validate
+from massdpo.data.prepare import limited, prepare
+from massdpo.data.schema import Splits
+from massdpo.data.tokenize import TokenizedExample, TokenizedSplit, tokenize_split
+from massdpo.errors import UserError
+from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
+from massdpo.models import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.runs import claim, draw_history, holding, peak_memory_mb, reset_peak_memory, show, tell
+from massdpo.scoring import PreferenceScorer
+from massdpo.selectors import check_pools
+from massdpo.store import Cache, digest, write_json, write_text
+from massdpo.tracking import History, NoLogger, Tracker
+from massdpo.training import Stage, fit
+
+Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
+# Options of the trainer that change the SFT start.
+SFT_OPTIONS = (
+    *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
+    *("batch_size", "accumulate", "weight_decay", "max_grad_norm", "warmup", "keep", "keep_metric", "log_every"),
+)
+
+
+def run(config: DictConfig) -> None:
+    """Do what `task` says.
+
+    Raises:
+        UserError: anything a user can cause; nothing half-written is left where a result is expected.
+    """
+    from massdpo import tasks
+
+    validate(config)
+    if config.task == "train":
+        train(config)
+    else:
+        getattr(tasks, config.task)(config)
+
+
+@dataclass
+class Data:
+    """The splits as text and as tokens, and what determines them."""
+
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenizedSplit
+    val: TokenizedSplit
+    test: TokenizedSplit
+    key: str
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad  # masked wherever it stands
+
+
+def train(config: DictConfig) -> Path:
+    """SFT start, preference stage, evaluation; returns the run's folder.
+
+    A finished run of the same config and data is announced and left alone (`force=true` computes it again).
+    """
+    accelerator = start(config)
+    cache = Cache(Path(config.cache_dir).expanduser())
+    folder = Path(config.runs_dir) / config.sweep / (config.name or run_name(config))
+    data, model = load(config, cache)
+    key = digest(massdpo.__version__, identity(config), data.key, accelerator.num_processes)
+    with holding(folder, accelerator):
+        if not claim(folder, key, config.force, accelerator):
+            return folder
+        accelerator.wait_for_everyone()
+        tracker: Tracker = hydra.utils.instantiate(config.logger) if accelerator.is_main_process else NoLogger()
+        try:
+            tell(folder, {"status": "running", "key": key, "pid": os.getpid()}, accelerator)
+            compute(config, data, model, cache, folder, tracker, accelerator)
+            tell(folder, {"status": "finished", "key": key}, accelerator)
+        except KeyboardInterrupt as stop:
+            tell(folder, {"status": "interrupted", "key": key, "why": str(stop)}, accelerator)
+            tracker.finish(None)
+            raise
+        except Exception as error:
+            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            tell(folder, {"status": "failed", "key": key, "why": why}, accelerator)
+            tracker.finish(None)
+            raise
+    return folder
+
+
+def start(config: DictConfig) -> Accelerator:
+    """A fresh Accelerator: several jobs run in one process, and its state would keep the first one's precision."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")
+    reset_peak_memory()
+    return accelerator
+
+
+def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
+    """The data as text and tokens, and the model with its start weights."""
+    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
+    source = instantiate(config.model)
+
+    def texts() -> Iterator[str]:
+        for example in splits.train:
+            yield from (example.prompt, example.chosen, *example.pool)
+
+    model, tokenizer = source.load(texts, config.seed, cache)
+    context = model.config.get_text_config().max_position_embeddings
+    options = config.trainer.max_length, config.trainer.chat_template
+    if config.trainer.max_length > context:
+        raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    tokens = {name: tokenize_split(getattr(splits, name), tokenizer, *options) for name in ("train", "val", "test")}
+    for name, split in tokens.items():
+        for line in split.warnings:
+            print(f"warning: {name}: {line}", file=sys.stderr)
+    key = digest(splits.digest, tokenizer.backend_tokenizer.to_str(), options)
+    return Data(splits, tokenizer, **tokens, key=key), model
+
+
+def compute(
+    config: DictConfig,
+    data: Data,
+    model: nn.Module,
+    cache: Cache,
+    folder: Path,
+    tracker: Tracker,
+    accelerator: Accelerator,
+) -> None:
+    """The stages of one run, into its folder."""
+    trainer = config.trainer
+    selector = instantiate(config.selector)
+    rows = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
+    pools = [len(example.response_ids) - 1 for example in rows]
+    if "k" in config.selector:
+        check_pools(pools, config.selector.k, config.selector.short_pool)
+    tracker.start(resolved(config), folder, folder.name, config.sweep, [str(name) for name in config.choices.values()])
+    if accelerator.is_main_process:
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
+    history = History(folder / "history.csv")
+
+    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
+        return score_split(scorer, split, accelerator, trainer.eval_batch_size, data.pad_id, what)
+
+    start_folder = sft_start(config, data, model, cache, score, tracker, accelerator)
+    start_info = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
+    history.rows[:] = start_info["history"]
+
+    policy = load_start(start_folder, config)
+    scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    started = time.perf_counter()
+    reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
+    reference_seconds = time.perf_counter() - started
+    bfloat16 = trainer.precision == "bfloat16"
+    stages.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
+
+    width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
+    loss = hydra.utils.instantiate(config.loss)
+    objective = stages.Preference(selector, loss, config.beta, config.refresh, config.seed, reference["train"], width)
+    stage = Stage(
+        name="preference",
+        rows=rows,
+        epochs=trainer.preference.epochs,
+        learning_rate=trainer.preference.learning_rate,
+        objective=objective,
+        validate=lambda scorer: evaluate(score(scorer, data.val, "validate"), reference["val"], config.beta),
+        checkpoints=folder / "checkpoints",
+        seed=config.seed,
+        pad_id=data.pad_id,
+        begin_epoch=objective.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id),
+        state=objective.state,
+        seconds=objective.seconds,
+    )
+    scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+
+    final = score(scorer, data.test, "test")
+    if not accelerator.is_main_process:
+        return
+    history.write()
+    metrics = evaluate(final, reference["test"], config.beta)
+    metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
+    metrics |= {f"val/{name}": value for name, value in position.validation.items()}
+    sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
+    metrics |= {
+        "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
+        "train_seconds": position.train_seconds,
+        "select_seconds": position.select_seconds,
+        "sft_seconds": start_info["seconds"],
+        "reference_seconds": reference_seconds,
+        "train_tokens": position.tokens,
+        "tokens_per_second": position.tokens / position.train_seconds if position.train_seconds else 0.0,
+        "peak_memory_mb": peak_memory_mb(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+        "packed": int(accelerator.unwrap_model(scorer).packed),
+        "seed": config.seed,
+        "git_commit": commit(),
+        "machine": ", ".join(str(value) for value in machine().values()),
+        "command": shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]),
+    }
+    ids = [example.id for example in data.test]
+    lines = predictions(final, reference["test"], config.beta, ids)
+    write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    if trainer.save_policy:
+        save_policy(accelerator.unwrap_model(scorer).model, data.tokenizer, folder / "policy")
+    write_json(folder / "metrics.json", metrics)
+    draw_history(position.history, folder / "history.png")
+    tracker.table("picks", picks_table(objective, data, rows))
+    sync = tracker.finish(metrics, [folder / "metrics.json", folder / "history.csv"])
+    shutil.rmtree(stage.checkpoints, ignore_errors=True)  # the policy is saved
+    show(folder, metrics, sync)
+
+
+def sft_start(
+    config: DictConfig,
+    data: Data,
+    model: nn.Module,
+    cache: Cache,
+    score: Score,
+    tracker: Tracker,
+    accelerator: Accelerator,
+) -> Path:
+    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
+    trainer = config.trainer
+    chosen = {name: OmegaConf.to_container(trainer, resolve=True)[name] for name in SFT_OPTIONS}  # type: ignore[call-overload]
+    key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, accelerator.num_processes)
+
+    def make() -> Callable[[Path], None]:
+        policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
+        if trainer.gradient_checkpointing:
+            checkpointing(policy)
+        stage = Stage(
+            name="sft",
+            rows=data.train,
+            epochs=trainer.sft.epochs,
+            learning_rate=trainer.sft.learning_rate,
+            objective=stages.sft,
+            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
+            checkpoints=cache.root / "sft" / f"{key}.checkpoints",
+            seed=config.seed,
+            pad_id=data.pad_id,
+        )
+        history = History(cache.root / "sft" / f"{key}.history.csv")
+        scorer = PreferenceScorer(policy, None, trainer.layout)
+        scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+        trained = accelerator.unwrap_model(scorer).model
+        accelerator.free_memory()
+
+        def write(folder: Path) -> None:
+            save_policy(trained, data.tokenizer, folder)
+            write_json(folder / "start.json", {"seconds": position.train_seconds, "history": position.history})
+
+        return write
+
+    return shared_folder(cache, "sft", key, accelerator, make)
+
+
+def shared_folder(
+    cache: Cache, kind: str, key: str, accelerator: Accelerator, make: Callable[[], Callable[[Path], None]]
+) -> Path:
+    """The cached folder for `key`; else every process takes part in `make()`, and one writes what it returns."""
+    if accelerator.num_processes == 1:
+        return cache.folder(kind, key, lambda folder: make()(folder))
+    there = torch.tensor(float(cache.holds(kind, key)), device=accelerator.device)
+    if int(accelerator.reduce(there, "sum")) < accelerator.num_processes:
+        write = make()
+        if accelerator.is_main_process:
+            cache.folder(kind, key, write)
+    accelerator.wait_for_everyone()
+    return cache.path(kind, key)
+
+
+def load_start(folder: Path, config: DictConfig) -> nn.Module:
+    """The policy as the preference stage starts, ready to be trained."""
+    trainer = config.trainer
+    policy: Any = load_policy(folder)[0]
+    if trainer.adapter and trainer.adapter.stages == "two" and isinstance(policy, PeftModel):
+        policy = merge_adapter(policy)
+    if trainer.adapter and not isinstance(policy, PeftModel):
+        policy = add_adapter(policy, trainer.adapter, config.seed + 1)
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_("lora_" in name if trainer.adapter else True)
+    if trainer.gradient_checkpointing:
+        checkpointing(policy)
+    return policy
+
+
+def reference_scores(
+    config: DictConfig,
+    data: Data,
+    rows: Sequence[TokenizedExample],
+    scorer: nn.Module,
+    cache: Cache,
+    score: Score,
+    accelerator: Accelerator,
+) -> dict[str, SplitScores]:
+    """Log-probs of every split under the policy as the preference stage starts, by weights, tokenizer and data."""
+    splits = {"train": rows, "val": data.val, "test": data.test}
+    limit = config.trainer.preference.limit, config.dataset.seed
+    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, config.trainer.precision)
+
+    def make() -> Callable[[Path], None]:
+        scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
+        return lambda folder: [scores[name].save(folder / f"{name}.safetensors") for name in scores]  # type: ignore[return-value]
+
+    folder = shared_folder(cache, "reference", key, accelerator, make)
+    return {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+
+
+def instantiate(node: DictConfig) -> Any:
+    """The part a config node describes; a UserError of its own stays one."""
+    try:
+        return hydra.utils.instantiate(node)
+    except hydra.errors.InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+
+
+def checkpointing(policy: Any) -> None:
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_input_require_grads()  # frozen embeddings would cut the graph below the adapters
+
+
+def picks_table(objective: stages.Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
+    """The newest picks of the first prompts, as text."""
+    table = []
+    for row in range(min(20, len(rows))):
+        responses = [data.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows[row].response_ids]
+        index_K = objective.state["index_SK"][row][objective.state["mask_SK"][row]]
+        picks = " | ".join(responses[1 + index] for index in index_K.tolist())
+        prompt = data.tokenizer.decode(rows[row].prompt_ids, skip_special_tokens=True)
+        table.append({"id": rows[row].id, "prompt": prompt, "chosen": responses[0], "picked": picks})
+    return table

@@ -1,0 +1,370 @@
+"""Language models to train: from scratch in a family's own classes, or pretrained; LoRA adapters; saved policies.
+
+Each node of conf/model/ builds a `TinyModel` or a `PretrainedModel`; both `load` to a model and its tokenizer. Weights are
+read from safetensors only, and no code that comes with a model is ever run.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from massdpo.errors import UserError
+from massdpo.store import Cache, digest, keyed_seed, write_json
+
+Texts = Iterable[str] | Callable[[], Iterable[str]]
+SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
+TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
+HUB_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+]  # no pickles, no code
+
+
+class TinyModel:
+    """A family's own `transformers` classes with random weights, and a byte-level BPE learned from the training split.
+
+    Args:
+        config: `model_type` and that family's options, as `AutoConfig.for_model` takes them; the vocabulary's size and the
+            special tokens' ids come from the tokenizer.
+        vocab_size: the most tokens that the tokenizer may have, at least 259 (the bytes and three special tokens); a small
+            corpus yields fewer.
+    Raises `UserError` where the family or one of its options does not exist.
+    """
+
+    def __init__(self, config: Mapping[str, Any], vocab_size: int):
+        self.options = _plain(config)
+        self.vocab_size = vocab_size
+        if vocab_size < 256 + len(SPECIAL):
+            raise UserError(f"model.vocab_size={vocab_size}: a byte-level vocabulary has at least {256 + len(SPECIAL)}")
+        model_type = self.options.get("model_type")
+        try:
+            known = AutoConfig.for_model(model_type).to_dict()
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.config.model_type={model_type}: no such family in transformers") from error
+        # transformers takes any key without complaint, so that a misspelt one would change nothing
+        if unknown := sorted(self.options.keys() - known.keys()):
+            raise UserError(f"model.config: {model_type} has no option {', '.join(unknown)}")
+
+    def identity(self) -> dict[str, Any]:
+        """With the seed and the training texts, what determines the start weights."""
+        return {"config": self.options, "vocab_size": self.vocab_size}
+
+    def load(self, texts: Texts, seed: int, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model with weights drawn from `seed` (float32, on the CPU) and the tokenizer learned from `texts`."""
+        tokenizer = self.tokenizer(texts, cache)
+        with _seeded(keyed_seed(seed, "weights")):
+            model = _from_config(self.model_config(tokenizer))
+        disable_dropout(model)
+        return model, tokenizer
+
+    def tokenizer(self, texts: Texts, cache: Cache) -> PreTrainedTokenizerBase:
+        """The tokenizer for `texts`, learned once: it is cached by what it is learned from."""
+        used, left_out = _first_bytes(texts() if callable(texts) else texts, TOKENIZER_BYTES)
+        if not used:
+            raise UserError("the training split is empty: there is no text to learn a tokenizer from")
+
+        def build(folder: Path) -> None:
+            learn_tokenizer(used, self.vocab_size).save_pretrained(folder)
+            write_json(folder / "learned_from.json", {"texts": len(used), "texts_left_out": left_out})
+
+        key = digest("byte-level BPE", tokenizers.__version__, SPECIAL, self.vocab_size, used)
+        return PreTrainedTokenizerFast.from_pretrained(cache.folder("tokenizer", key, build))
+
+    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+        ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL}
+        options = {**self.options, **ids, "vocab_size": len(tokenizer)}
+        try:
+            return AutoConfig.for_model(**options)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"model.config: {_one_line(error)}") from error
+
+
+def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens; any text survives encoding and decoding, and BOS opens it."""
+    bpe = Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bos = SPECIAL["bos_token"]
+    bpe.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bpe.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **SPECIAL)
+
+
+class PretrainedModel:
+    """A pretrained model and its tokenizer, from the Hugging Face hub or from a folder.
+
+    Args:
+        hub_id: `owner/name` on the hub; also what a saved adapter names as its base.
+        path: a folder that holds the model instead (`save_pretrained`'s layout); null: the hub, or its cache.
+        revision: branch, tag or commit on the hub; null: main.
+        dtype: of the weights, float32 or bfloat16.
+    Raises `UserError` where the model cannot be had, is not a causal language model, or comes only in pickles.
+    """
+
+    def __init__(self, hub_id: str, path: str | None = None, revision: str | None = None, dtype: str = "float32"):
+        self.hub_id = hub_id
+        self.path = path
+        self.revision = revision
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f"model.dtype={dtype}: float32 or bfloat16")
+        self.dtype = dtype
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the start weights: the hub's commit, or the content of the folder's files."""
+        folder = self.folder()
+        if self.path is None:
+            return {"hub_id": self.hub_id, "commit": folder.name, "dtype": self.dtype}
+        files = sorted(file for pattern in ("*.safetensors", "*.json") for file in folder.glob(pattern))
+        return {"files": {file.name: digest(file) for file in files}, "dtype": self.dtype}
+
+    def load(self, texts: Texts, seed: int, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer; neither depends on the training texts or the seed."""
+        folder = self.folder()
+        model = _load_model(folder, getattr(torch, self.dtype))
+        # A saved adapter names its base by these.
+        model.name_or_path = self.hub_id if self.path is None else str(folder)
+        model.config._commit_hash = folder.name if self.path is None else None
+        return model, _load_tokenizer(folder)
+
+    def folder(self) -> Path:
+        """Where the model's files lie, fetched from the hub if they are not there yet."""
+        if self.path is None:
+            return _fetch(self.hub_id, self.revision)
+        return Path(self.path).expanduser().resolve()
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: policy and reference must agree where their weights do."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        _zero_dropout(module)
+        if isinstance(module, PreTrainedModel):
+            _zero_dropout(module.config)
+
+
+def _zero_dropout(holder: Any) -> None:
+    for name, value in list(vars(holder).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(holder, name, 0.0)
+
+
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> PeftModel:
+    """Freeze `model` and put a LoRA adapter (Hu et al. 2021) on it, trained in float32, that changes nothing yet.
+
+    `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
+    """
+    options = _plain(adapter)
+    config = LoraConfig(
+        r=options["r"],
+        lora_alpha=options["alpha"],
+        target_modules=options["targets"],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _seeded(keyed_seed(seed, "adapter")):
+            adapted = get_peft_model(model, config, revision=getattr(model.config, "_commit_hash", None))
+    except ValueError as error:
+        raise UserError(f"trainer.adapter: {_one_line(error)}") from error
+    return adapted
+
+
+def merge_adapter(model: PeftModel) -> PreTrainedModel:
+    """The plain model with the adapter's update added to its weights, in place."""
+    merged = model.merge_and_unload()
+    merged.name_or_path = ""  # its weights are no longer those that the hub or a folder holds
+    return merged
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A key of all parameters' names and values, adapters included, one tensor in memory at a time."""
+    return digest([[name, digest(weight)] for name, weight in sorted(model.named_parameters())])
+
+
+def save_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, config and tokenizer.
+
+    An adapter is written alone if others can get its base (the hub or a folder holds it as it is), and merged otherwise.
+    """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        if base.name_or_path:
+            base.config.save_pretrained(folder)  # the type of the weights: the adapter's own config lacks it
+        else:
+            model = merge_adapter(copy.deepcopy(model))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_policy(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """A policy that `save_policy` wrote, with the weights' type it was saved in.
+
+    Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
+    """
+    tokenizer = _load_tokenizer(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return _load_model(folder, "auto"), tokenizer
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
+    adapter = _read_json(folder / "adapter_config.json")
+    base_name = adapter["base_model_name_or_path"]
+    base_folder = Path(base_name) if Path(base_name).is_dir() else _fetch(base_name, adapter.get("revision"))
+    base = _load_model(base_folder, getattr(torch, _read_json(folder / "config.json")["dtype"]))
+    base.name_or_path = base_name
+    adapted = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    disable_dropout(adapted)
+    return adapted, tokenizer
+
+
+def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=_attention(config), dtype=torch.float32, trust_remote_code=False
+        )
+    except ValueError as error:
+        raise UserError(f"model.config: {_one_line(error)}") from error
+
+
+def _attention(config: PreTrainedConfig) -> str:
+    """SDPA, unless the model caps its attention scores as Gemma 2 does: SDPA cannot, and some versions drop the cap silently."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else "sdpa"
+
+
+def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    _check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder} cannot be loaded as a causal language model: {_one_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
+    disable_dropout(model)
+    return model
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise UserError(f"model.path: there is no folder {folder}")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is not a model's folder: it has no config.json (what save_pretrained writes)")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"
+        raise UserError(f"{folder} has no weights in *.safetensors ({found}): save it with save_pretrained first")
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"{folder} holds no tokenizer that can be loaded: {_one_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # any token would do: padding is masked everywhere
+    return tokenizer
+
+
+def _fetch(hub_id: str, revision: str | None) -> Path:
+    """The folder of a hub model's snapshot in the hub's cache; offline, what the cache has."""
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise UserError(
+            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id} and put your access token into the "
+            "variable HF_TOKEN, or set model.path=DIR to a folder that holds it"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"the hub has no model {hub_id} (or it is private and HF_TOKEN holds no token for it)"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{hub_id} is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached: go online once, or "
+            "set model.path=DIR to a folder that holds it"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(f"{hub_id} cannot be fetched from the hub: {_one_line(error)}") from error
+
+
+class _seeded:
+    """The CPU's random numbers come from `seed` inside, and go on afterwards as if nothing had been drawn."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+        torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *_: Any) -> None:
+        torch.set_rng_state(self.state)
+
+
+def _first_bytes(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
+    """The first texts, up to `limit` bytes, and how many were left out."""
+    used: list[str] = []
+    left_out = size = 0
+    for text in texts:
+        size += len(text.encode())
+        if size <= limit or not used:
+            used.append(text)
+        else:
+            left_out += 1
+    return used, left_out
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A config node as plain dictionaries and lists."""
+    return OmegaConf.to_container(OmegaConf.create(node), resolve=True)  # type: ignore[arg-type, return-value]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,338 @@
+"""One loop trains both stages: batches, loss, backward, step, log, validate, checkpoint.
+
+What a stage is (its loss) comes from massdpo/stages.py. A checkpoint is a folder that appears whole; a stage that was
+stopped at any moment goes on from the newest one and ends with the same numbers. Order of the data is keyed by (seed,
+stage, epoch), and no dropout is used, so that weights, optimiser and position are all there is to remember.
+"""
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import get_linear_schedule_with_warmup
+
+from massdpo.batch import Batch
+from massdpo.data.tokenize import TokenizedExample, collate
+from massdpo.errors import UserError
+from massdpo.evaluation import Validate
+from massdpo.store import build_folder, is_whole, keyed_seed
+from massdpo.tracking import History, Tracker, progress
+
+# (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
+Objective = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Position:
+    """How far a stage is: what a checkpoint holds beside weights and optimiser."""
+
+    epoch: int = 0
+    batch: int = 0  # optimiser steps done in this epoch
+    step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0  # steps, selection included, without what only the log needs
+    select_seconds: float = 0.0
+    best: float = -math.inf  # of `keep_metric` on the validation split
+    history: list[dict[str, Any]] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)  # newest
+
+
+@dataclass
+class Stage:
+    """One training stage: what it learns from, how long, and where its checkpoints lie."""
+
+    name: str  # sft | preference
+    rows: Sequence[TokenizedExample]
+    epochs: int
+    learning_rate: float
+    objective: Objective
+    validate: Validate
+    checkpoints: Path
+    seed: int
+    pad_id: int
+    begin_epoch: Callable[[nn.Module, int], None] = lambda scorer, epoch: None
+    state: dict[str, Tensor] = field(default_factory=dict)  # what the objective must remember
+    seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})  # the objective counts
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM arrived; a checkpoint has been written."""
+
+
+def fit(
+    stage: Stage,
+    scorer: nn.Module,
+    options: DictConfig,
+    accelerator: Accelerator,
+    history: History,
+    tracker: Tracker,
+) -> tuple[nn.Module, Position]:
+    """Train `scorer` (prepared here) on a stage, from its newest checkpoint where there is one.
+
+    Raises:
+        UserError: a loss or gradient that is not finite (the last checkpoint stays good).
+        Stopped: a signal asked for an end.
+    """
+    optimizer = torch.optim.AdamW(
+        (weight for weight in scorer.parameters() if weight.requires_grad),
+        lr=stage.learning_rate,
+        weight_decay=options.weight_decay,
+    )
+    prompts_a_step = options.batch_size * options.accumulate * accelerator.num_processes
+    steps_an_epoch = -(-len(stage.rows) // prompts_a_step)
+    total = steps_an_epoch * stage.epochs
+    schedule = get_linear_schedule_with_warmup(optimizer, int(options.warmup * total), total)
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    position = _resume(stage, accelerator, schedule)
+    history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + position.history
+    scorer.train()
+    with _signals() as stop, progress(total, stage.name) as advance:
+        advance(position.step)
+        while position.epoch < stage.epochs:
+            with _timed(stage, position):
+                stage.begin_epoch(scorer, position.epoch)
+            scorer.train()
+            order = _order(stage, position.epoch)
+            steps = [order[start : start + prompts_a_step] for start in range(0, len(order), prompts_a_step)]
+            loader = _loader(stage, steps[position.batch :], options, accelerator)
+            for rows in steps[position.batch :]:
+                position.batch, position.step = position.batch + 1, position.step + 1
+                logged = position.step % options.log_every == 0 or position.step == total
+                row = {"step": position.step, "epoch": position.epoch, "learning_rate": schedule.get_last_lr()[0]}
+                with _timed(stage, position):
+                    row |= _step(stage, scorer, optimizer, loader, rows, position, logged, options, accelerator)
+                schedule.step()
+                if logged:
+                    share = position.select_seconds / position.train_seconds
+                    _log(stage, position, row | {"select_share": share}, history, tracker)
+                advance(1, f"loss {row['loss']:.3f}")
+                if stop() or position.step % options.checkpoint_every == 0:
+                    _save(stage, position, accelerator)
+                if stop():
+                    raise Stopped(
+                        f"stopped at step {position.step} of {total} of {stage.name}; the same command goes on"
+                    )
+            position.epoch, position.batch = position.epoch + 1, 0
+            position.validation = stage.validate(scorer)
+            scorer.train()
+            _log(stage, position, _named("val", position.validation) | {"step": position.step}, history, tracker)
+            value = position.validation[options.keep_metric]
+            if options.keep == "best" and value > position.best:
+                _write(stage.checkpoints / "best", position, stage, accelerator)
+            position.best = max(position.best, value)
+            _save(stage, position, accelerator)
+    if options.keep == "best" and stage.epochs:
+        accelerator.load_state(str(stage.checkpoints / "best"))
+    return scorer, position
+
+
+def _step(
+    stage: Stage,
+    scorer: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Iterator[Batch],
+    rows: Sequence[int],
+    position: Position,
+    logged: bool,
+    options: DictConfig,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """One optimiser step over `rows`; returns what is logged of it."""
+    world, size = accelerator.num_processes, options.batch_size
+    micro = micro_batches(len(rows), world, size)
+    values: dict[str, list[Tensor]] = {}
+    for number in range(micro):
+        batch = next(loader).to(accelerator.device)
+        with accelerator.no_sync(scorer) if number < micro - 1 else nullcontext():
+            loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
+            real_B = _real(batch, rows, number, size, accelerator)
+            # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
+            loss = (loss_B * real_B).sum() * world / len(rows)
+            if not torch.isfinite(loss):
+                raise UserError(
+                    f"the loss is not finite at step {position.step} of {stage.name} (examples "
+                    f"{', '.join(batch.ids)}): lower trainer.{stage.name}.learning_rate or beta"
+                )
+            accelerator.backward(loss)
+        for name, value_B in (logs | {"loss": loss_B}).items():
+            values.setdefault(name, []).append(value_B.detach().float()[real_B > 0])
+        position.tokens += int(batch.prompt_mask_BP.sum() + batch.response_mask_BCT.sum())
+    norm = float(accelerator.clip_grad_norm_(scorer.parameters(), options.max_grad_norm))
+    if not math.isfinite(norm):
+        raise UserError(
+            f"the gradient is not finite at step {position.step} of {stage.name} (examples "
+            f"{', '.join(batch.ids)}): lower trainer.{stage.name}.learning_rate"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    # Means over this step's prompts, of all processes.
+    names = sorted(values)
+    total_n2 = torch.stack(
+        [
+            torch.stack([value.sum(), torch.tensor(float(len(value)), device=value.device)])
+            for value in (torch.cat(values[name]) for name in names)
+        ]
+    )
+    total_n2 = accelerator.reduce(total_n2, "sum")
+    means = {name: float(total / count) for name, (total, count) in zip(names, total_n2.tolist(), strict=True) if count}
+    return means | {"gradient_norm": norm}
+
+
+def micro_batches(prompts: int, world: int, size: int) -> int:
+    """Batches a process, as many in each, that `prompts` make when every process takes its share."""
+    return math.ceil(math.ceil(prompts / world) / size)
+
+
+@contextmanager
+def _timed(stage: Stage, position: Position) -> Iterator[None]:
+    """Count the seconds of training, and among them those of selection; what only the log needs counts as neither."""
+    started, before = time.perf_counter(), dict(stage.seconds)
+    yield
+    observed = stage.seconds["observe"] - before["observe"]
+    position.train_seconds += time.perf_counter() - started - observed
+    position.select_seconds += stage.seconds["select"] - before["select"]
+
+
+def _real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator: Accelerator) -> Tensor:
+    """1 for this process's own prompts, 0 for the filler that keeps processes in step."""
+    own = len(rows[accelerator.process_index :: accelerator.num_processes])
+    count = max(0, min(size, own - number * size))
+    return (torch.arange(len(batch.ids), device=accelerator.device) < count).float()
+
+
+def _loader(
+    stage: Stage, steps: Sequence[Sequence[int]], options: DictConfig, accelerator: Accelerator
+) -> Iterator[Batch]:
+    """Batches of this process, step by step; as many in every process, filled up with a prompt that weighs nothing."""
+    batches: list[list[int]] = []
+    for rows in steps:
+        own = list(rows[accelerator.process_index :: accelerator.num_processes])
+        micro = micro_batches(len(rows), accelerator.num_processes, options.batch_size)
+        for number in range(micro):
+            batches.append(own[number * options.batch_size : (number + 1) * options.batch_size] or [rows[0]])
+    loader = DataLoader(
+        _Numbered(stage.rows),
+        batch_sampler=batches,  # type: ignore[arg-type]  # a list of lists is a batch sampler
+        collate_fn=_Collate(stage.pad_id),
+        num_workers=options.workers,
+    )
+    return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    rows: Sequence[TokenizedExample]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[int, TokenizedExample]:
+        return row, self.rows[row]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    pad_id: int
+
+    def __call__(self, rows: list[tuple[int, TokenizedExample]]) -> Batch:
+        return collate(rows, self.pad_id)
+
+
+def _order(stage: Stage, epoch: int) -> list[int]:
+    return (
+        np.random.default_rng(keyed_seed("order", stage.seed, stage.name, epoch)).permutation(len(stage.rows)).tolist()
+    )
+
+
+def _log(stage: Stage, position: Position, row: dict[str, Any], history: History, tracker: Tracker) -> None:
+    position.history.append({"stage": stage.name} | row)
+    history.append(position.history[-1])
+    numbers = {f"{stage.name}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
+    tracker.log(len(history.rows), numbers)  # one running number over both stages, for W&B
+
+
+def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def _save(stage: Stage, position: Position, accelerator: Accelerator) -> None:
+    """Write the newest checkpoint, then drop older ones: at every moment there is a whole one."""
+    place = stage.checkpoints / f"{position.epoch:04d}-{position.step:08d}"
+    _write(place, position, stage, accelerator)
+    if accelerator.is_main_process:
+        for old in _whole(stage.checkpoints)[:-1]:
+            shutil.rmtree(old)
+
+
+def _write(place: Path, position: Position, stage: Stage, accelerator: Accelerator) -> None:
+    def build(folder: Path) -> None:
+        accelerator.save_state(str(folder))
+        (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        if stage.state:
+            save_file(stage.state, folder / "objective.safetensors")
+
+    try:
+        if accelerator.is_main_process:
+            build_folder(place, build)
+    except OSError as error:
+        raise UserError(
+            f"no checkpoint could be written to {place.parent} ({error.strerror or error}): free some room; "
+            "the last checkpoint is good, and the same command goes on from it"
+        ) from error
+    accelerator.wait_for_everyone()
+
+
+def _resume(stage: Stage, accelerator: Accelerator, schedule: Any) -> Position:
+    """Load the newest whole checkpoint, if any; a damaged one is told and passed over."""
+    whole = _whole(stage.checkpoints)
+    if not whole:
+        return Position()
+    accelerator.load_state(str(whole[-1]))
+    position = Position(**json.loads((whole[-1] / "position.json").read_text(encoding="utf-8")))
+    if stage.state:
+        for name, value in load_file(whole[-1] / "objective.safetensors").items():
+            stage.state[name].copy_(value)
+    schedule.last_epoch = position.step - 1
+    schedule.step()
+    accelerator.print(f"{stage.name}: going on from step {position.step}")
+    return position
+
+
+def _whole(checkpoints: Path) -> list[Path]:
+    return sorted(place for place in checkpoints.glob("[0-9]*") if is_whole(place))
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C and SIGTERM into a question the loop asks between steps; a second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
