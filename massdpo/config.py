@@ -420,6 +420,8 @@ def explain(error: Exception) -> str:
         return "a group needs the name of an option: write GROUP=NAME, as in selector=mass"
     if found := re.search(r"hydra:runtime\.choices\.(\w+)|runtime\.choices\.(\w+)", said):
         return f"the group '{found[1] or found[2]}' needs one option: write {found[1] or found[2]}=NAME"
+    if found := re.search(r"Environment variable '(\w+)' not found", said):
+        return f"the environment variable {found[1]} that the configuration refers to is not set"
     return " ".join(said.split())
 
 
@@ -428,11 +430,15 @@ def _nearest(word: str, names: Sequence[str]) -> str:
     return _near(word, names) or (f"; there are {', '.join(names)}" if 0 < len(names) <= 20 else "")
 
 
+OTHER_WORDS = {"lr": "learning_rate", "gamma": "ridge", "lora": "adapter", "lora_alpha": "alpha"}  # people's for ours
+
+
 def _near(word: Any, names: Sequence[str]) -> str:
     """'; did you mean NAME?' for a word near a name, or near the last part of a dotted one; else nothing."""
     if not isinstance(word, str):
         return ""
-    last, last_parts = word.lower().split(".")[-1], [name.lower().split(".")[-1] for name in names]
+    last = word.lower().split(".")[-1]
+    last, last_parts = OTHER_WORDS.get(last, last), [name.lower().split(".")[-1] for name in names]
     if near := difflib.get_close_matches(last, last_parts, n=1, cutoff=0.6):
         alike = [name for name, part in zip(names, last_parts, strict=True) if part == near[0]]
         return f"; did you mean '{difflib.get_close_matches(word, alike, n=1, cutoff=0.0)[0]}'?"

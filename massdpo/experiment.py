@@ -1,6 +1,7 @@
 """One run, top to bottom: prepare, SFT, reference, preference stage, evaluate, result files; what is there is kept."""
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -116,6 +117,7 @@ def start(config: DictConfig) -> Accelerator:
         torch.set_num_threads(config.trainer.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tells of every tied weight at every checkpoint
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
@@ -133,7 +135,8 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            yield from (example.prompt, example.chosen, *example.pool)
+            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
+            yield from (f" {response}" for response in example.pool)
 
     model, tokenizer = source.load(texts, config.seed, cache)
     context = model.config.get_text_config().max_position_embeddings

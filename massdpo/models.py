@@ -1,21 +1,30 @@
 """Language models to train: from scratch in a family's own classes, or pretrained; LoRA adapters; saved policies.
 
-Each node of conf/model/ builds a `TinyModel` or a `PretrainedModel`; both `load` to a model and its tokenizer. Weights are
-read from safetensors only, and no code that comes with a model is ever run.
+Each node of conf/model/ builds a `TinyModel` or a `PretrainedModel`; both `load` to a model and its tokenizer. Weights
+are read from safetensors only, and no code that comes with a model is ever run.
 """
 
-import copy
 import json
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from omegaconf import OmegaConf
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -34,6 +43,8 @@ from massdpo.store import Cache, digest, keyed_seed, write_json
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
+ADAPTER = "adapter_config.json"
+BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
 HUB_FILES = [
     "*.safetensors",
     "*.safetensors.index.json",
@@ -48,10 +59,10 @@ class TinyModel:
     """A family's own `transformers` classes with random weights, and a byte-level BPE learned from the training split.
 
     Args:
-        config: `model_type` and that family's options, as `AutoConfig.for_model` takes them; the vocabulary's size and the
-            special tokens' ids come from the tokenizer.
-        vocab_size: the most tokens that the tokenizer may have, at least 259 (the bytes and three special tokens); a small
-            corpus yields fewer.
+        config: `model_type` and that family's options, as `AutoConfig.for_model` takes them; the vocabulary's size and
+            the special tokens' ids come from the tokenizer.
+        vocab_size: the most tokens that the tokenizer may have, at least 259 (the bytes and three special tokens); a
+            small corpus yields fewer.
     Raises `UserError` where the family or one of its options does not exist.
     """
 
@@ -60,7 +71,7 @@ class TinyModel:
         self.vocab_size = vocab_size
         if vocab_size < 256 + len(SPECIAL):
             raise UserError(f"model.vocab_size={vocab_size}: a byte-level vocabulary has at least {256 + len(SPECIAL)}")
-        model_type = self.options.get("model_type")
+        model_type = str(self.options.get("model_type"))
         try:
             known = AutoConfig.for_model(model_type).to_dict()
         except (ValueError, TypeError) as error:
@@ -90,6 +101,9 @@ class TinyModel:
         def build(folder: Path) -> None:
             learn_tokenizer(used, self.vocab_size).save_pretrained(folder)
             write_json(folder / "learned_from.json", {"texts": len(used), "texts_left_out": left_out})
+            if left_out:
+                total = f"{len(used) + left_out} training texts"
+                print(f"note: the tokenizer is learned from the first {len(used)} of {total}", file=sys.stderr)
 
         key = digest("byte-level BPE", tokenizers.__version__, SPECIAL, self.vocab_size, used)
         return PreTrainedTokenizerFast.from_pretrained(cache.folder("tokenizer", key, build))
@@ -99,7 +113,7 @@ class TinyModel:
         options = {**self.options, **ids, "vocab_size": len(tokenizer)}
         try:
             return AutoConfig.for_model(**options)
-        except (ValueError, TypeError) as error:
+        except (StrictDataclassError, ValueError, TypeError) as error:
             raise UserError(f"model.config: {_one_line(error)}") from error
 
 
@@ -151,18 +165,25 @@ class PretrainedModel:
 
     def load(self, texts: Texts, seed: int, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; neither depends on the training texts or the seed."""
+        return self.model(), _load_tokenizer(self.folder())
+
+    def model(self) -> PreTrainedModel:
+        """The model alone, on the CPU; a saved adapter names its base by the `name_or_path` and the commit set here."""
         folder = self.folder()
         model = _load_model(folder, getattr(torch, self.dtype))
-        # A saved adapter names its base by these.
         model.name_or_path = self.hub_id if self.path is None else str(folder)
         model.config._commit_hash = folder.name if self.path is None else None
-        return model, _load_tokenizer(folder)
+        return model
 
     def folder(self) -> Path:
         """Where the model's files lie, fetched from the hub if they are not there yet."""
         if self.path is None:
             return _fetch(self.hub_id, self.revision)
-        return Path(self.path).expanduser().resolve()
+        folder = Path(self.path).expanduser().resolve()
+        _check_folder(folder)
+        if (folder / ADAPTER).is_file():
+            raise UserError(f"model.path: {folder} holds an adapter; a model to start from is whole: merge it first")
+        return folder
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -217,36 +238,49 @@ def weights_digest(model: nn.Module) -> str:
 def save_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an ordinary Hugging Face folder: safetensors, config and tokenizer.
 
-    An adapter is written alone if others can get its base (the hub or a folder holds it as it is), and merged otherwise.
+    An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
     """
     if isinstance(model, PeftModel):
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         if base.name_or_path:
-            base.config.save_pretrained(folder)  # the type of the weights: the adapter's own config lacks it
+            write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
         else:
-            model = merge_adapter(copy.deepcopy(model))
-    model.save_pretrained(folder)
+            weights = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items()}
+            base.save_pretrained(folder, state_dict={n: weight for n, weight in weights.items() if ".lora_" not in n})
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub whether they changed
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def load_policy(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A policy that `save_policy` wrote, with the weights' type it was saved in.
+    """A policy that `save_policy` wrote, in the type that its weights had.
 
     Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
     """
     tokenizer = _load_tokenizer(folder)
-    if not (folder / "adapter_config.json").is_file():
-        return _load_model(folder, "auto"), tokenizer
-    if not (folder / "adapter_model.safetensors").is_file():
+    if (folder / ADAPTER).is_file() and not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
-    adapter = _read_json(folder / "adapter_config.json")
-    base_name = adapter["base_model_name_or_path"]
-    base_folder = Path(base_name) if Path(base_name).is_dir() else _fetch(base_name, adapter.get("revision"))
-    base = _load_model(base_folder, getattr(torch, _read_json(folder / "config.json")["dtype"]))
-    base.name_or_path = base_name
-    adapted = PeftModel.from_pretrained(base, str(folder), use_safetensors=True)
+    if (folder / "config.json").is_file() or not (folder / ADAPTER).is_file():
+        model = _load_model(folder, "auto")
+        if (folder / ADAPTER).is_file():
+            _read_adapter(model, folder)
+        return model, tokenizer
+    adapter = _read_json(folder / ADAPTER)
+    name = str(adapter.get("base_model_name_or_path"))
+    path = name if Path(name).is_absolute() else None
+    base = PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
+    adapted = PeftModel.from_pretrained(base, str(folder))
     disable_dropout(adapted)
     return adapted, tokenizer
+
+
+def _read_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Read the adapter again in float32, as it was trained: `transformers` reads it in the type of its base."""
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -259,15 +293,17 @@ def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _attention(config: PreTrainedConfig) -> str:
-    """SDPA, unless the model caps its attention scores as Gemma 2 does: SDPA cannot, and some versions drop the cap silently."""
+    """SDPA, unless the model caps its attention scores (Gemma 2): SDPA cannot, and some versions then drop it."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else "sdpa"
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model that the folder holds, with the adapter that lies beside it, if any."""
     _check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, info = loader.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -276,7 +312,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {_one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
@@ -308,11 +344,11 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _fetch(hub_id: str, revision: str | None) -> Path:
     """The folder of a hub model's snapshot in the hub's cache; offline, what the cache has."""
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
     except GatedRepoError as error:
         raise UserError(
-            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id} and put your access token into the "
-            "variable HF_TOKEN, or set model.path=DIR to a folder that holds it"
+            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id} and put your access token into "
+            "the variable HF_TOKEN, or set model.path=DIR to a folder that holds it"
         ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
@@ -325,20 +361,20 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise UserError(f"{hub_id} cannot be fetched from the hub: {_one_line(error)}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{hub_id} has no weights in *.safetensors in {folder}: where the hub has them, go online once to complete "
+            "that cache, or set model.path=DIR to a folder that holds the model"
+        )
+    return folder
 
 
-class _seeded:
-    """The CPU's random numbers come from `seed` inside, and go on afterwards as if nothing had been drawn."""
-
-    def __init__(self, seed: int):
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        self.state = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed)
-
-    def __exit__(self, *_: Any) -> None:
-        torch.set_rng_state(self.state)
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, the CPU's random numbers come from `seed`; afterwards they go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
+        yield
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
@@ -363,7 +399,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
     """A config node as plain dictionaries and lists."""
-    return OmegaConf.to_container(OmegaConf.create(node), resolve=True)  # type: ignore[arg-type, return-value]
+    return OmegaConf.to_object(node) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
 
 
 def _one_line(error: BaseException) -> str:

@@ -184,7 +184,7 @@ class SyntheticRec:
     same_genre: float = 0.4  # share of the pool that is of the chosen title's genre
     list_candidates: bool = False  # are the candidates listed in the prompt?
     loyalty: float = 0.2  # probability that a viewer goes on with a franchise that they have begun
-    habit: float = 0.7  # probability, otherwise, of the franchise that is usual after the last title
+    habit: float = 0.85  # probability, otherwise, of the franchise that is usual after the last title
 
     def load(self) -> Splits:
         for name in ("num_train", "num_val", "num_test"):

@@ -1,0 +1,486 @@
+"""Models: every option builds, weights follow the seed, saved folders load to the same function, nothing unsafe runs."""
+
+import json
+import pickle
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from massdpo import models
+from massdpo.errors import UserError
+from massdpo.models import (
+    PretrainedModel,
+    TinyModel,
+    add_adapter,
+    disable_dropout,
+    learn_tokenizer,
+    load_policy,
+    merge_adapter,
+    save_policy,
+    weights_digest,
+)
+from massdpo.store import Cache, is_whole
+from tests.conftest import ROOT
+
+FAMILIES = ["llama", "gemma", "phi", "qwen"]
+OPTIONS = sorted((ROOT / "conf" / "model").glob("*.yaml"))
+TEXTS = [f"viewer {i} saw film {i % 7}, then film {i * i % 31}; next: film {i % 13}" for i in range(300)]
+ODD_TEXTS = ["", " two  spaces ", "Füße 日本語 🙂\n\ttab", "a" * 300, "bytes \x00\x7f"]
+ADAPTER = {"r": 4, "alpha": 8, "targets": "all-linear"}
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def option(name: str, **changes: object) -> TinyModel | PretrainedModel:
+    return instantiate(OmegaConf.load(ROOT / "conf" / "model" / f"{name}.yaml"), **changes)
+
+
+def load_tiny(family: str, folder: Path, seed: int = 0) -> Loaded:
+    return option(f"tiny_{family}").load(TEXTS, seed, Cache(folder / "cache"))
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request: pytest.FixtureRequest, tmp_path: Path) -> Loaded:
+    return load_tiny(request.param, tmp_path)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Loaded:
+    return load_tiny("llama", tmp_path)
+
+
+def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    batch = tokenizer(TEXTS[:3], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        output = model.eval()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return output.logits[batch.attention_mask.bool()].float()
+
+
+def train_adapter(model: PeftModel) -> None:
+    """Weights as after training: peft starts with B = 0, where an adapter that got lost would not be noticed."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+
+
+# the options
+
+
+def test_the_options_are_those_promised() -> None:
+    pretrained = ["llama3_2_1b", "llama3_2_3b", "gemma2_2b", "phi3_mini", "qwen2_5_1_5b", "qwen3_0_6b", "smollm2_135m"]
+    scratch = [f"{size}_{family}" for size in ("tiny", "small") for family in FAMILIES]
+    assert [path.stem for path in OPTIONS] == sorted(pretrained + scratch)
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+def test_each_option_builds_and_says_what_each_line_does(path: Path) -> None:
+    built = instantiate(OmegaConf.load(path))
+    assert isinstance(built, TinyModel | PretrainedModel)
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert all(" # " in line for line in lines[1:] if not line.startswith("_target_"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("size", "least", "most"), [("tiny", 80_000, 200_000), ("small", 20e6, 60e6)])
+def test_size(family: str, size: str, least: float, most: float) -> None:
+    built = option(f"{size}_{family}")
+    assert isinstance(built, TinyModel)
+    # a full vocabulary: the corpus here is too small for one. The meta device counts without memory.
+    config = AutoConfig.for_model(**{**built.options, "vocab_size": built.vocab_size, "pad_token_id": 0})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert least <= sum(weight.numel() for weight in model.parameters()) <= most
+
+
+def test_misspelt_options_are_told() -> None:
+    with pytest.raises(UserError, match="hiden_size"):
+        TinyModel({"model_type": "llama", "hiden_size": 64}, 300)
+    with pytest.raises(UserError, match="no such family"):
+        TinyModel({"model_type": "lama"}, 300)
+    with pytest.raises(UserError, match="at least 259"):
+        TinyModel({"model_type": "llama"}, 100)
+    with pytest.raises(UserError, match="float16"):
+        PretrainedModel("some/model", dtype="float16")
+
+
+def test_values_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.config"):
+        TinyModel({"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}, 300).load(
+            TEXTS, 0, Cache(tmp_path)
+        )
+
+
+# from scratch
+
+
+def test_family_dtype_and_special_tokens(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == model.config.vocab_size
+    ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    assert [model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id] == ids
+    assert len(set(ids)) == 3
+    tokenizer_ids = tokenizer("film").input_ids
+    assert tokenizer_ids[0] == tokenizer.bos_token_id
+    assert tokenizer_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_weights_follow_the_seed_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = weights_digest(load_tiny("llama", tmp_path)[0])
+    after = torch.rand(())
+    again = weights_digest(load_tiny("llama", tmp_path / "elsewhere")[0])  # another state of the global generator
+    other = weights_digest(load_tiny("llama", tmp_path, seed=1)[0])
+    assert first == again != other
+    torch.manual_seed(0)
+    assert torch.rand(()) == after  # building a model draws nothing from it
+
+
+def test_weights_digest_sees_one_changed_number(llama: Loaded) -> None:
+    before = weights_digest(llama[0])
+    next(llama[0].parameters()).data.view(-1)[-1] += 1e-6
+    assert weights_digest(llama[0]) != before
+
+
+def test_tokenizer_round_trip(llama: Loaded) -> None:
+    tokenizer = llama[1]
+    for text in [*TEXTS[:5], *ODD_TEXTS]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert tokenizer.decode(ids) == text
+    # merges were learned: far fewer tokens than the bytes that an untrained vocabulary would give
+    assert len(tokenizer(TEXTS[0]).input_ids) < 0.5 * len(TEXTS[0])
+
+
+def test_learning_a_tokenizer_is_deterministic() -> None:
+    first, second = (learn_tokenizer(TEXTS, 400).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_tokenizer_is_cached_by_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, built = Cache(tmp_path), option("tiny_llama")
+    vocabulary = built.load(lambda: iter(TEXTS), 0, cache)[1].get_vocab()
+    (folder,) = (path for path in (tmp_path / "tokenizer").iterdir() if path.is_dir())
+    assert is_whole(folder)
+    assert json.loads((folder / "learned_from.json").read_text()) == {"texts": len(TEXTS), "texts_left_out": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "learn_tokenizer", lambda *_: pytest.fail("learned again"))
+        assert built.load(TEXTS, 1, cache)[1].get_vocab() == vocabulary
+    assert built.load([*TEXTS, "quite another text"], 0, cache)[1].get_vocab() is not None
+    assert len([path for path in (tmp_path / "tokenizer").iterdir() if path.is_dir()]) == 2
+
+
+def test_a_huge_corpus_is_cut_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "TOKENIZER_BYTES", sum(len(text) for text in TEXTS[:100]))
+    option("tiny_llama").load(TEXTS, 0, Cache(tmp_path))
+    assert "first 100 of 300 training texts" in capsys.readouterr().err
+
+
+def test_no_training_text_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="empty"):
+        option("tiny_llama").load([], 0, Cache(tmp_path))
+
+
+# through the pretrained path
+
+
+def test_saved_and_loaded_as_pretrained(tiny: Loaded, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    save_policy(model, tokenizer, tmp_path / "saved")
+    pretrained = PretrainedModel("owner/name", path=str(tmp_path / "saved"))
+    loaded, loaded_tokenizer = pretrained.load([], 0, Cache(tmp_path / "cache"))
+    assert torch.equal(logits(model, tokenizer), logits(loaded, loaded_tokenizer))
+    assert weights_digest(loaded) == weights_digest(model)
+    assert loaded.config._attn_implementation == model.config._attn_implementation
+    for text in [*TEXTS[:5], *ODD_TEXTS]:
+        assert loaded_tokenizer(text).input_ids == tokenizer(text).input_ids
+
+
+def test_dtype_of_pretrained_weights(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "saved")
+    loaded, _ = option("smollm2_135m", path=str(tmp_path / "saved"), dtype="bfloat16").load([], 0, Cache(tmp_path))
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_identity_is_the_content(llama: Loaded, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    for name in ("one", "two", "three"):
+        save_policy(model, tokenizer, tmp_path / name)
+        next(model.parameters()).data += 0.0 if name == "one" else 1.0
+    one, two, three = (PretrainedModel("a/b", path=str(tmp_path / n)).identity() for n in ("one", "two", "three"))
+    assert one == two != three
+    assert json.loads(json.dumps(one)) == one
+
+
+def test_pad_token_where_a_tokenizer_has_none(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "saved")
+    path = tmp_path / "saved" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "pad_token"}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token is None
+    _, tokenizer = PretrainedModel("a/b", path=str(tmp_path / "saved")).load([], 0, Cache(tmp_path))
+    assert tokenizer.pad_token == tokenizer.eos_token == "<|eos|>"
+
+
+def test_hub_model_comes_from_its_snapshot(llama: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder in the hub's own layout, offline: loaded, named by its commit, and named by a saved adapter."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--owner--name"
+    save_policy(*llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    offline(tmp_path, monkeypatch)
+    pretrained = PretrainedModel("owner/name")
+    assert pretrained.identity() == {"hub_id": "owner/name", "commit": commit, "dtype": "float32"}
+    model, tokenizer = pretrained.load([], 0, Cache(tmp_path))
+    assert torch.equal(logits(model, tokenizer), logits(*llama))
+
+    adapted = add_adapter(model, ADAPTER, 0)
+    train_adapter(adapted)
+    save_policy(adapted, tokenizer, tmp_path / "policy")
+    saved = json.loads((tmp_path / "policy" / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["revision"]) == ("owner/name", commit)
+    assert torch.equal(logits(*load_policy(tmp_path / "policy")), logits(adapted, tokenizer))
+
+
+# what users can get wrong
+
+
+def offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+
+
+def told(pretrained: PretrainedModel, folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        pretrained.load([], 0, Cache(folder))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_offline_with_nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offline(tmp_path, monkeypatch)
+    message = told(PretrainedModel("owner/name"), tmp_path)
+    assert all(part in message for part in ("owner/name", str(tmp_path / "hub"), "model.path=DIR"))
+
+
+def test_hub_unreachable_with_nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without HF_HUB_OFFLINE set: the hub's address is a port of this machine at which nobody listens."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")
+    message = told(PretrainedModel("owner/name"), tmp_path)
+    assert all(part in message for part in ("owner/name", str(tmp_path / "hub"), "model.path=DIR"))
+
+
+def test_cache_with_a_part_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--owner--name"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "snapshots" / "abc" / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    offline(tmp_path, monkeypatch)
+    message = told(PretrainedModel("owner/name"), tmp_path)
+    assert all(part in message for part in ("owner/name", str(tmp_path / "hub"), "model.path=DIR"))
+
+
+def test_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise GatedRepoError("gated", response=MagicMock())
+
+    monkeypatch.setattr(models, "snapshot_download", refuse)
+    message = told(PretrainedModel("owner/name"), tmp_path)
+    assert all(part in message for part in ("https://huggingface.co/owner/name", "HF_TOKEN", "model.path=DIR"))
+    assert not issubclass(GatedRepoError, LocalEntryNotFoundError)  # or the order of the handlers would matter
+
+
+def test_folders_that_are_no_model(llama: Loaded, tmp_path: Path) -> None:
+    assert "no folder" in told(PretrainedModel("a/b", path=str(tmp_path / "nowhere")), tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in told(PretrainedModel("a/b", path=str(tmp_path / "empty")), tmp_path)
+
+    save_policy(*llama, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded" in told(PretrainedModel("a/b", path=str(tmp_path / "cut")), tmp_path)
+
+    # a decoder without its output matrix: transformers would draw a random one and only warn
+    llama[0].model.save_pretrained(tmp_path / "headless")
+    llama[1].save_pretrained(tmp_path / "headless")
+    assert "lm_head" in told(PretrainedModel("a/b", path=str(tmp_path / "headless")), tmp_path)
+
+
+class Harm:
+    """What a malicious pickle does: a call of its choice while it is read."""
+
+    def __init__(self, mark: Path):
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return (Path.mkdir, (self.mark,))  # type: ignore[return-value]
+
+
+def test_pickled_weights_are_refused_unread(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors").unlink()
+    with open(tmp_path / "saved" / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Harm(tmp_path / "harm"), file)
+    message = told(PretrainedModel("a/b", path=str(tmp_path / "saved")), tmp_path)
+    assert "pytorch_model.bin" in message
+    assert not (tmp_path / "harm").exists()
+
+
+def test_code_beside_a_model_is_not_run(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "saved")
+    (tmp_path / "saved" / "own.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\n")
+    path = tmp_path / "saved" / "config.json"
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "own", "auto_map": own}))
+    told(PretrainedModel("a/b", path=str(tmp_path / "saved")), tmp_path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_pickled_adapter_is_refused(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(add_adapter(llama[0], ADAPTER, 0), llama[1], tmp_path / "saved")
+    (tmp_path / "saved" / "adapter_model.safetensors").rename(tmp_path / "saved" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors"):
+        load_policy(tmp_path / "saved")
+
+
+def test_an_adapter_is_no_start(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(add_adapter(llama[0], ADAPTER, 0), llama[1], tmp_path / "saved")
+    assert "adapter" in told(PretrainedModel("a/b", path=str(tmp_path / "saved")), tmp_path)
+
+
+# adapters and dropout
+
+
+def test_a_new_adapter_changes_nothing_and_follows_its_seed(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    before, state = logits(model, tokenizer), torch.get_rng_state()
+    adapted = add_adapter(model, ADAPTER, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(logits(adapted, tokenizer), before)
+    trained = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    assert trained
+    assert all(".lora_" in name for name in trained)
+
+    first = weights_digest(adapted)
+    again, other = (weights_digest(add_adapter(adapted.unload(), ADAPTER, seed)) for seed in (0, 1))
+    assert first == again != other
+
+
+def test_adapter_is_float32_on_a_bfloat16_model(llama: Loaded) -> None:
+    adapted = add_adapter(llama[0].bfloat16(), ADAPTER, 0)
+    types = {(".lora_" in name, weight.dtype) for name, weight in adapted.named_parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+def test_adapter_targets(llama: Loaded) -> None:
+    adapted = add_adapter(llama[0], OmegaConf.create({**ADAPTER, "targets": ["q_proj", "v_proj"]}), 0)
+    modules = {name.split(".lora_")[0].rsplit(".")[-1] for name, _ in adapted.named_parameters() if ".lora_" in name}
+    assert modules == {"q_proj", "v_proj"}
+    with pytest.raises(UserError, match="nowhere"):
+        add_adapter(adapted.unload(), {**ADAPTER, "targets": ["nowhere"]}, 0)
+
+
+def test_merging_keeps_the_function(tiny: Loaded) -> None:
+    model, tokenizer = tiny
+    plain = logits(model, tokenizer)
+    adapted = add_adapter(model, ADAPTER, 0)
+    train_adapter(adapted)
+    with_adapter = logits(adapted, tokenizer)
+    assert (with_adapter - plain).abs().max() > 0.01  # the adapter does something
+    merged = merge_adapter(adapted)
+    assert not any(".lora_" in name for name, _ in merged.named_parameters())
+    # float32: W x + s B A x against (W + s B A) x, some units in the last place of numbers near 1
+    torch.testing.assert_close(logits(merged, tokenizer), with_adapter, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_is_off_everywhere() -> None:
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=32, n_layer=2, n_head=2, vocab_size=50, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+    ids = torch.arange(20)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids).logits, model.eval()(ids).logits)
+    assert model.config.resid_pdrop == 0.0
+
+    llama = AutoConfig.for_model(  # its attention holds the probability as a plain number, not in a module
+        "llama",
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=50,
+        attention_dropout=0.5,
+    )
+    model = AutoModelForCausalLM.from_config(llama, attn_implementation="sdpa").train()
+    disable_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# saved policies
+
+
+def test_full_policy_is_an_ordinary_folder(tiny: Loaded, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    save_policy(model, tokenizer, tmp_path / "policy")
+    expected = logits(model, tokenizer)
+    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
+    assert not [path for path in (tmp_path / "policy").iterdir() if path.suffix in (".bin", ".pt")]
+
+
+def test_adapter_on_random_weights_is_saved_with_them(tiny: Loaded, tmp_path: Path) -> None:
+    model, tokenizer = tiny
+    adapted = add_adapter(model, ADAPTER, 0)
+    train_adapter(adapted)
+    save_policy(adapted, tokenizer, tmp_path / "policy")
+    expected = logits(adapted, tokenizer)
+    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapter_on_a_base_in_a_folder(tiny: Loaded, tmp_path: Path, dtype: str) -> None:
+    save_policy(*tiny, tmp_path / "base")
+    model, tokenizer = PretrainedModel("a/b", str(tmp_path / "base"), dtype=dtype).load([], 0, Cache(tmp_path))
+    adapted = add_adapter(model, ADAPTER, 0)
+    train_adapter(adapted)
+    save_policy(adapted, tokenizer, tmp_path / "policy")
+    assert not (tmp_path / "policy" / "model.safetensors").exists()  # the adapter alone
+    expected = logits(adapted, tokenizer)
+    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
+    if dtype == "float32":  # the base's own type, in which others load it
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+        assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_second_adapter_on_a_merged_first_is_saved_with_its_base(tiny: Loaded, tmp_path: Path, dtype: str) -> None:
+    save_policy(*tiny, tmp_path / "base")
+    model, tokenizer = PretrainedModel("a/b", str(tmp_path / "base"), dtype=dtype).load([], 0, Cache(tmp_path))
+    first = add_adapter(model, ADAPTER, 0)
+    train_adapter(first)
+    second = add_adapter(merge_adapter(first), ADAPTER, 1)
+    train_adapter(second)
+    save_policy(second, tokenizer, tmp_path / "policy")
+    assert torch.equal(logits(*load_policy(tmp_path / "policy")), logits(second, tokenizer))
