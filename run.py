@@ -17,10 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from massdpo.config import explain
 from massdpo.errors import UserError
 
+MAIN_PROCESS = os.getpid()
+FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(config: DictConfig) -> None:
-    from massdpo.experiment import run  # torch and transformers take seconds to import: not for --help or a misspelt key
+    from massdpo.experiment import run  # imports torch: seconds that --help and a misspelt key need not wait for
 
     try:
         run(config)
@@ -28,10 +31,17 @@ def job(config: DictConfig) -> None:
         print(f"error: {error}", file=sys.stderr)
         if config.debug:
             traceback.print_exc()
-        raise
-    except Exception:
-        traceback.print_exc()  # in a sweep Hydra runs the other jobs before it lets this one's exception through
-        raise
+        failed(2, error)
+    except Exception as error:
+        traceback.print_exc()
+        failed(1, error)
+
+
+def failed(code: int, error: Exception) -> None:
+    """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
+    if os.getpid() != MAIN_PROCESS:
+        raise error
+    FAILURES.append(code)
 
 
 def main() -> int:
@@ -42,12 +52,15 @@ def main() -> int:
     except (HydraException, OmegaConfBaseException) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 130
-    except Exception:  # told when it happened
+    except ValueError as error:  # Hydra's own, for a group that is no name
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    except Exception:  # a launcher's process told it when it happened
         return 1
-    return 0
+    return max(FAILURES, default=0)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ RULES: dict[str, Rule] = {
     "force": flag(),
     "debug": flag(),
     "in": path | null,
+    "policy": path | null,
     "out": path | null,
     "split": one_of("train", "val", "test") | null,
     "study": one_of("optimality", "features", "refresh", "loglinear") | null,
@@ -177,13 +178,14 @@ OWN_POOL = Rule(
     "own", lambda value: value == "own", ("own",)
 )  # a question's own wrong options, where the class knows it
 
+TASKS_OF = {"study": ("study",), "split": ("inspect",), "in": ("evaluate", "rank"), "policy": ("rank",)}
 PARTS = ("dataset", "model", "selector", "loss", "logger")  # groups whose node builds an object, by `_target_`
 CHOICES = ("dataset", "model", "selector", "loss", "method")  # what `choices` holds
 HANDLED = {"dataset": ("name", "terms", "limit_train", "limit_val", "limit_test")}  # options no class ever sees
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
 NOT_IDENTITY = (
-    *("sweep", "name", "runs_dir", "cache_dir", "force", "debug", "out", "size", "logger", "choices"),
+    *("sweep", "name", "runs_dir", "cache_dir", "force", "debug", "policy", "out", "size", "logger", "choices"),
     *("trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
@@ -291,17 +293,18 @@ def _check_part(part: str, node: Mapping[str, Any]) -> None:
 def _check_together(values: Mapping[str, Any]) -> None:
     """What is meaningless in combination."""
     task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
-    needed = {"evaluate": ("in",), "rank": ("in", "out"), "select": ("out",), "study": ("study",)}
+    needed = {"evaluate": ("in",), "rank": ("in", "policy", "out"), "select": ("out",), "study": ("study",)}
     meaning = {
         "in": "a run's folder" if task == "evaluate" else "a file",
-        "out": "a file",
+        "policy": "the folder of a trained policy",
+        "out": "a folder" if task == "select" else "a file",
         "study": RULES["study"].names,
     }
     for key in needed.get(task, ()):
         if values[key] is None:
             said = meaning[key] if isinstance(meaning[key], str) else " | ".join(meaning[key])
             raise UserError(f"task={task} needs {key}={said}")
-    for key, tasks in (("study", ("study",)), ("split", ("inspect",)), ("in", ("evaluate", "rank", "select"))):
+    for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={_shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
     if dataset.get("val_fraction", 0) + dataset.get("test_fraction", 0) >= 1:

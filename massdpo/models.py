@@ -22,9 +22,8 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from omegaconf import DictConfig, OmegaConf
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -45,14 +44,7 @@ SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>
 TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
 ADAPTER = "adapter_config.json"
 BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
-HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-]  # no pickles, no code
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
 
 
 class TinyModel:
@@ -226,7 +218,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
 def merge_adapter(model: PeftModel) -> PreTrainedModel:
     """The plain model with the adapter's update added to its weights, in place."""
     merged = model.merge_and_unload()
-    merged.name_or_path = ""  # its weights are no longer those that the hub or a folder holds
+    merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
     return merged
 
 
@@ -254,33 +246,27 @@ def save_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
 
 
 def load_policy(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """A policy that `save_policy` wrote, in the type that its weights had.
+    """A policy that `save_policy` wrote, in the type that its weights had; an adapter is ready to be trained further.
 
     Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
     """
     tokenizer = _load_tokenizer(folder)
-    if (folder / ADAPTER).is_file() and not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / ADAPTER).is_file():
+        return _load_model(folder, "auto"), tokenizer
+    if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
-    if (folder / "config.json").is_file() or not (folder / ADAPTER).is_file():
-        model = _load_model(folder, "auto")
-        if (folder / ADAPTER).is_file():
-            _read_adapter(model, folder)
-        return model, tokenizer
-    adapter = _read_json(folder / ADAPTER)
-    name = str(adapter.get("base_model_name_or_path"))
-    path = name if Path(name).is_absolute() else None
-    base = PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
-    adapted = PeftModel.from_pretrained(base, str(folder))
+    base = _load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
+    adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     disable_dropout(adapted)
     return adapted, tokenizer
 
 
-def _read_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Read the adapter again in float32, as it was trained: `transformers` reads it in the type of its base."""
-    for name, weight in model.named_parameters():
-        if ".lora_" in name:
-            weight.data = weight.data.float()
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+def _load_base(folder: Path) -> PreTrainedModel:
+    """The model that the adapter in `folder` was trained on, from where it was then."""
+    adapter = _read_json(folder / ADAPTER)
+    name = str(adapter.get("base_model_name_or_path"))
+    path = name if Path(name).is_absolute() else None
+    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
 
 
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -298,7 +284,7 @@ def _attention(config: PreTrainedConfig) -> str:
 
 
 def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model that the folder holds, with the adapter that lies beside it, if any."""
+    """The causal language model that the folder holds, without the adapter that may lie beside it."""
     _check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -311,12 +297,14 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            adapter_kwargs={"subfolder": "none"},  # looks where there is none: it would be read in the base's type
         )
     except (ValueError, OSError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {_one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
+    model.name_or_path = ""  # the folder may go; who calls knows whether it is there to stay
     return model
 
 

@@ -1,18 +1,228 @@
 """What a task other than training does. Each takes the whole config and writes where `out` says."""
 
+import json
 import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+import yaml
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from massdpo import experiment
 from massdpo.data.inspect import inspect as inspect_data
-from massdpo.store import Cache
+from massdpo.data.prepare import limited, prepare
+from massdpo.data.tokenize import TokenizedExample, collate, tokenize_split
+from massdpo.errors import UserError
+from massdpo.evaluation import SplitScores, ranking, score_split
+from massdpo.models import load_policy
+from massdpo.ranking import policy_in, rank, writing_to
+from massdpo.scoring import PreferenceScorer
+from massdpo.selectors import check_pools
+from massdpo.stages import Preference
+from massdpo.store import Cache, build_folder, is_whole, write_json
+from massdpo.tracking import NoLogger, summary_table
+
+__all__ = ["evaluate", "inspect", "rank", "select", "study"]  # `experiment.run` finds them by name
+
+SEEDS = 3  # runs of each kind in task=study study=refresh
+PROMPTS = 64  # training prompts whose gradients task=study study=features compares
+MEASURED = ("accuracy", "ndcg@5", "margin", "select_seconds", "train_seconds")  # of each run of study=refresh
+READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
+
+
+def evaluate(config: DictConfig) -> None:
+    """Rank the test split of `dataset` with the policy of the run in `in`, with the policy's own tokenizer.
+
+    Of the run's folder only policy/ is loaded; its config.yaml is read as plain data, to tell where it read texts
+    otherwise. Metrics are those of ranking: the run's reference, which rewards and margins need, is not kept.
+
+    Raises:
+        UserError: no policy there, or a dataset that it cannot read.
+    """
+    accelerator = experiment.start(config)
+    run = Path(config["in"]).expanduser()
+    policy, tokenizer = policy_in(run / "policy", config)
+    for name, value in _trained_with(run).items():
+        if config.trainer[name] != value:
+            print(f"warning: the run was trained with trainer.{name}={value}", file=sys.stderr)
+    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), _cache(config))  # type: ignore[arg-type]
+    rows = tokenize_split(splits.test, tokenizer, config.trainer.max_length, config.trainer.chat_template)
+    for line in rows.warnings:
+        print(f"warning: test: {line}", file=sys.stderr)
+    scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
+    scores = score_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id, "evaluate")
+    if not accelerator.is_main_process:
+        return
+    metrics = ranking(scores)
+    title = f"{run} on {config.choices.dataset}, {len(rows)} test prompts"
+    summary_table(title, [{"test metric": name, "policy": value} for name, value in metrics.items()])
+    if config.out:
+        about = {"run": str(run), "dataset": config.choices.dataset, "data": splits.digest, "prompts": len(rows)}
+        with writing_to(config.out):
+            write_json(Path(config.out), metrics | about)
+
+
+def select(config: DictConfig) -> None:
+    """Write the training split with the negatives that `selector` picks under the SFT start, for other trainers.
+
+    In the folder `out`: train.jsonl and dataset/ (`datasets.load_from_disk`) with `prompt`, `chosen`, the picked texts
+    `rejected` and their places in the pool `rejected_index`, in pick order; pairs.jsonl with a line for each picked
+    negative, whose responses bring the space that joins them to the prompt (none with a chat template), as TRL wants.
+
+    Raises:
+        UserError: a pool below k, or an `out` that holds something else.
+    """
+    accelerator = experiment.start(config)
+    out, trainer = Path(config.out), config.trainer
+    if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
+    data, model = experiment.load(config, _cache(config))
+    rows, examples = (
+        limited(split, trainer.preference.limit, config.dataset.seed, "preference")  # type: ignore[arg-type]
+        for split in (data.train, data.splits.train)
+    )
+    selector = experiment.instantiate(config.selector)
+    pools = [len(example.pool) for example in examples]
+    if "k" in config.selector:
+        check_pools(pools, config.selector.k, config.selector.short_pool)
+    score = _scoring(config, accelerator, data.pad_id)
+    start = experiment.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
+    policy = experiment.load_start(start, config)
+    features = selector.features if selector.needs_scores else None
+    scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
+    reference = experiment.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]  # type: ignore[arg-type]
+    width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
+    picking = Preference(
+        selector, experiment.instantiate(config.loss), config.beta, "once", config.seed, reference, width
+    )
+    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)  # type: ignore[arg-type]
+    index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
+    table = []
+    for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
+        places = index_K[mask_K].tolist()
+        rejected = [example.pool[place] for place in places]
+        row = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected, "rejected_index": places}
+        table.append(row)
+    if accelerator.is_main_process:
+        import datasets  # seconds
+
+        datasets.disable_progress_bars()
+        space = "" if trainer.chat_template else " "
+        pairs = [
+            {"prompt": row["prompt"], "chosen": space + row["chosen"], "rejected": space + rejected}
+            for row in table
+            for rejected in row["rejected"]
+        ]
+
+        def write(folder: Path) -> None:
+            _write_lines(folder / "train.jsonl", table)
+            _write_lines(folder / "pairs.jsonl", pairs)
+            datasets.Dataset.from_list(table).save_to_disk(folder / "dataset")
+
+        with writing_to(config.out):
+            build_folder(out, write)
+        print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
 
 
 def inspect(config: DictConfig) -> None:
     """Print what will be trained on; with `split` and `out`, write every prepared example of a split as JSON lines."""
     experiment.start(config)
-    data, _ = experiment.load(config, Cache(Path(config.cache_dir).expanduser()))
+    data, _ = experiment.load(config, _cache(config))
     out = Path(config.out) if config.out else None
-    sys.stdout.write(inspect_data(data.splits, data.tokenizer, config.split or "train", out) + "\n")
+    with writing_to(config.out):
+        page = inspect_data(data.splits, data.tokenizer, config.split or "train", out)
+    counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
+    sys.stdout.write("\n".join([page, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
+
+
+def study(config: DictConfig) -> None:
+    """Compute the study that `study` names; its table and figure go to `out`, or results/studies.
+
+    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, for `refresh`
+    each kind of it with three seeds from `seed` on, as runs that are kept and found again.
+    """
+    from massdpo import studies  # seconds: tables and figures
+
+    out = Path(config.out or "results/studies")
+    compute = {"optimality": studies.optimality, "loglinear": studies.loglinear}
+    if config.study in compute:
+        compute[config.study](out)
+    elif config.study == "refresh":
+        _study_refresh(config, out)
+    else:
+        _study_features(config, out)
+    print((out / f"{config.study}.md").read_text(encoding="utf-8"))
+    print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
+
+
+def _study_refresh(config: DictConfig, out: Path) -> None:
+    from massdpo import studies
+
+    def run(refresh: str, seed: int) -> Mapping[str, float]:
+        folder = experiment.train(_run_of(config, refresh=refresh, seed=seed))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return {name: metrics[name] for name in MEASURED}
+
+    studies.refresh(out, run, range(config.seed, config.seed + SEEDS))
+
+
+def _study_features(config: DictConfig, out: Path) -> None:
+    from massdpo import studies
+
+    accelerator = experiment.start(config)
+    if not config.trainer.save_policy:
+        raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
+    folder = experiment.train(_run_of(config))
+    data, model = experiment.load(config, _cache(config))
+    score = _scoring(config, accelerator, data.pad_id)
+    start = experiment.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
+    before = experiment.load_start(start, config)
+    after = load_policy(folder / "policy")[0]
+    trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
+    for name, weight in after.named_parameters():
+        weight.requires_grad_(name in trained)
+    rows = list(enumerate(data.train[:PROMPTS]))
+    batches = [collate(rows[at : at + 8], data.pad_id).to(accelerator.device) for at in range(0, len(rows), 8)]
+    models = {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
+    studies.features(out, models, batches, config.beta, config.k, seed=config.seed)
+
+
+def _run_of(config: DictConfig, **options: Any) -> DictConfig:
+    """The same config as a training run of the group that the study names."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    run = {"task": "train", "study": None, "out": None, "name": None, "sweep": f"study_{config.study}"}
+    return OmegaConf.create(values | run | options)
+
+
+def _cache(config: DictConfig) -> Cache:
+    return Cache(Path(config.cache_dir).expanduser())
+
+
+def _scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> experiment.Score:
+    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
+        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
+
+    return score
+
+
+def _trained_with(run: Path) -> dict[str, Any]:
+    """How the run read its texts, as far as its folder tells."""
+    try:
+        trainer = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]
+        return {name: trainer[name] for name in READING}
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}  # a policy that came without its run
+
+
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(file, "w", encoding="utf-8", newline="\n") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _token_counts(data: experiment.Data) -> dict[str, str]:
+    """Every count of the tokeniser's report, over the splits."""
+    reports = {name: getattr(data, name).report for name in ("train", "val", "test")}
+    return {key: ", ".join(f"{name} {report[key]}" for name, report in reports.items()) for key in reports["train"]}

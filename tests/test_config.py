@@ -188,7 +188,7 @@ GOOD = [
     "k=999 selector=full",
     "loss=dpo k=1",
     "k=999 method=sft",  # no preference stage, so k means nothing
-    "task=rank in=a out=b",
+    "task=rank in=a policy=p out=b",
     "task=study study=refresh",
     "dataset=qasc dataset.num_negatives=own",
     "trainer.adapter={r:8,alpha:1.5,targets:[q_proj],stages:two}",
@@ -315,8 +315,8 @@ def test_option_names_are_frozen() -> None:
     config = OmegaConf.to_container(compose(["trainer=lora"]))
     assert isinstance(config, dict)
     assert " ".join(sorted(set(config) - {"choices"})) == (
-        "beta cache_dir dataset debug force in k logger loss model name out refresh runs_dir seed selector size split"
-        " study sweep task trainer"
+        "beta cache_dir dataset debug force in k logger loss model name out policy refresh runs_dir seed selector size"
+        " split study sweep task trainer"
     )
     assert " ".join(sorted(config["trainer"])) == (
         "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size gradient_checkpointing"

@@ -41,7 +41,8 @@ class Rows:
     def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "Rows":
         frame = pd.read_csv(csv, dtype={"prompts": str, "git_commit": str})
         place = frame.groupby("prompts").cumcount().reindex(frame.index, fill_value=-1)
-        return cls(frame.assign(place=place.fillna(-1).astype(int)), _axes(frame), prompts)
+        whole = frame.copy()  # pandas warns of a frame that was built column by column
+        return cls(whole.assign(place=place.fillna(-1).astype(int)), _axes(whole), prompts)
 
     @classmethod
     def read(cls, folder: Path) -> "Rows":

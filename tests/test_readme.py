@@ -1,0 +1,159 @@
+"""What the README says is so: its commands run, and its tables name what is in conf/."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from massdpo.config import compose, validate
+from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+LINES = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+COMMANDS = [line for line in LINES if re.match(r"python run\.py|torchrun .*run\.py", line)]
+# What needs a GPU, weights from the hub or an account is composed and checked, not run.
+COMPOSED = [line for line in COMMANDS if re.search(r"torchrun|trainer=(gpu|lora)|logger\.mode=online", line)]
+RUN = [line for line in COMMANDS if line not in COMPOSED]
+QUICK = "python run.py selector=mass k=4"  # the first thing that anyone runs stays among the fast tests
+SMALL = (
+    *("dataset.limit_train=48", "dataset.limit_val=16", "dataset.limit_test=16"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.save_policy=false"),
+)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader would stand: the files that the README's commands name, and its own blocks as files."""
+    desk = tmp_path_factory.mktemp("readme")
+    row = json.loads(block("json"))
+    rows = [{**row, "prompt": f"{row['prompt']} ({number})"} for number in range(60)]
+    (desk / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (desk / "shop").mkdir()
+    with open(desk / "shop" / "items.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("item", "title"), *((item, f"thing {item}") for item in range(40))])
+    with open(desk / "shop" / "interactions.csv", "w", newline="", encoding="utf-8") as file:
+        met = [(user, (user + 3 * time) % 40, time) for user in range(30) for time in range(6)]
+        csv.writer(file).writerows([("user", "item", "time"), *met])
+    (desk / "data").symlink_to(SHARED_DATA)
+    (desk / "my_selectors.py").write_text(block("python"), encoding="utf-8")
+    (desk / "conf" / "selector").mkdir(parents=True)
+    (desk / "conf" / "selector" / "longest.yaml").write_text(block("yaml"), encoding="utf-8")
+    return desk
+
+
+def block(kind: str) -> str:
+    found = [text for name, text in BLOCKS if name == kind]
+    assert len(found) == 1, f"the README has {len(found)} blocks of {kind}"
+    return found[0]
+
+
+def run(command: str, desk: Path) -> list[Path]:
+    """Run a command of the README small, from the reader's desk; returns the folders of its runs."""
+    arguments = shlex.split(command)[2:]
+    runs = desk / "runs" / re.sub(r"\W+", "_", command)
+    extra = [*SMALL, f"runs_dir={runs}", f"hydra.searchpath=[file://{ROOT},file://{desk / 'conf'}]"]
+    if not any(argument.startswith("logger=") for argument in arguments):
+        extra.append("logger=none")
+    environment = os.environ | {"MASSDPO_CACHE": str(desk / "cache"), "PYTHONPATH": str(desk), "WANDB_MODE": "offline"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments, *extra],
+        cwd=desk,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    if "task=inspect" in arguments:
+        assert "lookup_accuracy" in done.stdout
+    return sorted(path.parent for path in runs.glob("*/*/metrics.json"))
+
+
+def test_the_first_command(desk: Path) -> None:
+    assert QUICK in RUN
+    (folder,) = run(QUICK, desk)
+    table = section("What a run leaves").split("### ")[0]
+    promised = re.findall(r"`([\w.]+/?)`(?=[^|]*\|)", "\n".join(row.split("|")[1] + "|" for row in rows_of(table)))
+    assert {"metrics.json", "history.csv", "predictions.jsonl", "config.yaml", "status.json"} <= set(promised)
+    for name in promised:
+        assert name == "policy/" or (folder / name).is_file(), name  # SMALL leaves the policy out
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for name in re.findall(
+        r"`([\w/@.]+)`", "\n".join(row.split("|")[1] for row in rows_of(section("What the numbers")))
+    ):
+        assert name in {"..._sum", "sft/..."} or name.replace("@N", "@5") in metrics, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [line for line in RUN if line != QUICK and "raw_dir=data/" not in line])
+def test_a_command_runs(command: str, desk: Path) -> None:
+    folders = run(command, desk)
+    jobs = 1
+    if " -m " in command:
+        for argument in shlex.split(command)[3:]:
+            jobs *= len(argument.split("=")[1].split(","))
+    assert len(folders) == (0 if "task=inspect" in command else jobs)
+
+
+@pytest.mark.slow
+@needs_shared_data
+@pytest.mark.parametrize("command", [line for line in RUN if "raw_dir=data/" in line])
+def test_a_command_on_real_data_runs(command: str, desk: Path) -> None:
+    assert len(run(command, desk)) == 1
+
+
+@pytest.mark.parametrize("command", COMPOSED)
+def test_a_command_for_other_machines_is_valid(command: str) -> None:
+    overrides = shlex.split(command.split("run.py")[1])
+    validate(compose([*overrides, "trainer.device=cpu"]))
+
+
+def test_the_commands_are_found() -> None:
+    """A typo in a block's fence would take its commands out of every test above."""
+    assert len(COMMANDS) == len(re.findall(r"^(?:python run\.py|torchrun)\b", README, flags=re.MULTILINE)) >= 12
+
+
+def test_the_tables_name_every_option() -> None:
+    for row in rows_of(section("Options")):
+        group, options = row.split("|")[1].strip(" `"), row.split("|")[2]
+        named = set(re.findall(r"`(\w+)`", options))
+        if group == "model":
+            named = {name for name in named if (ROOT / "conf" / "model" / f"{name}.yaml").exists()}
+            named |= {f"{size}_{family}" for size in ("tiny", "small") for family in ("llama", "gemma", "phi", "qwen")}
+        assert named == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}, group
+
+
+def test_the_terms_are_those_of_the_datasets() -> None:
+    stated = {}
+    for path in (ROOT / "conf" / "dataset").glob("*.yaml"):
+        if terms := yaml.safe_load(path.read_text(encoding="utf-8")).get("terms"):
+            stated[path.stem] = terms
+    table = {}
+    for row in rows_of(section("Your data")):
+        names, terms = row.split("|")[1:3]
+        table |= {name: terms.strip() for name in re.findall(r"`(\w+)`", names)}
+    assert table == stated
+
+
+def test_the_make_commands_exist() -> None:
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    used = {word for line in LINES if line.startswith("make ") for word in line.split()[1:]}
+    assert used and used <= set(targets)
+
+
+def section(title: str) -> str:
+    """The text below a heading that begins so, down to the next heading of its rank or a higher one."""
+    marks, rest = re.search(rf"^(##+) {title}[^\n]*\n(.*)", README, flags=re.DOTALL | re.MULTILINE).groups()  # type: ignore[union-attr]
+    return re.split(rf"^#{{2,{len(marks)}}} ", rest, flags=re.MULTILINE)[0]
+
+
+def rows_of(text: str) -> list[str]:
+    """The rows of the one table in a text, without its head."""
+    return [line for line in text.splitlines() if line.startswith("|")][2:]
