@@ -213,6 +213,7 @@ def compute(
     metrics = evaluate(final, reference["test"], config.beta)
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
     metrics |= {
         "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
@@ -229,7 +230,7 @@ def compute(
         "seed": config.seed,
         "git_commit": commit(),
         "machine": ", ".join(str(value) for value in machine().values()),
-        "command": shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]),
+        "command": shlex.join(["python", "run.py", *overrides]),
     }
     ids = [example.id for example in data.test]
     lines = predictions(final, reference["test"], config.beta, ids)
@@ -256,7 +257,9 @@ def sft_start(
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
     trainer = config.trainer
     chosen = {name: OmegaConf.to_container(trainer, resolve=True)[name] for name in SFT_OPTIONS}  # type: ignore[call-overload]
-    key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, accelerator.num_processes)
+    # The number of threads changes last digits, and a start of other threads would change a repeated run's.
+    machine_shape = accelerator.num_processes, torch.get_num_threads()
+    key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, machine_shape)
 
     def make() -> Callable[[Path], None]:
         policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
@@ -269,7 +272,7 @@ def sft_start(
             learning_rate=trainer.sft.learning_rate,
             objective=stages.sft,
             validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
-            checkpoints=cache.root / "sft" / f"{key}.checkpoints",
+            checkpoints=checkpoints,
             seed=config.seed,
             pad_id=data.pad_id,
         )
@@ -285,7 +288,9 @@ def sft_start(
 
         return write
 
-    return shared_folder(cache, "sft", key, accelerator, make)
+    place = shared_folder(cache, "sft", key, accelerator, make)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # weights and optimiser, three times the policy
+    return place
 
 
 def shared_folder(
@@ -330,7 +335,8 @@ def reference_scores(
     """Log-probs of every split under the policy as the preference stage starts, by weights, tokenizer and data."""
     splits = {"train": rows, "val": data.val, "test": data.test}
     limit = config.trainer.preference.limit, config.dataset.seed
-    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, config.trainer.precision)
+    precision = config.trainer.precision, torch.get_num_threads()
+    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, precision)
 
     def make() -> Callable[[Path], None]:
         scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}

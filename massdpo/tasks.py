@@ -57,8 +57,8 @@ def evaluate(config: DictConfig) -> None:
     if not accelerator.is_main_process:
         return
     metrics = ranking(scores)
-    title = f"{run} on {config.choices.dataset}, {len(rows)} test prompts"
-    summary_table(title, [{"test metric": name, "policy": value} for name, value in metrics.items()])
+    print(f"{run} on the test split of {config.choices.dataset}, {len(rows)} prompts")
+    summary_table("ranking", [{"test metric": name, "policy": value} for name, value in metrics.items()])
     if config.out:
         about = {"run": str(run), "dataset": config.choices.dataset, "data": splits.digest, "prompts": len(rows)}
         with writing_to(config.out):
@@ -147,9 +147,10 @@ def study(config: DictConfig) -> None:
     from massdpo import studies  # seconds: tables and figures
 
     out = Path(config.out or "results/studies")
-    compute = {"optimality": studies.optimality, "loglinear": studies.loglinear}
-    if config.study in compute:
-        compute[config.study](out)
+    if config.study == "optimality":
+        studies.optimality(out)
+    elif config.study == "loglinear":
+        studies.loglinear(out)
     elif config.study == "refresh":
         _study_refresh(config, out)
     else:

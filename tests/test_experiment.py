@@ -1,0 +1,316 @@
+"""Whole runs on a tiny world: what they write, what they share, what they refuse, and that they repeat to the last digit."""
+
+import csv
+import io
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from massdpo import experiment
+from massdpo.config import compose
+from massdpo.data.prepare import prepare
+from massdpo.errors import UserError
+from massdpo.store import MANIFEST, Cache, file_digest, write_json
+from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
+
+TINY = [
+    *("dataset.num_train=64", "dataset.num_val=16", "dataset.num_test=32"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "trainer.threads=1"),
+    *("logger=none", "trainer.save_policy=false"),
+]
+SELECTORS = sorted(file.stem for file in (ROOT / "conf" / "selector").glob("*.yaml"))
+LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))
+Main = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all tiny runs: the SFT start is trained once a seed."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def places(tmp_path: Path, cache: Path) -> list[str]:
+    return [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={cache}"]
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+    """`python run.py ...` as it stands, without the seconds of a new interpreter: (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        return end.value.code, *capsys.readouterr()  # type: ignore[return-value]
+
+    return call
+
+
+def train(*overrides: str) -> Path:
+    return experiment.train(compose([*TINY, *overrides]))
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+
+
+def timeless(folder: Path) -> str:
+    """metrics.json without what no two runs share: times, memory, and how the run was called."""
+    measured = ("seconds", "memory", "per_second", "command")
+    return json.dumps({name: value for name, value in metrics(folder).items() if not any(m in name for m in measured)})
+
+
+def steps(folder: Path) -> str:
+    """history.csv without the columns that tell times."""
+    rows = list(csv.DictReader((folder / "history.csv").open(encoding="utf-8")))
+    return json.dumps(
+        [{name: cell for name, cell in row.items() if "seconds" not in name and "share" not in name} for row in rows]
+    )
+
+
+# What a run writes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    runs = tmp_path_factory.mktemp("finished")
+    return train(f"runs_dir={runs}", f"cache_dir={cache}", "trainer.save_policy=true")
+
+
+def test_metrics_hold_every_promised_key(finished: Path) -> None:
+    ranking = ["accuracy", "mrr"] + [f"{name}@{cut}" for name in ("recall", "ndcg") for cut in (1, 3, 5, 10)]
+    ranking += [f"{name}_sum" for name in ranking]
+    rewards = ["reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"]
+    costs = ["train_seconds", "select_seconds", "tokens_per_second", "peak_memory_mb", "threads"]
+    others = ["k_effective", "git_commit", "seed"]
+    found = metrics(finished)
+    assert set(ranking + [f"sft/{name}" for name in ranking] + rewards + costs + others) <= set(found)
+    assert not any(isinstance(value, dict | list) for value in found.values())  # flat
+    assert found["accuracy"] == found["recall@1"] == found["ndcg@1"]
+    assert found["k_effective"] == 4
+    assert found["threads"] == 1
+    assert 0 < found["select_seconds"] < found["train_seconds"]
+
+
+def test_a_run_leaves_its_files_and_no_others(finished: Path) -> None:
+    names = {"config.yaml", "metrics.json", "history.csv", "predictions.jsonl", "history.png", "status.json", "policy"}
+    assert {path.name for path in finished.iterdir()} - {".lock"} == names
+    assert json.loads((finished / "status.json").read_text())["status"] == "finished"
+    assert (finished / "history.png").read_bytes().startswith(b"\x89PNG")
+    assert "num_train: 64" in (finished / "config.yaml").read_text()
+
+
+def test_the_cache_keeps_no_checkpoints(finished: Path, cache: Path) -> None:
+    assert list((cache / "sft").glob("*.checkpoints")) == []
+
+
+def test_history_holds_every_promised_column(finished: Path) -> None:
+    rows = list(csv.DictReader((finished / "history.csv").open(encoding="utf-8")))
+    logged = [row for row in rows if row["stage"] == "preference" and row["loss"]]
+    assert [row["step"] for row in logged] == ["1", "2", "3", "4"]  # 64 prompts, 16 a step
+    names = ["loss", "margin", "margin_max", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp"]
+    names += ["gradient_norm", "learning_rate", "selection/hardest_overlap", "select_share"]
+    for row in logged:
+        assert all(row[name] for name in names)
+        assert 0 <= float(row["selection/hardest_overlap"]) <= 1
+        assert 0 < float(row["select_share"]) < 1
+    assert float(logged[0]["margin"]) == pytest.approx(0, abs=1e-4)  # step 1 is before any update
+    assert float(logged[0]["loss"]) == pytest.approx(torch.log(torch.tensor(5.0)).item(), abs=1e-4)
+
+
+def test_saved_policy_gives_the_scores_of_predictions(finished: Path, cache: Path) -> None:
+    """Each candidate alone behind its prompt, tokenised and scored by transformers alone."""
+    lines = [json.loads(line) for line in (finished / "predictions.jsonl").open(encoding="utf-8")]
+    config = compose([*TINY, f"cache_dir={cache}"])
+    examples = {example.id: example for example in prepare(dict(config.dataset), Cache(cache)).test}
+    assert [line["id"] for line in lines] == list(examples)
+    model = AutoModelForCausalLM.from_pretrained(finished / "policy").eval()
+    tokenizer = AutoTokenizer.from_pretrained(finished / "policy")
+    for line in lines[:4]:
+        example = examples[line["id"]]
+        assert len(line["scores"]) == 1 + len(example.pool)
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+        prompt = start + tokenizer(example.prompt, add_special_tokens=False).input_ids
+        expected = []
+        for response in (example.chosen, *example.pool):
+            ids = [*tokenizer(" " + response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            expected.append(float(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).mean()))
+        # scores are written with six decimals; packed and single passes differ by about 1e-6 in float32
+        assert line["scores"] == pytest.approx(expected, abs=2e-5)
+        assert 1 <= line["rank"] <= len(expected)
+
+
+def test_no_test_example_is_in_training(cache: Path) -> None:
+    splits = prepare(dict(compose([f"cache_dir={cache}"]).dataset), Cache(cache))  # the default world, whole
+    assert (len(splits.train), len(splits.test)) == (1600, 800)
+    held_out = [*splits.test, *splits.val]
+    assert not {example.id for example in splits.train} & {example.id for example in held_out}
+    assert not {example.prompt for example in splits.train} & {example.prompt for example in held_out}
+    assert not {example.prompt for example in splits.test} & {example.prompt for example in splits.val}
+
+
+# Every combination ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_selector_trains_two_steps_with_every_loss(
+    selector: str, places: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "draw_history", lambda *_: None)  # half of such a run's time
+    for loss in LOSSES:
+        if loss == "dpo" and selector == "full":
+            continue  # refused: tests/test_config.py
+        k = "k=1" if loss == "dpo" else "k=3"
+        folder = train(*places, f"selector={selector}", f"loss={loss}", k, "trainer.preference.limit=32")
+        rows = [row for row in csv.DictReader((folder / "history.csv").open()) if row["stage"] == "preference"]
+        assert [row["step"] for row in rows if row["loss"]] == ["1", "2"]
+        numbers = [value for value in metrics(folder).values() if isinstance(value, float)]
+        assert torch.isfinite(torch.tensor(numbers)).all()
+        assert metrics(folder)["chosen_logp_change"] != 0  # the second step's rate is not 0: something was learned
+        taken = metrics(folder)["k_effective"]
+        assert taken == 20 if selector == "full" else 1 <= taken <= int(k[2:])
+        assert selector == "dynamic" or taken in (20, int(k[2:]))
+
+
+# Same numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_repeats_to_the_last_digit_and_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
+    """From the start: nothing is shared through the cache."""
+    again = train(f"runs_dir={tmp_path}", f"cache_dir={tmp_path}", "trainer.save_policy=true", "trainer.workers=2")
+    assert timeless(again) == timeless(finished)
+    assert steps(again) == steps(finished)
+    assert (again / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
+
+
+def test_another_seed_gives_other_numbers(finished: Path, places: list[str]) -> None:
+    other = train(*places, "seed=1")
+    assert metrics(other)["seed"] == 1
+    assert metrics(other)["margin"] != metrics(finished)["margin"]
+    ids = [[json.loads(line)["id"] for line in (run / "predictions.jsonl").open()] for run in (finished, other)]
+    assert ids[0] == ids[1]  # the test set is the dataset seed's
+
+
+# Reference ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_stored_reference_of_another_policy_stops_the_run(tmp_path: Path) -> None:
+    places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
+    train(*places)
+    (file,) = (tmp_path / "cache" / "reference").glob("*/train.safetensors")
+    scores = load_file(file)
+    scores["logp_SC"] += 0.01
+    save_file(scores, file)
+    manifest = json.loads((file.parent / MANIFEST).read_text())
+    write_json(file.parent / MANIFEST, manifest | {file.name: file_digest(file)})
+    with pytest.raises(UserError, match="stored reference log-probs do not belong to this policy"):
+        train(*places, "name=other", "selector=random")
+    folder = tmp_path / "runs" / "single" / "other"
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert not (folder / "metrics.json").exists()
+
+
+# A folder that is there already ---------------------------------------------------------------------------------------
+
+
+def test_finished_run_is_skipped_forced_or_refused(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train(*places, "name=mine")
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    numbers = timeless(folder)
+    capsys.readouterr()
+    assert train(*places, "name=mine") == folder
+    assert "is finished already: skipped" in capsys.readouterr().out
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="holds a run of another config"):
+        train(*places, "name=mine", "beta=0.1")
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    train(*places, "name=mine", "force=true")
+    assert (folder / "metrics.json").stat().st_mtime_ns > written
+    assert timeless(folder) == numbers
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "Which bird?", "chosen": "the wren", "rejected": ["the owl", "the kite"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "missing.jsonl"),
+        ("", "data.jsonl"),
+        (json.dumps(GOOD) + "\n" + '{"prompt": "Which', "data.jsonl:2"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": []}), "data.jsonl:2"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"rejected": ["the wren"]}), "data.jsonl:2"),
+        (
+            "\n".join(json.dumps(GOOD | {"prompt": f"Which bird {number}?"}) for number in range(40)),
+            "selector.short_pool=all",
+        ),
+    ],
+    ids=["missing", "empty", "bad row", "no rejected", "chosen rejected", "short pools"],
+)
+def test_bad_data_is_one_line_and_exit_code_2(
+    text: str | None, said: str, tmp_path: Path, places: list[str], main: Main
+) -> None:
+    file = tmp_path / ("missing.jsonl" if text is None else "data.jsonl")
+    if text is not None:
+        file.write_text(text, encoding="utf-8")
+    tiny = [option for option in TINY if not option.startswith("dataset.")]
+    code, _, err = main(*tiny, *places, "dataset=jsonl", f"dataset.path={file}")
+    errors = [line for line in err.splitlines() if line.strip()]
+    assert code == 2
+    assert [line[:6] for line in errors if not line.startswith("warning:")] == ["error:"]
+    assert said in errors[-1]
+    assert list((tmp_path / "runs").rglob("metrics.json")) == []
+
+
+def test_a_sweep_goes_on_after_a_failing_job_and_ends_non_zero(tmp_path: Path, places: list[str], main: Main) -> None:
+    code, _, err = main("-m", *TINY, *places, "k=99,2")
+    assert code == 2
+    assert err.count("error:") == 1
+    (file,) = (tmp_path / "runs").rglob("metrics.json")
+    assert metrics(file.parent)["k_effective"] == 2
+
+
+# More than tiny -------------------------------------------------------------------------------------------------------
+
+
+@needs_shared_data
+def test_lastfm_for_real(places: list[str]) -> None:
+    tiny = [option for option in TINY if not option.startswith("dataset.")]
+    limits = ["dataset.limit_train=64", "dataset.limit_val=16", "dataset.limit_test=32"]
+    raw = f"dataset.raw_dir={SHARED_DATA / 'lastfm'}"
+    folder = experiment.train(compose([*tiny, *places, "dataset=lastfm", raw, *limits]))
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")]
+    assert [len(line["scores"]) for line in lines] == [20] * 32
+    ranks = [line["rank"] for line in lines]
+    assert metrics(folder)["accuracy"] == sum(rank == 1 for rank in ranks) / 32
+    assert set(ranks) <= set(range(1, 21))
+
+
+@pytest.mark.slow
+def test_on_the_default_world_mass_is_above_random_and_above_its_start(tmp_path: Path) -> None:
+    """Means over three seeds: single seeds can flip (about 800 test prompts, a standard error of 1.7 points each)."""
+    found: dict[str, list[float]] = {"mass": [], "random": [], "start": []}
+    for seed in range(3):
+        for selector in ("mass", "random"):
+            places = [f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "logger=none"]
+            result = metrics(experiment.train(compose([*places, f"selector={selector}", f"seed={seed}"])))
+            found[selector].append(result["accuracy"])
+        found["start"].append(result["sft/accuracy"])
+    means = {name: sum(values) / 3 for name, values in found.items()}
+    assert means["mass"] > means["random"], found
+    assert means["mass"] > means["start"], found
