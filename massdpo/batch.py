@@ -64,7 +64,7 @@ _TENSORS = ("index_B", "prompt_ids_BP", "prompt_mask_BP", "response_ids_BCT", "r
 
 @dataclass
 class Picks:
-    """The negatives selected for each prompt, in pick order; `index_BK` counts negatives from 0 (candidate column i + 1).
+    """The negatives selected for each prompt, in pick order; `index_BK` counts negatives from 0 (column i + 1).
 
     Where a pool is shorter than k (`short_pool=all`) the rest of the row is False in `mask_BK` and 0 in `index_BK`.
     `info` holds per-prompt numbers a selector wants logged, each `(B,)`.

@@ -117,7 +117,9 @@ def start(config: DictConfig) -> Accelerator:
         torch.set_num_threads(config.trainer.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # tells of every tied weight at every checkpoint
+    logging.getLogger("accelerate.utils.other").setLevel(
+        logging.ERROR
+    )  # tells of every tied weight at every checkpoint
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
@@ -163,7 +165,7 @@ def compute(
     """The stages of one run, into its folder."""
     trainer = config.trainer
     selector = instantiate(config.selector)
-    rows = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
+    rows: Sequence[TokenizedExample] = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
     pools = [len(example.response_ids) - 1 for example in rows]
     if "k" in config.selector:
         check_pools(pools, config.selector.k, config.selector.short_pool)
@@ -210,7 +212,7 @@ def compute(
     if not accelerator.is_main_process:
         return
     history.write()
-    metrics = evaluate(final, reference["test"], config.beta)
+    metrics: dict[str, Any] = evaluate(final, reference["test"], config.beta)
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
@@ -256,10 +258,12 @@ def sft_start(
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
     trainer = config.trainer
-    chosen = {name: OmegaConf.to_container(trainer, resolve=True)[name] for name in SFT_OPTIONS}  # type: ignore[call-overload]
+    options: Any = OmegaConf.to_container(trainer, resolve=True)
+    chosen = {name: options[name] for name in SFT_OPTIONS}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
     machine_shape = accelerator.num_processes, torch.get_num_threads()
     key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, machine_shape)
+    checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
     def make() -> Callable[[Path], None]:
         policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
@@ -277,7 +281,7 @@ def sft_start(
             pad_id=data.pad_id,
         )
         history = History(cache.root / "sft" / f"{key}.history.csv")
-        scorer = PreferenceScorer(policy, None, trainer.layout)
+        scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
         trained = accelerator.unwrap_model(scorer).model
         accelerator.free_memory()
@@ -340,7 +344,12 @@ def reference_scores(
 
     def make() -> Callable[[Path], None]:
         scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
-        return lambda folder: [scores[name].save(folder / f"{name}.safetensors") for name in scores]  # type: ignore[return-value]
+
+        def write(folder: Path) -> None:
+            for name, values in scores.items():
+                values.save(folder / f"{name}.safetensors")
+
+        return write
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
     return {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
@@ -361,11 +370,14 @@ def checkpointing(policy: Any) -> None:
 
 def picks_table(objective: stages.Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
     """The newest picks of the first prompts, as text."""
+
+    def text(ids: Sequence[int]) -> str:
+        return str(data.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
     table = []
-    for row in range(min(20, len(rows))):
-        responses = [data.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in rows[row].response_ids]
+    for row, example in enumerate(rows[: min(20, len(rows))]):
         index_K = objective.state["index_SK"][row][objective.state["mask_SK"][row]]
-        picks = " | ".join(responses[1 + index] for index in index_K.tolist())
-        prompt = data.tokenizer.decode(rows[row].prompt_ids, skip_special_tokens=True)
-        table.append({"id": rows[row].id, "prompt": prompt, "chosen": responses[0], "picked": picks})
+        picks = " | ".join(text(example.response_ids[1 + index]) for index in index_K.tolist())
+        chosen = text(example.response_ids[0])
+        table.append({"id": example.id, "prompt": text(example.prompt_ids), "chosen": chosen, "picked": picks})
     return table

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def pl(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """Plackett-Luce: -log P(chosen wins) = logsumexp([0, r_i - r_0]) (S-DPO, arXiv 2406.09215; MASS-DPO, arXiv 2605.10784)."""
+    """Plackett-Luce: -log P(chosen wins) = logsumexp([0, r_i - r_0]) (S-DPO, 2406.09215; MASS-DPO, 2605.10784)."""
     return torch.logsumexp(rewards_BC.masked_fill(~mask_BC, -torch.inf), dim=-1) - rewards_BC[:, 0]
 
 

@@ -109,7 +109,8 @@ def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
         before = metrics.get(f"sft/{name}", 0.0)  # rewards, margins and changes are 0 at the start, by definition
         rows.append({"test metric": name, "SFT start": _number(before), "trained": _number(metrics[name])})
     summary_table("SFT start against the trained policy, test split", rows)
-    print(f"time:  SFT {metrics['sft_seconds']:.0f} s, preference {metrics['train_seconds']:.0f} s (selection {metrics['select_seconds']:.0f} s)")
+    seconds = [f"{metrics[f'{name}_seconds']:.0f} s" for name in ("sft", "train", "select")]
+    print(f"time:  SFT {seconds[0]}, preference stage {seconds[1]}, of which selection {seconds[2]}")
     print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png, policy/)")
     if sync:
         print(f"W&B:   {sync}")

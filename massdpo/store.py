@@ -10,10 +10,10 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 
 
 def digest(*parts: Any) -> str:
-    """A hex key of the content: strings, bytes, numbers, json-able structures, tensors and paths of files (their bytes)."""
+    """A hex key of the content: strings, bytes, numbers, json-able structures, tensors and files (their bytes)."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         _feed(state, part)
@@ -96,7 +96,7 @@ class Cache:
     def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
         """The folder for `key`, built by `build(empty_folder)` if it is not there yet.
 
-        Jobs side by side build it once: the others wait, and take over if the builder dies (the lock goes with its process).
+        Jobs side by side build it once: the others wait, and take over if it dies (a lock goes with its process).
         """
         place = self.path(kind, key)
         if self.holds(kind, key):

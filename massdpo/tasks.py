@@ -80,10 +80,8 @@ def select(config: DictConfig) -> None:
     if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
     data, model = experiment.load(config, _cache(config))
-    rows, examples = (
-        limited(split, trainer.preference.limit, config.dataset.seed, "preference")  # type: ignore[arg-type]
-        for split in (data.train, data.splits.train)
-    )
+    subset = trainer.preference.limit, config.dataset.seed, "preference"
+    rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = experiment.instantiate(config.selector)
     pools = [len(example.pool) for example in examples]
     if "k" in config.selector:
@@ -93,12 +91,12 @@ def select(config: DictConfig) -> None:
     policy = experiment.load_start(start, config)
     features = selector.features if selector.needs_scores else None
     scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
-    reference = experiment.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]  # type: ignore[arg-type]
+    reference = experiment.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
     picking = Preference(
         selector, experiment.instantiate(config.loss), config.beta, "once", config.seed, reference, width
     )
-    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)  # type: ignore[arg-type]
+    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):

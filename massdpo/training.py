@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import get_linear_schedule_with_warmup
 
 from massdpo.batch import Batch
@@ -225,9 +225,9 @@ def _loader(
         micro = micro_batches(len(rows), accelerator.num_processes, options.batch_size)
         for number in range(micro):
             batches.append(own[number * options.batch_size : (number + 1) * options.batch_size] or [rows[0]])
-    loader = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Numbered(stage.rows),
-        batch_sampler=batches,  # type: ignore[arg-type]  # a list of lists is a batch sampler
+        batch_sampler=batches,
         collate_fn=_Collate(stage.pad_id),
         num_workers=options.workers,
     )
@@ -235,7 +235,7 @@ def _loader(
 
 
 @dataclass(frozen=True)
-class _Numbered:
+class _Numbered(Dataset[tuple[int, TokenizedExample]]):
     rows: Sequence[TokenizedExample]
 
     def __len__(self) -> int:
@@ -310,8 +310,8 @@ def _resume(stage: Stage, accelerator: Accelerator, schedule: Any) -> Position:
     if stage.state:
         for name, value in load_file(whole[-1] / "objective.safetensors").items():
             stage.state[name].copy_(value)
-    schedule.last_epoch = position.step - 1
-    schedule.step()
+    rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer
+    schedule.last_epoch, schedule._last_lr = position.step, rates  # step() here would warn of a wrong order
     accelerator.print(f"{stage.name}: going on from step {position.step}")
     return position
 

@@ -1,7 +1,6 @@
-"""Whole runs on a tiny world: what they write, what they share, what they refuse, and that they repeat to the last digit."""
+"""Whole runs on a tiny world: what they write, share and refuse, and that they repeat to the last digit."""
 
 import csv
-import io
 import json
 import runpy
 import sys

@@ -39,7 +39,13 @@ def written_pairwise(rewards: list[Tensor], means: list[Tensor]) -> Tensor:
     return sum(terms) / len(terms)
 
 
-WRITTEN = {"pl": written_pl, "dpo": written_dpo, "dmpo": written_dmpo, "mppo": written_mppo, "pairwise": written_pairwise}
+WRITTEN = {
+    "pl": written_pl,
+    "dpo": written_dpo,
+    "dmpo": written_dmpo,
+    "mppo": written_mppo,
+    "pairwise": written_pairwise,
+}
 
 
 def slates(negatives: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ RUN = [line for line in COMMANDS if line not in COMPOSED]
 QUICK = "python run.py selector=mass k=4"  # the first thing that anyone runs stays among the fast tests
 SMALL = (
     *("dataset.limit_train=48", "dataset.limit_val=16", "dataset.limit_test=16"),
-    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.save_policy=false"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1"),
 )
 
 
@@ -33,9 +33,11 @@ SMALL = (
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a reader would stand: the files that the README's commands name, and its own blocks as files."""
     desk = tmp_path_factory.mktemp("readme")
-    row = json.loads(block("json"))
+    preference, question = blocks("json", 2)
+    row = json.loads(preference)
     rows = [{**row, "prompt": f"{row['prompt']} ({number})"} for number in range(60)]
     (desk / "prefs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (desk / "questions.jsonl").write_text(question, encoding="utf-8")
     (desk / "shop").mkdir()
     with open(desk / "shop" / "items.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("item", "title"), *((item, f"thing {item}") for item in range(40))])
@@ -43,63 +45,70 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         met = [(user, (user + 3 * time) % 40, time) for user in range(30) for time in range(6)]
         csv.writer(file).writerows([("user", "item", "time"), *met])
     (desk / "data").symlink_to(SHARED_DATA)
-    (desk / "my_selectors.py").write_text(block("python"), encoding="utf-8")
+    (desk / "my_selectors.py").write_text(*blocks("python", 1), encoding="utf-8")
     (desk / "conf" / "selector").mkdir(parents=True)
-    (desk / "conf" / "selector" / "longest.yaml").write_text(block("yaml"), encoding="utf-8")
+    (desk / "conf" / "selector" / "longest.yaml").write_text(*blocks("yaml", 1), encoding="utf-8")
     return desk
 
 
-def block(kind: str) -> str:
+def blocks(kind: str, count: int) -> list[str]:
     found = [text for name, text in BLOCKS if name == kind]
-    assert len(found) == 1, f"the README has {len(found)} blocks of {kind}"
-    return found[0]
+    assert len(found) == count
+    return found
 
 
 def run(command: str, desk: Path) -> list[Path]:
-    """Run a command of the README small, from the reader's desk; returns the folders of its runs."""
+    """Run a command of the README small, from the reader's desk; returns the folders of the runs that it made."""
+    before = set(desk.glob("results/runs/*/*/metrics.json"))
     arguments = shlex.split(command)[2:]
-    runs = desk / "runs" / re.sub(r"\W+", "_", command)
-    extra = [*SMALL, f"runs_dir={runs}", f"hydra.searchpath=[file://{ROOT},file://{desk / 'conf'}]"]
+    extra = [*SMALL, f"hydra.searchpath=[file://{ROOT},file://{desk / 'conf'}]"]
     if not any(argument.startswith("logger=") for argument in arguments):
         extra.append("logger=none")
-    environment = os.environ | {"MASSDPO_CACHE": str(desk / "cache"), "PYTHONPATH": str(desk), "WANDB_MODE": "offline"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments, *extra],
         cwd=desk,
-        env=environment,
+        env=os.environ | {"MASSDPO_CACHE": str(desk / "cache"), "PYTHONPATH": str(desk)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     if "task=inspect" in arguments:
         assert "lookup_accuracy" in done.stdout
-    return sorted(path.parent for path in runs.glob("*/*/metrics.json"))
+    for out in (argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")):
+        assert (desk / out).exists(), f"{command} made no {out}"
+    return sorted(path.parent for path in set(desk.glob("results/runs/*/*/metrics.json")) - before)
 
 
 def test_the_first_command(desk: Path) -> None:
+    """It runs, leaves the files that the README lists, and measures what the README explains."""
     assert QUICK in RUN
     (folder,) = run(QUICK, desk)
-    table = section("What a run leaves").split("### ")[0]
-    promised = re.findall(r"`([\w.]+/?)`(?=[^|]*\|)", "\n".join(row.split("|")[1] + "|" for row in rows_of(table)))
-    assert {"metrics.json", "history.csv", "predictions.jsonl", "config.yaml", "status.json"} <= set(promised)
-    for name in promised:
-        assert name == "policy/" or (folder / name).is_file(), name  # SMALL leaves the policy out
+    files = first_column(section("What a run leaves"))
+    assert {"metrics.json", "history.csv", "predictions.jsonl", "policy/", "config.yaml", "status.json"} <= files
+    assert [name for name in files if not (folder / name).exists()] == []
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for name in re.findall(
-        r"`([\w/@.]+)`", "\n".join(row.split("|")[1] for row in rows_of(section("What the numbers")))
-    ):
-        assert name in {"..._sum", "sft/..."} or name.replace("@N", "@5") in metrics, name
+    explained = first_column(section("What the numbers mean")) - {"..._sum", "sft/..."}
+    assert [name for name in explained if name.replace("@N", "@5") not in metrics] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in RUN if line != QUICK and "raw_dir=data/" not in line])
+@pytest.mark.parametrize("command", [line for line in RUN if not re.search(r"k=4$|raw_dir=data/|first", line)])
 def test_a_command_runs(command: str, desk: Path) -> None:
     folders = run(command, desk)
-    jobs = 1
+    jobs = 0 if "task=" in command else 1
     if " -m " in command:
         for argument in shlex.split(command)[3:]:
             jobs *= len(argument.split("=")[1].split(","))
-    assert len(folders) == (0 if "task=inspect" in command else jobs)
+    assert len(folders) == jobs
+
+
+@pytest.mark.slow
+def test_a_run_is_of_use_afterwards(desk: Path) -> None:
+    """The commands that work on the run named `first`, in the order in which they stand."""
+    commands = [line for line in RUN if "first" in line]
+    assert [len(run(command, desk)) for command in commands] == [1, 0, 0]
+    ranked = json.loads((desk / "ranked.jsonl").read_text(encoding="utf-8"))
+    assert sorted(ranked["candidates"]) == sorted(json.loads(blocks("json", 2)[1])["candidates"])
 
 
 @pytest.mark.slow
@@ -154,6 +163,11 @@ def section(title: str) -> str:
     return re.split(rf"^#{{2,{len(marks)}}} ", rest, flags=re.MULTILINE)[0]
 
 
+def first_column(text: str) -> set[str]:
+    """The names in code type in the first column of the table in a text."""
+    return {name for row in rows_of(text) for name in re.findall(r"`([^`]+)`", row.split("|")[1])}
+
+
 def rows_of(text: str) -> list[str]:
-    """The rows of the one table in a text, without its head."""
-    return [line for line in text.splitlines() if line.startswith("|")][2:]
+    """The rows of the first table in a text, without its head."""
+    return re.findall(r"^\|.*", re.search(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)[2:]  # type: ignore[index]

@@ -146,6 +146,9 @@ def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
     import pyarrow.parquet
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()  # every retry would be told; the error at the end says it once
 
     convert = medmcqa_row if name == "medmcqa" else ai2_row(source.stem)
     for file_name, remote in source.files.items():
@@ -176,7 +179,7 @@ def medmcqa_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unreachable(name: str, address: str, files: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+    reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
     return UserError(
         f"dataset={name} could not be fetched from {address} ({reason}): put {files} into a folder "
         "and set dataset.raw_dir to it"

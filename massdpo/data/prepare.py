@@ -10,7 +10,7 @@ import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import hydra.errors
 import hydra.utils
@@ -38,6 +38,8 @@ CODE = [
         "text",
     )
 ]
+
+T = TypeVar("T")
 
 
 def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
@@ -81,9 +83,7 @@ def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any
     return Splits(train, val, test, digest(splits.digest, limits, seed), splits.report)
 
 
-def limited(
-    examples: Sequence[PreferenceExample], limit: int | None, seed: int, split: str
-) -> Sequence[PreferenceExample]:
+def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:
     """A seeded subset of at most `limit` examples, in their order; a smaller subset is part of a larger one."""
     if limit is None:
         return examples
@@ -93,39 +93,39 @@ def limited(
     return Subset(examples, np.sort(order[:limit]))
 
 
-class _Lazy(Sequence[PreferenceExample]):
+class _Lazy(Sequence[T]):
     """A sequence by its length and its `_at`."""
 
-    def _at(self, row: int) -> PreferenceExample:
+    def _at(self, row: int) -> T:
         raise NotImplementedError
 
     @overload
-    def __getitem__(self, index: int) -> PreferenceExample: ...
+    def __getitem__(self, index: int) -> T: ...
     @overload
-    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
-    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
         rows = range(len(self))[index]
         return self._at(rows) if isinstance(rows, int) else [self._at(row) for row in rows]
 
-    def __iter__(self) -> Iterator[PreferenceExample]:
+    def __iter__(self) -> Iterator[T]:
         return map(self._at, range(len(self)))
 
 
-class Subset(_Lazy):
+class Subset(_Lazy[T]):
     """Chosen rows of another sequence."""
 
-    def __init__(self, examples: Sequence[PreferenceExample], rows: np.ndarray[Any, np.dtype[np.int64]]):
+    def __init__(self, examples: Sequence[T], rows: np.ndarray[Any, np.dtype[np.int64]]):
         self.examples = examples
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _at(self, row: int) -> PreferenceExample:
+    def _at(self, row: int) -> T:
         return self.examples[int(self.rows[row])]
 
 
-class MappedSplit(_Lazy):
+class MappedSplit(_Lazy[PreferenceExample]):
     """A prepared split on the disk. It is opened anew in another process, so workers can share it."""
 
     def __init__(self, folder: Path, split: str):
