@@ -22,8 +22,7 @@ run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
 	$(BIN)/python run.py $(ARGS)
 
 demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures
-	$(BIN)/python run.py -m hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1 \
-		sweep=demo selector=mass,random,hardest,full seed=0,1,2
+	$(BIN)/python run.py -m sweeps=demo hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1
 	$(BIN)/python -m massdpo.report demo --out $(DEMO)
 
 tables: setup ## tables and figures of every sweep in results/

@@ -75,7 +75,8 @@ class PreferenceScorer(nn.Module):
         Raises `UserError` naming the examples where a log-prob is not finite.
         """
         checkpoints = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        prompt = self._encode(batch) if self.packed and not checkpoints else None
+        shared = select is not None or batch.response_ids_BCT.shape[1] > 1  # one response alone is fastest in one row
+        prompt = self._encode(batch) if self.packed and shared and not checkpoints else None
         if select is None:
             return Scored(self._score(batch, None if torch.is_grad_enabled() else self.features, prompt))
         started = time.perf_counter()

@@ -49,7 +49,7 @@ class Position:
     select_seconds: float = 0.0
     best: float = -math.inf  # of `keep_metric` on the validation split
     history: list[dict[str, Any]] = field(default_factory=list)
-    validation: dict[str, float] = field(default_factory=dict)  # newest
+    validation: dict[str, float] = field(default_factory=dict)  # of the policy that is kept
 
 
 @dataclass
@@ -128,10 +128,12 @@ def fit(
                         f"stopped at step {position.step} of {total} of {stage.name}; the same command goes on"
                     )
             position.epoch, position.batch = position.epoch + 1, 0
-            position.validation = stage.validate(scorer)
+            validation = stage.validate(scorer)
             scorer.train()
-            _log(stage, position, _named("val", position.validation) | {"step": position.step}, history, tracker)
-            value = position.validation[options.keep_metric]
+            _log(stage, position, _named("val", validation) | {"step": position.step}, history, tracker)
+            value = validation[options.keep_metric]
+            if options.keep == "last" or value > position.best:
+                position.validation = validation
             if options.keep == "best" and value > position.best:
                 _write(stage.checkpoints / "best", position, stage, accelerator)
             position.best = max(position.best, value)
