@@ -41,8 +41,8 @@ class Batch:
 
     def take(self, picks: "Picks") -> "Batch":
         """The same prompts with the chosen response and the picked negatives only (C = 1 + K)."""
-        column_BC = torch.cat([torch.zeros_like(picks.index_BK[:, :1]), picks.index_BK + 1], dim=1)
-        keep_BC = torch.cat([torch.ones_like(picks.mask_BK[:, :1]), picks.mask_BK], dim=1)
+        column_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0), value=0)
+        keep_BC = torch.nn.functional.pad(picks.mask_BK, (1, 0), value=True)
         row_B1 = torch.arange(len(self.ids), device=column_BC.device)[:, None]
         mask_BCT = self.response_mask_BCT[row_B1, column_BC] & keep_BC[..., None]
         longest = int(mask_BCT.sum(-1).max())
@@ -116,6 +116,7 @@ class PoolStatistics:
     beta: float
     noise_BN: Tensor
     ids: Sequence[str]
+    observe: bool = True  # are numbers wanted that are only logged?
 
     @property
     def mask_BN(self) -> Tensor:

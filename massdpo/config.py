@@ -92,6 +92,10 @@ module_names = Rule(
     "a list of module names",
     lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value),
 )
+wandb_name = Rule(  # never an address, which may hold a password
+    "a name without / \\ # ? % : @",
+    lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/\\#?%:@][^/\\#?%:@]{0,127}", value) is not None,
+)
 null = Rule("null", lambda value: value is None)
 
 RULES: dict[str, Rule] = {
@@ -105,6 +109,7 @@ RULES: dict[str, Rule] = {
     "name": folder_name | null,
     "runs_dir": path,
     "cache_dir": path,
+    "data_dir": path | null,
     "force": flag(),
     "debug": flag(),
     "in": path | null,
@@ -140,6 +145,7 @@ RULES: dict[str, Rule] = {
     "trainer.checkpoint_every": whole(1),
     "trainer.keep": one_of("last", "best"),
     "trainer.keep_metric": metric_name,
+    "trainer.generate": flag(),
     "trainer.save_policy": flag(),
     "dataset.name": folder_name,
     "dataset.terms": text("the data's terms of use"),
@@ -171,6 +177,8 @@ RULES: dict[str, Rule] = {
     "selector.solver": one_of("greedy", "swap", "exact"),
     "selector.score": one_of("mean", "sum"),
     "selector.short_pool": one_of("error", "all"),
+    "logger.project": wandb_name,
+    "logger.entity": wandb_name | null,
     "logger.mode": one_of("offline", "online"),
     "logger.timeout": positive,
 }
@@ -185,8 +193,8 @@ HANDLED = {"dataset": ("name", "terms", "limit_train", "limit_val", "limit_test"
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
 NOT_IDENTITY = (
-    *("sweep", "name", "runs_dir", "cache_dir", "force", "debug", "policy", "out", "size", "logger", "choices"),
-    *("trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
+    *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "policy", "out", "size", "logger"),
+    *("choices", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
@@ -462,6 +470,13 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+# For conf/setting and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size.
+OmegaConf.register_new_resolver(
+    "within", lambda folder, name: None if folder is None else f"{folder}/{name}", replace=True
+)
+OmegaConf.register_new_resolver("pick", lambda name, options: options[name], replace=True)
+
+
 # Where the options come from ------------------------------------------------------------------------------------------
 
 
@@ -476,7 +491,7 @@ def _options(group: str) -> list[str]:
 
 def _known_keys() -> list[str]:
     """Every dotted key and group that conf/ knows."""
-    keys = dict.fromkeys([*RULES, *PARTS, "trainer", "method", "sweeps"])
+    keys = dict.fromkeys([*RULES, *PARTS, "trainer", "method", "setting", "sweeps"])
     for file in sorted((_root() / "conf").glob("*/*.yaml")):
         if file.parent.name in (*PARTS, "trainer"):
             node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
@@ -495,18 +510,31 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(_root() / "conf")):
             config = hydra_compose("config", list(overrides), return_hydra_config=True)
-        choices = config.hydra.runtime.choices
-        OmegaConf.set_struct(config, False)
-        config.choices = {group: choices.get(group) for group in CHOICES}
-        config.pop("hydra")
-        values = OmegaConf.to_container(config, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra: a group that is no name
         raise UserError(explain(error)) from error
-    whole_config = OmegaConf.create(values)
+    return as_composed(config)
+
+
+def as_composed(config: DictConfig) -> DictConfig:
+    """A config with Hydra's own node, as Hydra composes it outside of a job -> as a job sees it, resolved.
+
+    Raises:
+        UserError: a reference that leads nowhere.
+    """
+    choices = config.hydra.runtime.choices
+    OmegaConf.set_struct(config, False)
+    config.choices = {group: choices.get(group) for group in CHOICES}
+    config.pop("hydra")
+    try:
+        whole_config = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
     assert isinstance(whole_config, DictConfig)
     OmegaConf.set_struct(whole_config, True)
     return whole_config
 
+
+EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 
 # What makes a run the same --------------------------------------------------------------------------------------------
 
@@ -523,6 +551,8 @@ def identity(config: DictConfig) -> dict[str, Any]:
         for name in above:
             node = node[name]
         node.pop(last, None)
+    if not values["trainer"]["generate"]:
+        del values["trainer"]["generate"]  # it came after the first runs: off, it changes none of their names
     return values
 
 
@@ -541,7 +571,7 @@ def run_name(config: DictConfig, *content: str) -> str:
 
 def resolved(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration for `config.yaml`, with secrets taken out of keys, addresses and values."""
-    cleaned = _without_secrets(_plain(config))
+    cleaned = without_secrets(_plain(config))
     assert isinstance(cleaned, dict)
     return cleaned
 
@@ -559,11 +589,16 @@ SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSW|_KEY$|APIKEY|CREDENTIAL", re.I
 USER_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
 
 
-def _without_secrets(value: Any, key: str = "") -> Any:
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A text, or plain values, as they may be written down: without tokens and keys.
+
+    These are the values of the environment's variables that are named like one, of options that are named like one,
+    and what stands before the @ of an address.
+    """
     if isinstance(value, dict):
-        return {name: _without_secrets(inside, str(name)) for name, inside in value.items()}
+        return {name: without_secrets(inside, str(name)) for name, inside in value.items()}
     if isinstance(value, list):
-        return [_without_secrets(inside, key) for inside in value]
+        return [without_secrets(inside, key) for inside in value]
     if not isinstance(value, str):
         return value
     if SECRET_KEY.search(key):

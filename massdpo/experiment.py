@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,26 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import massdpo
 from massdpo import stages
 from massdpo.benchmark.measure import commit, machine
-from massdpo.config import identity, resolved, run_name, validate
+from massdpo.card import model_card
+from massdpo.config import identity, resolved, run_name, validate, without_secrets
 from massdpo.data.prepare import limited, prepare
 from massdpo.data.schema import Splits
-from massdpo.data.tokenize import TokenizedExample, TokenizedSplit, tokenize_split
+from massdpo.data.tokenize import TokenizedExample, TokenizedSplit, tokenize_splits, tokenizer_key
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
+from massdpo.generation import Answer, generate_split, generation_metrics
 from massdpo.models import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
-from massdpo.runs import claim, draw_history, holding, peak_memory_mb, reset_peak_memory, show, tell
+from massdpo.runs import CHECKPOINTS, claim, draw_history, holding, peak_memory_mb, reset_peak_memory, show, telling
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import check_pools
-from massdpo.store import Cache, digest, write_json, write_text
+from massdpo.store import Cache, build_folder, digest, is_whole, write_json, write_text
 from massdpo.tracking import History, NoLogger, Tracker
 from massdpo.training import Stage, fit
 
@@ -96,16 +98,9 @@ def train(config: DictConfig) -> Path:
         accelerator.wait_for_everyone()
         tracker: Tracker = hydra.utils.instantiate(config.logger) if accelerator.is_main_process else NoLogger()
         try:
-            tell(folder, {"status": "running", "key": key, "pid": os.getpid()}, accelerator)
-            compute(config, data, model, cache, folder, tracker, accelerator)
-            tell(folder, {"status": "finished", "key": key}, accelerator)
-        except KeyboardInterrupt as stop:
-            tell(folder, {"status": "interrupted", "key": key, "why": str(stop)}, accelerator)
-            tracker.finish(None)
-            raise
-        except Exception as error:
-            why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            tell(folder, {"status": "failed", "key": key, "why": why}, accelerator)
+            with telling(folder, key, accelerator):
+                compute(config, data, model, cache, folder, tracker, accelerator)
+        except BaseException:
             tracker.finish(None)
             raise
     return folder
@@ -140,16 +135,16 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
             yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
             yield from (f" {response}" for response in example.pool)
 
-    model, tokenizer = source.load(texts, config.seed, cache)
+    model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
-    tokens = {name: tokenize_split(getattr(splits, name), tokenizer, *options) for name in ("train", "val", "test")}
+    tokens = tokenize_splits(splits, tokenizer, *options, cache)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
-    key = digest(splits.digest, tokenizer.backend_tokenizer.to_str(), options)
+    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
     return Data(splits, tokenizer, **tokens, key=key), model
 
 
@@ -199,23 +194,27 @@ def compute(
         learning_rate=trainer.preference.learning_rate,
         objective=objective,
         validate=lambda scorer: evaluate(score(scorer, data.val, "validate"), reference["val"], config.beta),
-        checkpoints=folder / "checkpoints",
+        checkpoints=folder / CHECKPOINTS,
         seed=config.seed,
         pad_id=data.pad_id,
         begin_epoch=objective.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id),
         state=objective.state,
         seconds=objective.seconds,
+        alarms=stages.alarms,
     )
     scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
 
     final = score(scorer, data.test, "test")
+    answers: list[Answer] = []
+    if trainer.generate:
+        answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
     if not accelerator.is_main_process:
         return
     history.write()
     metrics: dict[str, Any] = evaluate(final, reference["test"], config.beta)
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
+    metrics |= generation_metrics(answers, final) if answers else {}
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
     metrics |= {
         "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
@@ -232,19 +231,29 @@ def compute(
         "seed": config.seed,
         "git_commit": commit(),
         "machine": ", ".join(str(value) for value in machine().values()),
-        "command": shlex.join(["python", "run.py", *overrides]),
+        "command": command_line(),
     }
     ids = [example.id for example in data.test]
     lines = predictions(final, reference["test"], config.beta, ids)
+    for line, answer in zip(lines, answers, strict=False):  # without generation there is none
+        line |= {"generated": answer.free, "generated_constrained": answer.constrained}
     write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if trainer.save_policy:
-        save_policy(accelerator.unwrap_model(scorer).model, data.tokenizer, folder / "policy")
+        policy = accelerator.unwrap_model(scorer).model
+        counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
+        card = model_card(resolved(config), metrics, counts, folder.name)
+        build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card))
     write_json(folder / "metrics.json", metrics)
     draw_history(position.history, folder / "history.png")
     tracker.table("picks", picks_table(objective, data, rows))
     sync = tracker.finish(metrics, [folder / "metrics.json", folder / "history.csv"])
-    shutil.rmtree(stage.checkpoints, ignore_errors=True)  # the policy is saved
     show(folder, metrics, sync)
+
+
+def command_line() -> str:
+    """The command that this process computes, as it may be written down."""
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
+    return str(without_secrets(shlex.join(["python", "run.py", *overrides])))
 
 
 def sft_start(
@@ -280,7 +289,7 @@ def sft_start(
             seed=config.seed,
             pad_id=data.pad_id,
         )
-        history = History(cache.root / "sft" / f"{key}.history.csv")
+        history = History(checkpoints / "history.csv")
         scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
         trained = accelerator.unwrap_model(scorer).model
@@ -303,22 +312,27 @@ def shared_folder(
     """The cached folder for `key`; else every process takes part in `make()`, and one writes what it returns."""
     if accelerator.num_processes == 1:
         return cache.folder(kind, key, lambda folder: make()(folder))
-    there = torch.tensor(float(cache.holds(kind, key)), device=accelerator.device)
-    if int(accelerator.reduce(there, "sum")) < accelerator.num_processes:
-        write = make()
+    place = cache.path(kind, key)
+    with cache.lock(kind, key) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            cache.folder(kind, key, write)
-    accelerator.wait_for_everyone()
-    return cache.path(kind, key)
+            cache.holds(kind, key)  # sets a damaged one aside before the others look
+        accelerator.wait_for_everyone()
+        there = torch.tensor(float(is_whole(place)), device=accelerator.device)
+        if int(accelerator.reduce(there, "sum")) < accelerator.num_processes:
+            write = make()
+            if accelerator.is_main_process:
+                cache.build(kind, key, write)
+        accelerator.wait_for_everyone()
+    return place
 
 
 def load_start(folder: Path, config: DictConfig) -> nn.Module:
     """The policy as the preference stage starts, ready to be trained."""
     trainer = config.trainer
     policy: Any = load_policy(folder)[0]
-    if trainer.adapter and trainer.adapter.stages == "two" and isinstance(policy, PeftModel):
+    if trainer.adapter and trainer.adapter.stages == "two" and not isinstance(policy, PreTrainedModel):
         policy = merge_adapter(policy)
-    if trainer.adapter and not isinstance(policy, PeftModel):
+    if trainer.adapter and isinstance(policy, PreTrainedModel):
         policy = add_adapter(policy, trainer.adapter, config.seed + 1)
     for name, weight in policy.named_parameters():
         weight.requires_grad_("lora_" in name if trainer.adapter else True)

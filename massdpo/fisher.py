@@ -34,8 +34,9 @@ class LogdetSelection(NamedTuple):
     """The selected negatives in pick order. Where a prompt has fewer than k to select from, all of them are taken.
 
     `gains_BK` sum to `logdet_B` = log det H(S) - log det H(empty), in nats; `upper_bound_B` is a proved bound on the
-    best that any k candidates reach (NaN for `subset_fisher` by greedy, which has none). In the rest of a short row
-    `mask_BK` is False, the index 0 and the gain 0. `ties_B` counts the greedy steps that several candidates won alike.
+    best that any k candidates reach (NaN for `subset_fisher` by greedy, which has none, and where it was not asked
+    for). In the rest of a short row `mask_BK` is False, the index 0 and the gain 0. `ties_B` counts the greedy steps
+    that several candidates won alike.
     """
 
     indices_BK: Tensor
@@ -127,18 +128,20 @@ def pl_fisher(features_CD: Tensor, rewards_C: Tensor, beta: float) -> Tensor:
     return beta**2 * (share_C[:, None] * centred_CD).T @ centred_CD
 
 
-def inner_products(vectors_BND: Tensor, origin_B1D: Tensor | float = 0.0) -> Tensor:
+def inner_products(vectors_BND: Tensor, origin_B1D: Tensor | None = None) -> Tensor:
     """Gram matrices `(B, N, N)`, float64, of `vectors - origin`.
 
-    A few prompts at a time, so that the float64 copies of their features stay in the cache.
+    Where float64 copies must be made, a few prompts at a time, so that they stay in the cache.
     """
+    if origin_B1D is None and vectors_BND.dtype == torch.float64:
+        return vectors_BND @ vectors_BND.mT
     batch, pool, size = vectors_BND.shape
     gram_BNN = torch.empty(batch, pool, pool, dtype=torch.float64, device=vectors_BND.device)
-    step = max(1, CACHE_NUMBERS // (pool * size)) if vectors_BND.device.type == "cpu" else batch
+    step = max(1, torch.get_num_threads() * CACHE_NUMBERS // (pool * size))
+    step = step if vectors_BND.device.type == "cpu" else batch
     for at in range(0, batch, step):
         part = slice(at, at + step)
-        origin = origin_B1D[part] if isinstance(origin_B1D, Tensor) else origin_B1D
-        wide_BND = (vectors_BND[part] - origin).double()
+        wide_BND = (vectors_BND[part] if origin_B1D is None else vectors_BND[part] - origin_B1D[part]).double()
         torch.bmm(wide_BND, wide_BND.mT, out=gram_BNN[part])
     return gram_BNN
 
@@ -196,18 +199,20 @@ def select_logdet(
     scale: float | Tensor = 1.0,
     mask_BN: Tensor | None = None,
     solver: str = "greedy",
+    certify: bool = True,
 ) -> LogdetSelection:
     """Choose k rows a prompt that maximise log det(ridge I + scale sum_{i in S} v_i v_i^T).
 
     `ridge` and `scale` are numbers or `(B,)`; only candidates where `mask_BN` is True can be selected (all by default).
     `greedy` is within 1 - 1/e of the best log-det above the empty set's (Nemhauser et al. 1978), `swap` improves it by
     single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. Of candidates that gain alike the first is taken.
+    `certify=False` leaves the upper bound out.
     Raises UserError for an unknown solver, a ridge that is not positive, or too many subsets for `exact`.
     """
     check_name("solver", solver, SOLVERS)
     pool = vectors_BND.shape[1]
     if pool <= DENSE_POOL:
-        return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver)
+        return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver, certify)
     if solver != "greedy":
         raise UserError(
             f"solver={solver} needs all inner products, a pool of {pool:,} is above its limit of {DENSE_POOL:,}: "
@@ -221,7 +226,7 @@ def select_logdet(
         return (vectors @ picked_BD1)[..., 0]
 
     diagonal_BN = vectors.square().sum(-1) * factor_B[:, None]
-    return _greedy(row, diagonal_BN, _selectable(mask_BN, diagonal_BN), k)
+    return _greedy(row, diagonal_BN, _selectable(mask_BN, diagonal_BN), k, certify)
 
 
 def select_logdet_gram(
@@ -231,14 +236,15 @@ def select_logdet_gram(
     scale: float | Tensor = 1.0,
     mask_BN: Tensor | None = None,
     solver: str = "greedy",
+    certify: bool = True,
 ) -> LogdetSelection:
     """`select_logdet` from the inner products `v_i . v_j` alone."""
     check_name("solver", solver, SOLVERS)
     gram_BNN = gram_BNN.double() * _factor(ridge, scale, gram_BNN)[:, None, None]
     mask_BN = _selectable(mask_BN, gram_BNN[..., 0])
     gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
-    start = _greedy_gram(gram_BNN, mask_BN, k)
-    if gram_BNN.shape[1] <= DENSE_POOL:
+    start = _greedy_gram(gram_BNN, mask_BN, k, certify)
+    if certify and gram_BNN.shape[1] <= DENSE_POOL:
         start = start._replace(upper_bound_B=torch.minimum(start.upper_bound_B, _eigenvalue_bound(gram_BNN, k)))
     if solver == "greedy":
         return start
@@ -287,7 +293,9 @@ def _rows(index: Tensor) -> Tensor:
     return torch.arange(index.shape[0], device=index.device).view(-1, *[1] * (index.dim() - 1))
 
 
-def _greedy(row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tensor, k: int) -> LogdetSelection:
+def _greedy(
+    row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tensor, k: int, certify: bool
+) -> LogdetSelection:
     """Greedy from rows of A on demand. A candidate's excess is scale v^T H^{-1} v: its gain is log1p(excess)."""
     if k < 1:
         raise UserError(f"k must be at least 1, got {k}")
@@ -297,7 +305,7 @@ def _greedy(row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tenso
     excess_BN = diagonal_BN.clamp(min=0.0)
     # Round-off of the subtractions below: what differs by less is a tie.
     round_off_B1 = 16 * torch.finfo(torch.float64).eps * excess_BN.amax(-1, keepdim=True)
-    factor_BNJ = diagonal_BN.new_zeros(batch, pool, k)
+    factor_BJN = diagonal_BN.new_zeros(batch, k, pool)
     opens, ties, picks, excesses = [], [], [], []
     for step in range(k):
         open_BN = excess_BN.masked_fill(taken_BN, -math.inf)
@@ -310,36 +318,38 @@ def _greedy(row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tenso
         ties.append(tied_BN)
         picks.append(index_B1)
         excesses.append(picked_B1)
-        new_BN1 = row(index_B)[..., None]
-        if step:
-            seen_BJ1 = factor_BNJ[rows_B, index_B, :step, None]
-            new_BN1 = torch.baddbmm(new_BN1, factor_BNJ[..., :step], seen_BJ1, alpha=-1)
-        new_BN = new_BN1[..., 0] / (1.0 + picked_B1).sqrt()
-        factor_BNJ[..., step] = new_BN
+        new_BN = row(index_B)
+        if step:  # not by baddbmm: starting threads costs more than these few products
+            seen_BJ1 = factor_BJN[rows_B, :step, index_B][..., None]
+            new_BN = new_BN - (factor_BJN[:, :step] * seen_BJ1).sum(1)
+        new_BN = new_BN / (1.0 + picked_B1).sqrt()
+        factor_BJN[:, step] = new_BN
         excess_BN = torch.addcmul(excess_BN, new_BN, new_BN, value=-1).clamp_(min=0.0)
         taken_BN = taken_BN.scatter(1, index_B1, True)
     opens.append(excess_BN.masked_fill(taken_BN, -math.inf))
     mask_BK = torch.arange(k, device=mask_BN.device) < mask_BN.sum(-1, keepdim=True)
     gains_BK = torch.cat(excesses, dim=1).log1p() * mask_BK
-    # Submodularity at every greedy prefix: best <= f(prefix) + the k largest marginal gains there.
-    prospects_JB = torch.stack(opens).topk(min(k, pool)).values.clamp(min=0.0).log1p().sum(-1)
-    reached_BJ = torch.nn.functional.pad(gains_BK.cumsum(-1), (1, 0))
+    upper_bound_B = torch.full_like(gains_BK[:, 0], math.nan)
+    if certify:  # submodularity at every greedy prefix: best <= f(prefix) + the k largest marginal gains there
+        prospects_JB = torch.stack(opens).topk(min(k, pool)).values.clamp(min=0.0).log1p().sum(-1)
+        reached_BJ = torch.nn.functional.pad(gains_BK.cumsum(-1), (1, 0))
+        upper_bound_B = (reached_BJ + prospects_JB.T).amin(-1)
     ties_BK = (torch.stack(ties, dim=1).sum(-1) > 1) & mask_BK
     return LogdetSelection(
         indices_BK=torch.cat(picks, dim=1) * mask_BK,
         gains_BK=gains_BK,
         logdet_B=gains_BK.sum(-1),
-        upper_bound_B=(reached_BJ + prospects_JB.T).amin(-1),
+        upper_bound_B=upper_bound_B,
         mask_BK=mask_BK,
         ties_B=ties_BK.sum(-1),
     )
 
 
-def _greedy_gram(gram_BNN: Tensor, mask_BN: Tensor, k: int) -> LogdetSelection:
+def _greedy_gram(gram_BNN: Tensor, mask_BN: Tensor, k: int, certify: bool) -> LogdetSelection:
     def row(index_B: Tensor) -> Tensor:
         return gram_BNN[_rows(index_B), index_B]
 
-    return _greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k)
+    return _greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k, certify)
 
 
 def _eigenvalue_bound(gram_BNN: Tensor, k: int) -> Tensor:
@@ -437,7 +447,7 @@ def _members(selection: LogdetSelection, mask_BN: Tensor) -> Tensor:
 
 def _in_greedy_order(gram_BNN: Tensor, members_BN: Tensor, start: LogdetSelection) -> LogdetSelection:
     """The selection of exactly these members; the bound and the ties stay those of the start."""
-    ordered = _greedy_gram(gram_BNN, members_BN, start.indices_BK.shape[1])
+    ordered = _greedy_gram(gram_BNN, members_BN, start.indices_BK.shape[1], certify=False)
     return ordered._replace(upper_bound_B=start.upper_bound_B, ties_B=start.ties_B)
 
 

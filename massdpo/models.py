@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 import torch
@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from omegaconf import DictConfig, OmegaConf
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from torch import nn
@@ -37,14 +36,17 @@ from transformers import (
 )
 
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest, keyed_seed, write_json
+from massdpo.store import Cache, digest, keyed_seed, write_json, write_text
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # at run time only where there is an adapter: importing it takes seconds
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
 ADAPTER = "adapter_config.json"
 BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]  # no pickles, no code
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # no pickles, no code
 
 
 class TinyModel:
@@ -76,28 +78,37 @@ class TinyModel:
         """With the seed and the training texts, what determines the start weights."""
         return {"config": self.options, "vocab_size": self.vocab_size}
 
-    def load(self, texts: Texts, seed: int, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model with weights drawn from `seed` (float32, on the CPU) and the tokenizer learned from `texts`."""
-        tokenizer = self.tokenizer(texts, cache)
+        tokenizer = self.tokenizer(texts, cache, texts_key)
         with _seeded(keyed_seed(seed, "weights")):
             model = _from_config(self.model_config(tokenizer))
         disable_dropout(model)
         return model, tokenizer
 
-    def tokenizer(self, texts: Texts, cache: Cache) -> PreTrainedTokenizerBase:
-        """The tokenizer for `texts`, learned once: it is cached by what it is learned from."""
-        used, left_out = _first_bytes(texts() if callable(texts) else texts, TOKENIZER_BYTES)
-        if not used:
-            raise UserError("the training split is empty: there is no text to learn a tokenizer from")
+    def tokenizer(self, texts: Texts, cache: Cache, texts_key: str | None = None) -> PreTrainedTokenizerBase:
+        """The tokenizer for `texts`, learned once: it is cached by what it is learned from.
+
+        `texts_key` names their content, so that a tokenizer that was learned before is found without reading them.
+        """
+        if texts_key is None:
+            texts = list(texts() if callable(texts) else texts)
+            texts_key = digest(texts)
 
         def build(folder: Path) -> None:
+            used, left_out = _first_bytes(texts() if callable(texts) else texts, TOKENIZER_BYTES)
+            if not used:
+                raise UserError("the training split is empty: there is no text to learn a tokenizer from")
             learn_tokenizer(used, self.vocab_size).save_pretrained(folder)
             write_json(folder / "learned_from.json", {"texts": len(used), "texts_left_out": left_out})
             if left_out:
                 total = f"{len(used) + left_out} training texts"
                 print(f"note: the tokenizer is learned from the first {len(used)} of {total}", file=sys.stderr)
 
-        key = digest("byte-level BPE", tokenizers.__version__, SPECIAL, self.vocab_size, used)
+        how = tokenizers.__version__, SPECIAL, TOKENIZER_BYTES, self.vocab_size
+        key = digest("byte-level BPE", how, texts_key)
         return PreTrainedTokenizerFast.from_pretrained(cache.folder("tokenizer", key, build))
 
     def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -155,7 +166,9 @@ class PretrainedModel:
         files = sorted(file for pattern in ("*.safetensors", "*.json") for file in folder.glob(pattern))
         return {"files": {file.name: digest(file) for file in files}, "dtype": self.dtype}
 
-    def load(self, texts: Texts, seed: int, cache: Cache) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def load(
+        self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; neither depends on the training texts or the seed."""
         return self.model(), _load_tokenizer(self.folder())
 
@@ -194,11 +207,13 @@ def _zero_dropout(holder: Any) -> None:
             setattr(holder, name, 0.0)
 
 
-def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> PeftModel:
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> "PeftModel":
     """Freeze `model` and put a LoRA adapter (Hu et al. 2021) on it, trained in float32, that changes nothing yet.
 
     `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
     """
+    from peft import LoraConfig, get_peft_model
+
     options = _plain(adapter)
     config = LoraConfig(
         r=options["r"],
@@ -215,7 +230,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
     return adapted
 
 
-def merge_adapter(model: PeftModel) -> PreTrainedModel:
+def merge_adapter(model: "PeftModel") -> PreTrainedModel:
     """The plain model with the adapter's update added to its weights, in place."""
     merged = model.merge_and_unload()
     merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
@@ -227,12 +242,14 @@ def weights_digest(model: nn.Module) -> str:
     return digest([[name, digest(weight)] for name, weight in sorted(model.named_parameters())])
 
 
-def save_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, config and tokenizer.
+def save_policy(
+    model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, folder: Path, card: str | None = None
+) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer and, as README.md, the model's `card`.
 
     An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
     """
-    if isinstance(model, PeftModel):
+    if not isinstance(model, PreTrainedModel):
         base: Any = model.get_base_model()
         if base.name_or_path:
             write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
@@ -243,9 +260,11 @@ def save_policy(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokeniz
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if card is not None:
+        write_text(folder / "README.md", card)  # peft has written one of its own there
 
 
-def load_policy(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     """A policy that `save_policy` wrote, in the type that its weights had; an adapter is ready to be trained further.
 
     Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
@@ -255,6 +274,8 @@ def load_policy(folder: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTo
         return _load_model(folder, "auto"), tokenizer
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
+    from peft import PeftModel
+
     base = _load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
     adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     disable_dropout(adapted)

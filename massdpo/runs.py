@@ -5,24 +5,29 @@ import math
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
+from massdpo.config import without_secrets
 from massdpo.errors import UserError
-from massdpo.store import replacing, write_json
+from massdpo.store import remove_unfinished, replacing, set_aside, write_json, writing
 from massdpo.tracking import summary_table
 
+CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
 SHOWN = (  # metrics in the table at the end of a run
     *("accuracy", "ndcg@5", "mrr", "accuracy_sum", "ndcg@5_sum"),
     *("reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"),
 )
+GENERATED = ("hr@1", "valid_ratio", "hr@1_constrained", "constrained_agreement")  # below it, with trainer.generate
 
 
 @contextmanager
@@ -32,32 +37,67 @@ def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
         yield
         return
-    try:
+    with writing(folder, "set runs_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=1)
         except Timeout:
             print(f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting", file=sys.stderr)
             lock.acquire()
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): set runs_dir") from error
-    accelerator.wait_for_everyone()
-    with lock:
+    try:
+        accelerator.wait_for_everyone()
         yield
-    lock.release(force=True)
+    finally:
+        lock.release()
 
 
 def status(folder: Path) -> dict[str, Any]:
+    """What status.json says; nothing where it is missing or damaged."""
     try:
-        return json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and {"status", "key"} <= found.keys() else {}
 
 
-def tell(folder: Path, what: dict[str, Any], accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
-        write_json(folder / "status.json", what)
+@contextmanager
+def telling(folder: Path, key: str, accelerator: Accelerator) -> Iterator[None]:
+    """Keep status.json true: `running`, then `finished`, `interrupted` or `failed` (and why), however the run ends.
+
+    SIGTERM, a cluster's preemption, ends a run as Ctrl-C does. Raises `UserError` where the folder takes no more.
+    """
+
+    def tell(state: str, **more: Any) -> None:
+        if accelerator.is_main_process:
+            write_json(folder / "status.json", without_secrets({"status": state, "key": key, **more}))
+
+    try:
+        with writing(folder, "free some room or set runs_dir; the last checkpoint is good"), _terminable():
+            tell("running", pid=os.getpid())
+            yield
+            tell("finished")
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        said = isinstance(error, UserError | KeyboardInterrupt)
+        try:
+            tell(state, why=str(error) or "Ctrl-C" if said else f"{type(error).__name__}: {error}")
+        except OSError:  # a full disk: what stopped the run matters more
+            print(f"warning: {folder / 'status.json'} could not be written either", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("SIGTERM; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool:
@@ -72,12 +112,16 @@ def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool
         if accelerator.is_main_process:
             print(f"{folder} is finished already: skipped (force=true computes it again)")
         return False
-    if accelerator.is_main_process and before and (before["key"] != key or before["status"] == "finished"):
-        for path in folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != ".lock":
-                path.unlink()
+    if accelerator.is_main_process:
+        remove_unfinished(folder)
+        if not before and (folder / CHECKPOINTS).is_dir():
+            set_aside(folder / CHECKPOINTS)  # status.json is lost: nobody knows what config they belong to
+        if before and (before["key"] != key or before["status"] == "finished"):
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
     return True
 
 
@@ -109,6 +153,9 @@ def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
         before = metrics.get(f"sft/{name}", 0.0)  # rewards, margins and changes are 0 at the start, by definition
         rows.append({"test metric": name, "SFT start": _number(before), "trained": _number(metrics[name])})
     summary_table("SFT start against the trained policy, test split", rows)
+    if "hr@1" in metrics:
+        shares = [f"{name} {metrics[name]:.3f}" for name in GENERATED]
+        print(f"greedy decoding: {', '.join(shares)}")
     seconds = [f"{metrics[f'{name}_seconds']:.0f} s" for name in ("sft", "train", "select")]
     print(f"time:  SFT {seconds[0]}, preference stage {seconds[1]}, of which selection {seconds[2]}")
     print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png, policy/)")

@@ -29,6 +29,8 @@ from massdpo.errors import UserError
 from massdpo.features import head_kernel, last_features, mean_features
 
 CHUNK_ELEMENTS = 2**24  # at most this many logits exist at a time: 64 MB in float32
+STORED_ELEMENTS = 2**22  # so many are kept for backward, 16 MB, which is cheaper than to make them anew
+SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
 PROBE_ELEMENTS = 2**22  # gradients of at most this many weights are compared when a scorer is built
 PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 
@@ -75,8 +77,7 @@ class PreferenceScorer(nn.Module):
         Raises `UserError` naming the examples where a log-prob is not finite.
         """
         checkpoints = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
-        shared = select is not None or batch.response_ids_BCT.shape[1] > 1  # one response alone is fastest in one row
-        prompt = self._encode(batch) if self.packed and shared and not checkpoints else None
+        prompt = self._encode(batch) if self.packed and not checkpoints and _worth_a_pass(batch) else None
         if select is None:
             return Scored(self._score(batch, None if torch.is_grad_enabled() else self.features, prompt))
         started = time.perf_counter()
@@ -139,17 +140,20 @@ class PreferenceScorer(nn.Module):
         """All responses in one row, off the prompts' cache."""
         row = _Row.of(batch, prompt=False, responses=True)
         hidden_BLD = self._decode(row, _mask(self.causal_lm, row, prompt.row, row), prompt.branch())
-        return prompt.end_BD, hidden_BLD.flatten(0, 1)[row.fed_M]
+        return prompt.end_BD, hidden_BLD[row.fed_BL]
 
     def _one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Prompt and all responses in one row, which asks for no cache."""
+        """Prompt and all responses in one row, which asks for no cache. One response alone makes plain text."""
         row = _Row.of(batch, prompt=True, responses=True)
-        hidden_BLD = self._decode(row, _mask(self.causal_lm, row, row), None)
-        return _prompt_end(batch, hidden_BLD), hidden_BLD.flatten(0, 1)[row.fed_M]
+        mask = None if batch.response_ids_BCT.shape[1] == 1 else _mask(self.causal_lm, row, row)
+        hidden_BLD = self._decode(row, mask, None)
+        return _prompt_end(batch, hidden_BLD), hidden_BLD[row.fed_BL]
 
     def _decode(self, row: "_Row", mask: Tensor | dict[str, Tensor] | None, cache: DynamicCache | None) -> Tensor:
-        positions = {"position_ids": row.position_BL, "past_key_values": cache, "use_cache": cache is not None}
-        return self.causal_lm.base_model(input_ids=row.ids_BL, attention_mask=mask, **positions).last_hidden_state
+        """The last hidden states of a row. Without a mask it is plain text, which the model masks and counts itself."""
+        positions = {"position_ids": None if mask is None else row.position_BL}
+        options = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
+        return self.causal_lm.base_model(input_ids=row.ids_BL, **positions, **options).last_hidden_state
 
     def _repeated(self, batch: Batch, states: bool) -> tuple[Tensor, Tensor | None]:
         """The plain way: every candidate behind a copy of its prompt, through the model's own forward."""
@@ -182,13 +186,19 @@ class PreferenceScorer(nn.Module):
     def _token_logp(self, batch: Batch, end_BD: Tensor, rest_MD: Tensor) -> Tensor:
         """Log-probs of the response tokens `(B, C, T)`, 0 where there is none. Each position is scored once."""
         fed_BCT, ids_BCT = batch.response_mask_BCT[..., 1:], batch.response_ids_BCT
-        first_BC = self._logp(end_BD, ids_BCT[..., 0]).masked_fill(~batch.mask_BC, 0.0)
-        rest_M = self._logp(rest_MD, ids_BCT[..., 1:][fed_BCT][:, None])[:, 0]
-        return torch.cat([first_BC[..., None], _scatter(fed_BCT, rest_M)], dim=-1)
+        # A prompt's last state predicts the first tokens of all its responses, every other state one token.
+        rest_M = ids_BCT[..., 1:][fed_BCT]
+        target_UC = torch.cat([ids_BCT[..., 0], rest_M[:, None].expand(-1, ids_BCT.shape[1])])
+        logp_UC = self._logp(torch.cat([end_BD, rest_MD]), target_UC)
+        first_BC = logp_UC[: len(end_BD)].masked_fill(~batch.mask_BC, 0.0)
+        return torch.cat([first_BC[..., None], _scatter(fed_BCT, logp_UC[len(end_BD) :, 0])], dim=-1)
 
     def _logp(self, hidden_UD: Tensor, target_UC: Tensor) -> Tensor:
-        """Log-probs of targets at each position; logits exist a chunk at a time, and backward makes them anew."""
-        size = max(1, CHUNK_ELEMENTS // self.causal_lm.config.get_text_config().vocab_size)
+        """Log-probs of targets at each position; many logits exist a chunk at a time, and backward makes them anew."""
+        vocabulary = self.causal_lm.config.get_text_config().vocab_size
+        if len(hidden_UD) * vocabulary <= STORED_ELEMENTS:
+            return self._chunk_logp(hidden_UD, target_UC)
+        size = max(1, CHUNK_ELEMENTS // vocabulary)
         chunks = zip(hidden_UD.split(size), target_UC.split(size), strict=True)
         return torch.cat([checkpoint(self._chunk_logp, *chunk, use_reentrant=False) for chunk in chunks])
 
@@ -202,37 +212,52 @@ class PreferenceScorer(nn.Module):
         return _forward_from(self.causal_lm, raw_UW, {name: nn.Identity()})
 
 
+def _worth_a_pass(batch: Batch) -> bool:
+    """Whether to encode the prompts once, ahead of their responses.
+
+    Several processes answer alike, whatever prompts each of them holds: weights that are sharded layer by layer want
+    the same passes from all.
+    """
+    if batch.response_ids_BCT.shape[1] == 1:
+        return False
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS
+
+
 @dataclass
 class _Row:
-    """One row of tokens a prompt, and where in the flattened rows (B * L) each fed response token lies."""
+    """One row of tokens a prompt: what each is, where it stands in its text and to which segment it belongs."""
 
     ids_BL: Tensor
     position_BL: Tensor
     segment_BL: Tensor
-    fed_M: Tensor
+
+    @property
+    def fed_BL(self) -> Tensor:
+        """The response tokens, which lie in the order (prompt, candidate, token)."""
+        return self.segment_BL > PROMPT
 
     @classmethod
     def of(cls, batch: Batch, prompt: bool, responses: bool) -> "_Row":
         """The prompt, the responses end to end without their last tokens, or the prompt and then the responses."""
-        prompt_length_B = batch.prompt_mask_BP.sum(-1)
+        prompt_mask_BP, device = batch.prompt_mask_BP, batch.prompt_mask_BP.device
         fed_BCT = batch.response_mask_BCT[..., 1:] & responses
-        start_B = prompt_length_B * prompt
+        there_BU = torch.cat([prompt_mask_BP & prompt, fed_BCT.flatten(1)], dim=1)
+        ids_BU = torch.cat([batch.prompt_ids_BP, batch.response_ids_BCT[..., :-1].flatten(1)], dim=1)
+        sizes = prompt_mask_BP.shape[1], *fed_BCT.shape[1:]
+        prompt_P, candidate_C, fed_T = (torch.arange(size, device=device) for size in sizes)
+        segment_U = torch.cat([torch.full_like(prompt_P, PROMPT), (candidate_C + 1).repeat_interleave(len(fed_T))])
+        offset_U = torch.cat([prompt_P, fed_T.repeat(len(candidate_C))])
         # At least one token: one-token responses leave nothing to feed, and no model takes an empty row.
-        length = max(1, int((start_B + fed_BCT.flatten(1).sum(-1)).max()))
+        length = max(1, int(there_BU.sum(-1).max()))
+        column_BL = there_BU.long().argsort(dim=1, descending=True, stable=True)[:, :length]  # what is there goes first
+        there_BL = there_BU.gather(1, column_BL)
+        segment_BL = segment_U[column_BL].masked_fill(~there_BL, PADDING)
+        start_BL = prompt_mask_BP.sum(-1, keepdim=True) * (segment_BL > PROMPT)
+        position_BL = (start_BL + offset_U[column_BL]) * there_BL
         # A prompt's own first token pads it: `transformers` warns of padding tokens that no mask tells it of.
-        ids_BL = batch.prompt_ids_BP[:, :1].repeat(1, length)
-        position_BL, segment_BL = torch.zeros_like(ids_BL), torch.full_like(ids_BL, PADDING)
-        if prompt:
-            b_M, p_M = batch.prompt_mask_BP.nonzero(as_tuple=True)
-            ids_BL[b_M, p_M], position_BL[b_M, p_M] = batch.prompt_ids_BP[b_M, p_M], p_M
-            segment_BL[b_M, p_M] = PROMPT
-        b_M, c_M, t_M = fed_BCT.nonzero(as_tuple=True)
-        rank_BCT = fed_BCT.flatten(1).cumsum(-1).view(fed_BCT.shape) - 1
-        column_M = start_B[b_M] + rank_BCT[b_M, c_M, t_M]
-        ids_BL[b_M, column_M] = batch.response_ids_BCT[b_M, c_M, t_M]
-        position_BL[b_M, column_M] = prompt_length_B[b_M] + t_M
-        segment_BL[b_M, column_M] = c_M + 1
-        return cls(ids_BL, position_BL, segment_BL, b_M * length + column_M)
+        ids_BL = torch.where(there_BL, ids_BU.gather(1, column_BL), batch.prompt_ids_BP[:, :1])
+        return cls(ids_BL, position_BL, segment_BL)
 
 
 @dataclass
@@ -323,7 +348,6 @@ def _misfit(scorer: PreferenceScorer) -> str:
     causal_lm = scorer.causal_lm
     device, training, features = causal_lm.device, scorer.model.training, scorer.features
     batch = _probe_batch(causal_lm.config.get_text_config().vocab_size).to(device)
-    everything = Picks(torch.tensor([[0, 1], [0, 1]], device=device), batch.mask_BC[:, 1:])
     weight_BC = torch.linspace(1, 2, batch.mask_BC.numel(), device=device).view(batch.mask_BC.shape)
     # The smallest weights are enough: their gradients have passed through all that lies above them.
     weights: list[Tensor] = []
@@ -339,6 +363,12 @@ def _misfit(scorer: PreferenceScorer) -> str:
         gradients = torch.autograd.grad((logp_BC * weight_BC).sum(), weights, materialize_grads=True)
         return [logp_BC.detach(), torch.cat([gradient.flatten() for gradient in gradients])]
 
+    def two_phases() -> Scores:
+        prompt = scorer._encode(batch)
+        with torch.no_grad():
+            scorer._score(batch, None, prompt)
+        return scorer._score(batch, None, prompt)
+
     tolerance = max(torch.finfo(causal_lm.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
     scorer.model.eval()
     scorer.features = None
@@ -346,10 +376,7 @@ def _misfit(scorer: PreferenceScorer) -> str:
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             own = outcome(False, lambda: scorer(batch).scores)
             try:
-                ways = [
-                    outcome(True, lambda: scorer(batch, lambda _: everything).scores),
-                    outcome(True, lambda: scorer._score(batch, None, None)),
-                ]
+                ways = [outcome(True, two_phases), outcome(True, lambda: scorer._score(batch, None, None))]
             except Exception as error:  # whatever a stranger's forward raises when handed a mask that it does not know
                 return f"{type(error).__name__}: {error}".splitlines()[0]
             errors = [((a - b).norm() / b.norm()).item() for way in ways for a, b in zip(way, own, strict=True)]

@@ -309,7 +309,7 @@ class Mass:
         else:
             selection = self._select_from_gram(pool, order_BN)
         info = {"logdet": selection.logdet_B.float(), "ties": selection.ties_B.float()}
-        if self.variant != "subset_fisher":
+        if pool.observe and self.variant != "subset_fisher":
             info["certified_ratio"] = selection.certified_ratio_B.float()
         return as_picks(order_BN.gather(1, selection.indices_BK), selection.mask_BK, info)
 
@@ -326,9 +326,8 @@ class Mass:
             # Where the chosen response wins beyond float64's range, every gain is 0 and the tie rule decides.
             ridge = (self.ridge * mean_B * scale_B).clamp(min=1e-300) if self.ridge_relative else self.ridge
             return fisher.select_subset_fisher(gram_BCC, rewards_BC, pool.beta, self.k, ridge, mask_BN, self.solver)
-        if self.ridge_relative:  # gamma = ridge * mean(scale |v|^2): the scale cancels
-            return fisher.select_logdet_gram(vectors_BNN, self.k, self.ridge * mean_B, 1.0, mask_BN, self.solver)
-        return fisher.select_logdet_gram(vectors_BNN, self.k, self.ridge, scale_B, mask_BN, self.solver)
+        ridge, scale_B = self._weighing(mean_B, scale_B)
+        return fisher.select_logdet_gram(vectors_BNN, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe)
 
     def _select_from_vectors(self, pool: PoolStatistics, order_BN: Tensor) -> fisher.LogdetSelection:
         """For large pools: only the picked rows of the Gram matrix are ever made."""
@@ -337,10 +336,13 @@ class Mass:
         )
         vectors_BND = vectors_BND[torch.arange(len(order_BN), device=order_BN.device)[:, None], order_BN]
         mask_BN = pool.mask_BN.gather(1, order_BN)
-        if self.ridge_relative:
-            mean_B = fisher.mean_square(vectors_BND.square().sum(-1), mask_BN)
-            return fisher.select_logdet(vectors_BND, self.k, self.ridge * mean_B, 1.0, mask_BN, self.solver)
-        return fisher.select_logdet(vectors_BND, self.k, self.ridge, scale_B, mask_BN, self.solver)
+        mean_B = fisher.mean_square(vectors_BND.square().sum(-1), mask_BN)
+        ridge, scale_B = self._weighing(mean_B, scale_B)
+        return fisher.select_logdet(vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe)
+
+    def _weighing(self, mean_B: Tensor, scale_B: Tensor) -> tuple[float | Tensor, Tensor]:
+        """Gamma and the scale of the vectors: a relative gamma is ridge * mean(scale |v|^2), where the scale cancels."""
+        return (self.ridge * mean_B, torch.ones_like(scale_B)) if self.ridge_relative else (self.ridge, scale_B)
 
 
 class Adpo(Mass):

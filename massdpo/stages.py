@@ -5,7 +5,7 @@ K picked negatives.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +24,12 @@ from massdpo.store import keyed_seed
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 TOLERANCE = 1e-4  # nats a response: two float32 passes over one model differ by less
 TOLERANCE_BFLOAT16 = 0.02  # nats a token
+
+
+# A margin of 16 leaves exp(-16), float32's epsilon, beside the 1 of log(1 + sum exp(-margin)): nothing more is learned.
+RUNAWAY = 16.0
+# Mean nats a token below the start: the chosen responses' perplexity is e times what SFT left.
+COLLAPSE = 1.0
 
 
 def sft(scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -65,7 +71,7 @@ class Preference:
             picks, pool = self._stored(batch), None
             scored: Scored = scorer(batch.take(picks))
         elif self.selector.needs_scores:
-            scored = scorer(batch, lambda scores: self.selector(self._statistics(batch, scores, epoch)))
+            scored = scorer(batch, lambda scores: self.selector(self._statistics(batch, scores, epoch, observe)))
             assert scored.picks is not None and scored.pool is not None
             picks, pool = scored.picks, scored.pool
             self.seconds["select"] += scored.select_seconds
@@ -84,25 +90,37 @@ class Preference:
 
     def selecting(
         self, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int
-    ) -> Callable[[nn.Module, int], None]:
-        """What to do at an epoch's begin: nothing, or select for every prompt of the split with the current policy."""
+    ) -> Callable[[nn.Module, int], dict[str, float]]:
+        """What to do at an epoch's begin: nothing, or select for every prompt of the split with the current policy.
 
-        def begin(scorer: nn.Module, epoch: int) -> None:
+        It returns the means of what is logged of the picks; none where nothing was selected.
+        """
+
+        def begin(scorer: nn.Module, epoch: int) -> dict[str, float]:
             done = int(self.state["selected_in"])
             if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
-                return
+                return {}
             started = time.perf_counter()
             parts = []
             for batch in each_batch(scorer, rows, accelerator, size, pad_id, "select"):
                 scores = scorer(batch).scores if self.selector.needs_scores else unscored(batch)
-                picks = self.selector(self._statistics(batch, scores, epoch))
-                parts.append((batch.index_B.cpu(), picks.index_BK.cpu(), picks.mask_BK.cpu()))
-            for index_B, index_BK, mask_BK in gather_object(parts) if accelerator.num_processes > 1 else parts:
-                self.state["index_SK"][index_B, : index_BK.shape[1]] = index_BK
-                self.state["mask_SK"][index_B] = False
-                self.state["mask_SK"][index_B, : mask_BK.shape[1]] = mask_BK
+                pool = self._statistics(batch, scores, epoch, observe=True)
+                picks = self.selector(pool)
+                logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+                if self.selector.needs_scores:
+                    logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
+                if done >= 0:
+                    logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+                on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
+                parts.append((batch.index_B.cpu(), on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+            values: dict[str, Tensor] = {}
+            for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
+                self._store(index_B, picks)
+                for name, value_B in logs.items():
+                    values.setdefault(name, torch.zeros(len(rows)))[index_B] = value_B.float()
             self.state["selected_in"].fill_(epoch)
             self.seconds["select"] += time.perf_counter() - started
+            return {name: float(value_S.mean()) for name, value_S in values.items()}
 
         return begin
 
@@ -111,14 +129,20 @@ class Preference:
         width = batch.response_ids_BCT.shape[1]
         return self.reference.logp_SC[batch.index_B.cpu(), :width].to(batch.index_B.device)
 
-    def _statistics(self, batch: Batch, scores: Scores, epoch: int) -> PoolStatistics:
+    def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
         draw = 0 if self.refresh == "once" else epoch
         noise_BN = noise(batch, self.seed, draw)
-        return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids)
+        return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
     def _stored(self, batch: Batch) -> Picks:
         rows_B, device = batch.index_B.cpu(), batch.index_B.device
         return Picks(self.state["index_SK"][rows_B].to(device), self.state["mask_SK"][rows_B].to(device))
+
+    def _store(self, rows_B: Tensor, picks: Picks) -> None:
+        width = picks.index_BK.shape[1]
+        self.state["index_SK"][rows_B, :width] = picks.index_BK.cpu()
+        self.state["mask_SK"][rows_B] = False
+        self.state["mask_SK"][rows_B, :width] = picks.mask_BK.cpu()
 
     def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
         count_B = picks.mask_BK.sum(-1)
@@ -131,6 +155,7 @@ class Preference:
             "margin_max": rewards_BC[:, 0] - best_B,
             "reward_accuracy": (rewards_BC[:, 0] > best_B).float(),
             "chosen_logp": scores.logp_BC[:, 0],
+            "chosen_mean_logp_change": rewards_BC[:, 0] / self.beta / scores.length_BC[:, 0],
             "rejected_logp": rejected[1],
             "k_effective": count_B.float(),
         }
@@ -140,20 +165,33 @@ class Preference:
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
         if self.refresh == "step":
-            before = self._stored(batch)
-            known_B = before.mask_BK.any(-1)
-            if known_B.all():  # from the second epoch on
-                logs["selection/same_as_before"] = overlap(before, picks)
-            rows_B, width = batch.index_B.cpu(), picks.index_BK.shape[1]
-            self.state["index_SK"][rows_B, :width] = picks.index_BK.cpu()
-            self.state["mask_SK"][rows_B] = False
-            self.state["mask_SK"][rows_B, :width] = picks.mask_BK.cpu()
+            if epoch:  # not known of a prompt that another process had before
+                before = self._stored(batch)
+                logs["selection/same_as_before"] = overlap(before, picks).where(before.mask_BK.any(-1), torch.nan)
+            self._store(batch.index_B.cpu(), picks)
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
             logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
             self.seconds["observe"] += time.perf_counter() - started
         return logs
+
+
+def alarms(row: Mapping[str, float]) -> dict[str, str]:
+    """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
+    found = {}
+    reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
+    if abs(reward) > RUNAWAY:
+        found["rewards"] = (
+            f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from them): "
+            "lower trainer.preference.learning_rate"
+        )
+    if row["chosen_mean_logp_change"] < -COLLAPSE:
+        found["chosen"] = (
+            f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats a token since the "
+            "start, on average): lower trainer.preference.learning_rate"
+        )
+    return found
 
 
 def picked(value_BC: Tensor, picks: Picks) -> Tensor:

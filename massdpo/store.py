@@ -4,9 +4,11 @@ A cached folder is built beside its place, checksummed, and renamed; a reader ve
 does not match them is told, set aside and built again.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from massdpo.errors import UserError
 
 MANIFEST = "manifest.json"
+UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}(\.old)?")  # how tempfile names what is made beside a place
 
 
 def digest(*parts: Any) -> str:
@@ -84,6 +87,35 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# How Rust (safetensors, tokenizers), NumPy and PyTorch tell that a disk takes no more.
+TOLD_OTHERWISE = re.compile(r"\(os error (\d+)\)|requested and \d+ written|inline_container")
+
+
+@contextmanager
+def writing(place: Path, remedy: str) -> Iterator[None]:
+    """Tell in one line (`place`, why, `remedy`) what a full disk or a folder that cannot be written raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if why := _why_not_written(error, place):
+            raise UserError(f"{place} cannot be written ({why}): {remedy}") from error
+        raise
+
+
+def _why_not_written(error: Exception, place: Path) -> str | None:
+    """None where the error is about something else, such as a file that cannot be read."""
+    if isinstance(error, OSError) and error.errno is not None:
+        there, asked = os.path.abspath(place), os.path.abspath(error.filename or "/dev/null")
+        ours = asked.startswith(there) or there.startswith(asked)
+        return error.strerror if ours or error.errno in FULL else None
+    if not (found := TOLD_OTHERWISE.search(str(error))):
+        return None
+    return os.strerror(int(found[1])) if found[1] else "a write was cut short"
+
+
 class Cache:
     """Folders under `root`, each named by kind and content key."""
 
@@ -94,50 +126,78 @@ class Cache:
         return self.root / kind / key
 
     def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-        """The folder for `key`, built by `build(empty_folder)` if it is not there yet.
-
-        Jobs side by side build it once: the others wait, and take over if it dies (a lock goes with its process).
-        """
+        """The folder for `key`, built by `build(empty_folder)` if it is not there yet, once by jobs side by side."""
         place = self.path(kind, key)
-        if self.holds(kind, key):
-            return place
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{place}.lock"):
+        if not is_whole(place):
+            with self.lock(kind, key):
                 if not self.holds(kind, key):
-                    build_folder(place, build)
-        except OSError as error:
-            raise UserError(
-                f"the cache {self.root} cannot be written ({error.strerror or error}): free some room or set cache_dir"
-            ) from error
+                    self.build(kind, key, build)
         return place
 
-    def holds(self, kind: str, key: str) -> bool:
-        """Is the folder there and whole? A damaged one is set aside, with a line that says so."""
+    def build(self, kind: str, key: str, build: Callable[[Path], None]) -> None:
+        """Build the folder for `key` anew; for who has the lock."""
+        with writing(self.root, "free some room or set cache_dir"):
+            build_folder(self.path(kind, key), build)
+
+    @contextmanager
+    def lock(self, kind: str, key: str) -> Iterator[None]:
+        """Build the folder for `key` alone: others wait. The lock goes with its process, however that ends."""
         place = self.path(kind, key)
-        if not place.is_dir():
-            return False
-        if is_whole(place):
-            return True
-        aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{key}.damaged."))
-        os.replace(place, aside)
-        print(f"warning: {place} is damaged; it was set aside as {aside.name} and is computed again", file=sys.stderr)
-        return False
+        with writing(self.root, "set cache_dir"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{place}.lock")
+            try:
+                lock.acquire(timeout=1)
+            except Timeout:
+                print(f"another job computes {place}: waiting for it", file=sys.stderr)
+                lock.acquire()
+        try:
+            remove_unfinished(place.parent, f"{key}.")
+            yield
+        finally:
+            lock.release()
+
+    def holds(self, kind: str, key: str) -> bool:
+        """Is the folder there and whole? A damaged one is set aside; only who has the lock may ask."""
+        place = self.path(kind, key)
+        if place.is_dir() and not is_whole(place):
+            set_aside(place)
+        return place.is_dir()
+
+
+def set_aside(place: Path) -> None:
+    """Move a damaged folder out of the way, with a line that says so."""
+    aside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f"{place.name}.damaged."))
+    os.replace(place, aside)
+    print(f"warning: {place} is damaged; it was set aside as {aside.name} and is computed again", file=sys.stderr)
+
+
+def remove_unfinished(folder: Path, prefix: str = "") -> None:
+    """Remove what `replacing` and `build_folder` had begun here when their process was killed; for who has the lock."""
+    for path in folder.glob(f".{prefix}*"):
+        if not UNFINISHED.fullmatch(path.name):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def build_folder(place: Path, build: Callable[[Path], None]) -> None:
     """Let `build` fill a folder beside `place`, write its manifest, and put it in `place`'s stead."""
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}."))
+    old = beside.with_name(f"{beside.name}.old")  # removed last: a rename is quick, removing is not
     try:
         build(beside)
         write_json(beside / MANIFEST, {name: file_digest(beside / name) for name in _files(beside)})
         beside.chmod(0o755)
         if place.exists():
-            shutil.rmtree(place)
+            os.replace(place, old)
         os.replace(beside, place)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def is_whole(place: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +13,33 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo import experiment
+from massdpo.benchmark.measure import commit, machine
 from massdpo.data.inspect import inspect as inspect_data
 from massdpo.data.prepare import limited, prepare
 from massdpo.data.tokenize import TokenizedExample, collate, tokenize_split
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, ranking, score_split
+from massdpo.generation import Answer, generate_split, generation_metrics
 from massdpo.models import load_policy
 from massdpo.ranking import policy_in, rank, writing_to
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import check_pools
 from massdpo.stages import Preference
-from massdpo.store import Cache, build_folder, is_whole, write_json
+from massdpo.store import Cache, build_folder, is_whole, write_json, write_text
 from massdpo.tracking import NoLogger, summary_table
 
 __all__ = ["evaluate", "inspect", "rank", "select", "study"]  # `experiment.run` finds them by name
 
-SEEDS = 3  # runs of each kind in task=study study=refresh
-PROMPTS = 64  # training prompts whose gradients task=study study=features compares
-MEASURED = ("accuracy", "ndcg@5", "margin", "select_seconds", "train_seconds")  # of each run of study=refresh
+SEEDS = 5  # training seeds of study=features and study=refresh, from `seed` on
+PROMPTS = 64  # training prompts whose gradients study=features compares
+MEASURED = {  # of each run of study=refresh
+    "accuracy": "accuracy (test)",
+    "ndcg@5": "NDCG@5 (test)",
+    "margin": "mean margin (test; beta nats)",
+    "chosen_logp_change": "change of the chosen log-prob (nats)",
+    "select_seconds": "selection (s)",
+    "train_seconds": "preference stage (s)",
+}
 READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
 
 
@@ -37,7 +47,8 @@ def evaluate(config: DictConfig) -> None:
     """Rank the test split of `dataset` with the policy of the run in `in`, with the policy's own tokenizer.
 
     Of the run's folder only policy/ is loaded; its config.yaml is read as plain data, to tell where it read texts
-    otherwise. Metrics are those of ranking: the run's reference, which rewards and margins need, is not kept.
+    otherwise. Metrics are those of ranking, and of generation with `trainer.generate`: the run's reference, which
+    rewards and margins need, is not kept.
 
     Raises:
         UserError: no policy there, or a dataset that it cannot read.
@@ -54,11 +65,14 @@ def evaluate(config: DictConfig) -> None:
         print(f"warning: test: {line}", file=sys.stderr)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
     scores = score_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id, "evaluate")
+    answers: list[Answer] = []
+    if config.trainer.generate:
+        answers = generate_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer)
     if not accelerator.is_main_process:
         return
-    metrics = ranking(scores)
+    metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {})
     print(f"{run} on the test split of {config.choices.dataset}, {len(rows)} prompts")
-    summary_table("ranking", [{"test metric": name, "policy": value} for name, value in metrics.items()])
+    summary_table("test split", [{"test metric": name, "policy": value} for name, value in metrics.items()])
     if config.out:
         about = {"run": str(run), "dataset": config.choices.dataset, "data": splits.digest, "prompts": len(rows)}
         with writing_to(config.out):
@@ -139,54 +153,78 @@ def inspect(config: DictConfig) -> None:
 def study(config: DictConfig) -> None:
     """Compute the study that `study` names; its table and figure go to `out`, or results/studies.
 
-    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, for `refresh`
-    each kind of it with three seeds from `seed` on, as runs that are kept and found again.
+    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, with several
+    seeds, as runs that are kept and found again.
     """
-    from massdpo import studies  # seconds: tables and figures
-
     out = Path(config.out or "results/studies")
-    if config.study == "optimality":
-        studies.optimality(out)
-    elif config.study == "loglinear":
-        studies.loglinear(out)
-    elif config.study == "refresh":
-        _study_refresh(config, out)
-    else:
-        _study_features(config, out)
-    print((out / f"{config.study}.md").read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    STUDIES[config.study](config, out)
+    page = out / f"{config.study}.md"
+    source = f"`{experiment.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
+    on = ", ".join(f"{name} {value}" for name, value in machine().items() if value is not None)
+    write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {on}.\n")
+    print(page.read_text(encoding="utf-8"))
     print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
 
 
-def _study_refresh(config: DictConfig, out: Path) -> None:
-    from massdpo import studies
+def _study_optimality(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.optimality import optimality  # seconds: tables and figures
 
-    def run(refresh: str, seed: int) -> Mapping[str, float]:
-        folder = experiment.train(_run_of(config, refresh=refresh, seed=seed))
+    optimality(out)
+
+
+def _study_loglinear(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.loglinear import loglinear
+
+    loglinear(out)
+
+
+def _study_refresh(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.refresh import refresh
+
+    def run(kind: str, seed: int) -> Mapping[str, float]:
+        folder = experiment.train(_run_of(config, refresh=kind, seed=seed))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         return {name: metrics[name] for name in MEASURED}
 
-    studies.refresh(out, run, range(config.seed, config.seed + SEEDS))
+    refresh(out, run, _seeds(config), MEASURED)
 
 
 def _study_features(config: DictConfig, out: Path) -> None:
-    from massdpo import studies
+    from massdpo.studies.features import features
 
     accelerator = experiment.start(config)
     if not config.trainer.save_policy:
         raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
-    folder = experiment.train(_run_of(config))
-    data, model = experiment.load(config, _cache(config))
-    score = _scoring(config, accelerator, data.pad_id)
-    start = experiment.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
-    before = experiment.load_start(start, config)
-    after = load_policy(folder / "policy")[0]
-    trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
-    for name, weight in after.named_parameters():
-        weight.requires_grad_(name in trained)
+    data, _ = experiment.load(config, _cache(config))
     rows = list(enumerate(data.train[:PROMPTS]))
     batches = [collate(rows[at : at + 8], data.pad_id).to(accelerator.device) for at in range(0, len(rows), 8)]
-    models = {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
-    studies.features(out, models, batches, config.beta, config.k, seed=config.seed)
+
+    def models(seed: int) -> Mapping[str, nn.Module]:
+        run = _run_of(config, seed=seed)
+        folder = experiment.train(run)
+        data, model = experiment.load(run, _cache(config))
+        score = _scoring(config, accelerator, data.pad_id)
+        start = experiment.sft_start(run, data, model, _cache(config), score, NoLogger(), accelerator)
+        before, after = experiment.load_start(start, run), load_policy(folder / "policy")[0]
+        trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
+        for name, weight in after.named_parameters():
+            weight.requires_grad_(name in trained)
+        return {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
+
+    features(out, models, batches, config.beta, config.k, _seeds(config))
+
+
+STUDIES = {
+    "optimality": _study_optimality,
+    "loglinear": _study_loglinear,
+    "refresh": _study_refresh,
+    "features": _study_features,
+}
+
+
+def _seeds(config: DictConfig) -> range:
+    return range(config.seed, config.seed + SEEDS)
 
 
 def _run_of(config: DictConfig, **options: Any) -> DictConfig:

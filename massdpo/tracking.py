@@ -110,7 +110,7 @@ class Wandb:
     """Weights & Biases, into `<run_dir>/wandb`; offline it needs no account, no network and asks nothing.
 
     `mode="online"` without credentials or network records offline, and says so. `timeout` (seconds) bounds how long the
-    end of a run waits for what is still under way; neither git remote, code nor credentials are recorded.
+    end of a run waits for what is still under way. Not recorded: git remote, code, credentials, names of user and host.
     """
 
     def __init__(
@@ -166,6 +166,7 @@ class Wandb:
             disable_git=True,
             disable_code=True,
             x_disable_stats=True,
+            x_disable_meta=True,  # the command line as it was typed, the names of user and host
             x_save_requirements=False,
             init_timeout=self.timeout / 2,  # leaves time to record offline what a server did not take
             finish_timeout=self.timeout,

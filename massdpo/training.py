@@ -7,8 +7,10 @@ stage, epoch), and no dropout is used, so that weights, optimiser and position a
 
 import json
 import math
+import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,18 +25,20 @@ from accelerate import Accelerator
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
-from transformers import get_linear_schedule_with_warmup
 
 from massdpo.batch import Batch
 from massdpo.data.tokenize import TokenizedExample, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import Validate
-from massdpo.store import build_folder, is_whole, keyed_seed
+from massdpo.store import build_folder, is_whole, keyed_seed, remove_unfinished, set_aside, writing
 from massdpo.tracking import History, Tracker, progress
 
 # (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
 Objective = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
+
+NUMBERED = re.compile(r"\d+-\d+")  # the name of a checkpoint: epoch and step
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Position:
     """How far a stage is: what a checkpoint holds beside weights and optimiser."""
 
     epoch: int = 0
-    batch: int = 0  # optimiser steps done in this epoch
+    batch: int = 0  # optimiser steps done in this epoch; all of them: what is left of it is its validation
     step: int = 0
     tokens: int = 0
     train_seconds: float = 0.0  # steps, selection included, without what only the log needs
@@ -65,9 +69,10 @@ class Stage:
     checkpoints: Path
     seed: int
     pad_id: int
-    begin_epoch: Callable[[nn.Module, int], None] = lambda scorer, epoch: None
+    begin_epoch: Callable[[nn.Module, int], dict[str, float]] = lambda scorer, epoch: {}  # returns what is logged of it
     state: dict[str, Tensor] = field(default_factory=dict)  # what the objective must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})  # the objective counts
+    alarms: Callable[[dict[str, Any]], dict[str, str]] = lambda row: {}  # what to warn of in a step's values, by kind
 
 
 class Stopped(KeyboardInterrupt):
@@ -92,41 +97,49 @@ def fit(
         (weight for weight in scorer.parameters() if weight.requires_grad),
         lr=stage.learning_rate,
         weight_decay=options.weight_decay,
+        fused=True,  # the plain loop over tensors costs a tiny model more than its backward pass
     )
     prompts_a_step = options.batch_size * options.accumulate * accelerator.num_processes
     steps_an_epoch = -(-len(stage.rows) // prompts_a_step)
     total = steps_an_epoch * stage.epochs
-    schedule = get_linear_schedule_with_warmup(optimizer, int(options.warmup * total), total)
+    rise = int(options.warmup * total)  # the schedule of transformers, whose module imports its Trainer and peft
+    schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (total - step) / max(1, total - rise))
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    position = _resume(stage, accelerator, schedule)
+    position = _resume(stage, options.keep, accelerator, schedule)
+    warned: set[str] = set()
     history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + position.history
     scorer.train()
-    with _signals() as stop, progress(total, stage.name) as advance:
+    with progress(total, stage.name) as advance:
         advance(position.step)
         while position.epoch < stage.epochs:
             with _timed(stage, position):
-                stage.begin_epoch(scorer, position.epoch)
+                refreshed = stage.begin_epoch(scorer, position.epoch)
+            if refreshed:
+                _log(stage, position, refreshed | _place(position), history, tracker)
             scorer.train()
             order = _order(stage, position.epoch)
             steps = [order[start : start + prompts_a_step] for start in range(0, len(order), prompts_a_step)]
-            loader = _loader(stage, steps[position.batch :], options, accelerator)
-            for rows in steps[position.batch :]:
-                position.batch, position.step = position.batch + 1, position.step + 1
-                logged = position.step % options.log_every == 0 or position.step == total
-                row = {"step": position.step, "epoch": position.epoch, "learning_rate": schedule.get_last_lr()[0]}
-                with _timed(stage, position):
-                    row |= _step(stage, scorer, optimizer, loader, rows, position, logged, options, accelerator)
-                schedule.step()
-                if logged:
-                    share = position.select_seconds / position.train_seconds
-                    _log(stage, position, row | {"select_share": share}, history, tracker)
-                advance(1, f"loss {row['loss']:.3f}")
-                if stop() or position.step % options.checkpoint_every == 0:
-                    _save(stage, position, accelerator)
-                if stop():
-                    raise Stopped(
-                        f"stopped at step {position.step} of {total} of {stage.name}; the same command goes on"
-                    )
+            with _signals(accelerator) as stop:
+                loader = _loader(stage, steps[position.batch :], options, accelerator)
+                for rows in steps[position.batch :]:
+                    position.batch, position.step = position.batch + 1, position.step + 1
+                    logged = position.step % options.log_every == 0 or position.step == total
+                    row = _place(position) | {"learning_rate": schedule.get_last_lr()[0]}
+                    with _timed(stage, position):
+                        row |= _step(stage, scorer, optimizer, loader, rows, position, logged, options, accelerator)
+                    schedule.step()
+                    _warn(stage, row, warned, accelerator)
+                    if logged:
+                        seconds = position.select_seconds
+                        cost = {"select_seconds": seconds, "select_share": seconds / position.train_seconds}
+                        _log(stage, position, row | cost, history, tracker)
+                    advance(1, f"loss {row['loss']:.3f}")
+                    asked, last = stop(), position.batch == len(steps)
+                    if asked or last or position.step % options.checkpoint_every == 0:
+                        _save(stage, position, accelerator)
+                    if asked or (last and stop()):
+                        where = f"step {position.step} of {total} of {stage.name}"
+                        raise Stopped(f"stopped at {where}; the same command goes on")
             position.epoch, position.batch = position.epoch + 1, 0
             validation = stage.validate(scorer)
             scorer.train()
@@ -137,7 +150,6 @@ def fit(
             if options.keep == "best" and value > position.best:
                 _write(stage.checkpoints / "best", position, stage, accelerator)
             position.best = max(position.best, value)
-            _save(stage, position, accelerator)
     if options.keep == "best" and stage.epochs:
         accelerator.load_state(str(stage.checkpoints / "best"))
     return scorer, position
@@ -166,9 +178,10 @@ def _step(
             # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
             loss = (loss_B * real_B).sum() * world / len(rows)
             if not torch.isfinite(loss):
+                bad = [name for name, value in zip(batch.ids, loss_B.tolist(), strict=True) if not math.isfinite(value)]
                 raise UserError(
                     f"the loss is not finite at step {position.step} of {stage.name} (examples "
-                    f"{', '.join(batch.ids)}): lower trainer.{stage.name}.learning_rate or beta"
+                    f"{', '.join(bad or batch.ids)}): lower trainer.{stage.name}.learning_rate or beta"
                 )
             accelerator.backward(loss)
         for name, value_B in (logs | {"loss": loss_B}).items():
@@ -178,15 +191,15 @@ def _step(
     if not math.isfinite(norm):
         raise UserError(
             f"the gradient is not finite at step {position.step} of {stage.name} (examples "
-            f"{', '.join(batch.ids)}): lower trainer.{stage.name}.learning_rate"
+            f"{', '.join(stage.rows[row].id for row in rows)}): lower trainer.{stage.name}.learning_rate"
         )
     optimizer.step()
     optimizer.zero_grad()
-    # Means over this step's prompts, of all processes.
+    # Means over this step's prompts, of all processes; NaN stands for what is not known of a prompt.
     names = sorted(values)
     total_n2 = torch.stack(
         [
-            torch.stack([value.sum(), torch.tensor(float(len(value)), device=value.device)])
+            torch.stack([value.nansum(), (~value.isnan()).sum().float()])
             for value in (torch.cat(values[name]) for name in names)
         ]
     )
@@ -232,8 +245,14 @@ def _loader(
         batch_sampler=batches,
         collate_fn=_Collate(stage.pad_id),
         num_workers=options.workers,
+        worker_init_fn=_outlive_ctrl_c,
     )
     return iter(loader)
+
+
+def _outlive_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to every process: the batches up to the checkpoint are still needed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -268,6 +287,18 @@ def _log(stage: Stage, position: Position, row: dict[str, Any], history: History
     tracker.log(len(history.rows), numbers)  # one running number over both stages, for W&B
 
 
+def _place(position: Position) -> dict[str, Any]:
+    return {"step": position.step, "epoch": position.epoch}
+
+
+def _warn(stage: Stage, row: dict[str, Any], warned: set[str], accelerator: Accelerator) -> None:
+    """Tell what a step's values give reason to, each kind once."""
+    for kind, line in stage.alarms(row).items():
+        if kind not in warned and accelerator.is_main_process:
+            print(f"warning: {stage.name}, step {row['step']}: {line}", file=sys.stderr)
+        warned.add(kind)
+
+
 def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
@@ -276,11 +307,11 @@ def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
 
 
 def _save(stage: Stage, position: Position, accelerator: Accelerator) -> None:
-    """Write the newest checkpoint, then drop older ones: at every moment there is a whole one."""
+    """Write the newest checkpoint, then drop older ones: once there is one, there is a whole one at every moment."""
     place = stage.checkpoints / f"{position.epoch:04d}-{position.step:08d}"
     _write(place, position, stage, accelerator)
     if accelerator.is_main_process:
-        for old in _whole(stage.checkpoints)[:-1]:
+        for old in _all(stage.checkpoints)[:-1]:
             shutil.rmtree(old)
 
 
@@ -291,26 +322,24 @@ def _write(place: Path, position: Position, stage: Stage, accelerator: Accelerat
         if stage.state:
             save_file(stage.state, folder / "objective.safetensors")
 
-    try:
-        if accelerator.is_main_process:
+    if accelerator.is_main_process:
+        with writing(place.parent, "free some room; the last checkpoint is good, and the same command goes on from it"):
             build_folder(place, build)
-    except OSError as error:
-        raise UserError(
-            f"no checkpoint could be written to {place.parent} ({error.strerror or error}): free some room; "
-            "the last checkpoint is good, and the same command goes on from it"
-        ) from error
     accelerator.wait_for_everyone()
 
 
-def _resume(stage: Stage, accelerator: Accelerator, schedule: Any) -> Position:
-    """Load the newest whole checkpoint, if any; a damaged one is told and passed over."""
-    whole = _whole(stage.checkpoints)
-    if not whole:
+def _resume(stage: Stage, keep: str, accelerator: Accelerator, schedule: Any) -> Position:
+    """Load the newest whole checkpoint, if any; a damaged one is told, set aside and done without."""
+    if accelerator.is_main_process:
+        _keep_newest(stage.checkpoints, keep)
+    accelerator.wait_for_everyone()
+    if not (places := _all(stage.checkpoints)):
         return Position()
-    accelerator.load_state(str(whole[-1]))
-    position = Position(**json.loads((whole[-1] / "position.json").read_text(encoding="utf-8")))
+    (place,) = places
+    position = _position(place)
+    accelerator.load_state(str(place))
     if stage.state:
-        for name, value in load_file(whole[-1] / "objective.safetensors").items():
+        for name, value in load_file(place / "objective.safetensors").items():
             stage.state[name].copy_(value)
     rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer
     schedule.last_epoch, schedule._last_lr = position.step, rates  # step() here would warn of a wrong order
@@ -318,23 +347,48 @@ def _resume(stage: Stage, accelerator: Accelerator, schedule: Any) -> Position:
     return position
 
 
-def _whole(checkpoints: Path) -> list[Path]:
-    return sorted(place for place in checkpoints.glob("[0-9]*") if is_whole(place))
+def _keep_newest(checkpoints: Path, keep: str) -> None:
+    """Leave the newest whole checkpoint alone; without the best policy so far, that one cannot be gone on from."""
+    remove_unfinished(checkpoints)
+    places = _all(checkpoints)
+    while places and not is_whole(places[-1]):
+        set_aside(places.pop())
+    for old in places[:-1]:  # the end came while they were removed
+        shutil.rmtree(old)
+    best = checkpoints / "best"
+    if places and keep == "best" and _position(places[-1]).best > -math.inf and not is_whole(best):
+        set_aside(best if best.exists() else places[-1])
+        shutil.rmtree(places[-1], ignore_errors=True)
+
+
+def _position(place: Path) -> Position:
+    return Position(**json.loads((place / "position.json").read_text(encoding="utf-8")))
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    """The numbered checkpoints, oldest first."""
+    return sorted(place for place in checkpoints.glob("*") if NUMBERED.fullmatch(place.name))
 
 
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
     """Turn Ctrl-C and SIGTERM into a question the loop asks between steps; a second Ctrl-C stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        if received:
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
         received.append(number)
 
+    def stop() -> bool:
+        if accelerator.num_processes == 1:
+            return bool(received)
+        asked = torch.tensor(float(bool(received)), device=accelerator.device)  # one process may hear it a step later
+        return bool(accelerator.reduce(asked, "sum") > 0)
+
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

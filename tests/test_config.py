@@ -315,13 +315,13 @@ def test_option_names_are_frozen() -> None:
     config = OmegaConf.to_container(compose(["trainer=lora"]))
     assert isinstance(config, dict)
     assert " ".join(sorted(set(config) - {"choices"})) == (
-        "beta cache_dir dataset debug force in k logger loss model name out policy refresh runs_dir seed selector size"
-        " split study sweep task trainer"
+        "beta cache_dir data_dir dataset debug force in k logger loss model name out policy refresh runs_dir seed"
+        " selector size split study sweep task trainer"
     )
     assert " ".join(sorted(config["trainer"])) == (
-        "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size gradient_checkpointing"
-        " keep keep_metric layout log_every max_grad_norm max_length precision preference save_policy sft threads"
-        " warmup weight_decay workers"
+        "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size generate"
+        " gradient_checkpointing keep keep_metric layout log_every max_grad_norm max_length precision preference"
+        " save_policy sft threads warmup weight_decay workers"
     )
     assert set(config["trainer"]["sft"]) == {"epochs", "learning_rate"}
     assert set(config["trainer"]["preference"]) == {"epochs", "learning_rate", "limit"}
@@ -372,6 +372,7 @@ OTHER = [
     "trainer.threads=1",
     "trainer.log_every=3",
     "trainer.keep=best",
+    "trainer.generate=true",
 ]
 
 

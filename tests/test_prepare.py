@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from massdpo.data import prepare as prepare_module
 from massdpo.data.prepare import Subset, limited, prepare
 from massdpo.data.schema import PreferenceExample
+from massdpo.data.synthetic import SyntheticMCQA
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -103,11 +104,16 @@ def test_limits_are_seeded_subsets_in_order_one_within_another() -> None:
             limited(examples, wrong, 0, "train")
 
 
-def test_a_dataset_without_raw_files_is_limited_too(cache: Cache) -> None:
-    target = "massdpo.data.synthetic.SyntheticMCQA"
-    splits = prepare({"_target_": target, "limit_train": 7, "limit_test": 3}, cache)
-    assert len(splits.train) == 7 and len(splits.test) == 3
-    assert not cache.root.exists()
+def test_a_dataset_without_raw_files_is_made_once_and_limited_too(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = {"_target_": "massdpo.data.synthetic.SyntheticMCQA", "num_train": 20}
+    made = SyntheticMCQA(num_train=20).load()
+    splits = prepare(world, cache)
+    assert (list(splits.train), list(splits.val), list(splits.test)) == (made.train, made.val, made.test)
+    monkeypatch.setattr(SyntheticMCQA, "load", None)  # would fail if it were made again
+    some = prepare(world | {"limit_train": 7, "limit_test": 3}, cache)
+    assert len(some.train) == 7 and all(row in made.test for row in some.test) and len(some.test) == 3
 
 
 def test_a_composed_config_is_taken_as_it_is(cache: Cache, raw: str) -> None:

@@ -105,6 +105,18 @@ def demo(tmp_path: Path) -> Path:
     return sweep
 
 
+def note_expected(sweep: Path, selector: str, name: str) -> None:
+    """As a multirun notes it: all runs that are there, and one that is not."""
+    configs = {path.parent.name: yaml.safe_load(path.read_text()) for path in sweep.glob("*/config.yaml")}
+    one = next(iter(configs.values()))
+    configs[name] = one | {"choices": one["choices"] | {"selector": selector}}
+    noted = {
+        name: {"job": f"selector={config['choices']['selector']}", "command": "python run.py -m x", "config": config}
+        for name, config in configs.items()
+    }
+    (sweep / "expected.json").write_text(json.dumps(noted))
+
+
 def cells_of(rows: Rows, cache: Path, metrics: tuple[str, ...] = ("accuracy", "ndcg@5", "margin")) -> Summary:
     return summarise(rows, metrics, BootstrapCache(cache))
 
@@ -227,7 +239,7 @@ def test_means_intervals_and_counts(demo: Path, tmp_path: Path) -> None:
 
 
 def test_what_failed_is_shown_as_missing(demo: Path, tmp_path: Path) -> None:
-    (demo / "expected.json").write_text(json.dumps(["never-made"]))
+    note_expected(demo, "sampled", "never-made")
     rows = collect(demo)
     summary = cells_of(rows, tmp_path / "b.csv")
     line = cell(summary, "full", "accuracy")
@@ -426,11 +438,11 @@ def test_page_needs_no_other_file(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sweep", [*sorted(VIEWS), "my_own"])
 def test_every_view_renders(sweep: str, tmp_path: Path) -> None:
-    runs = tmp_path / "results" / "runs" / sweep
-    for selector in ("mass", "random"):
+    runs = tmp_path / "results" / "runs" / (view_of(sweep).rows_of or sweep)
+    for selector, method in (("mass", "mass"), ("random", "sdpo")):
         for seed in range(2):
             for k in (1, 4):
-                make_run(runs, selector, seed, k=k)
+                make_run(runs, selector, seed, k=k, method=method)
     assert main([sweep, "--runs", str(tmp_path / "results" / "runs"), "--out", str(tmp_path / "results")]) == 0
     assert list((tmp_path / "results" / sweep / "figures").glob("*.png"))
     assert view_of(sweep).metrics
@@ -457,7 +469,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_status_tells_what_is_left(demo: Path) -> None:
     make_run(demo, "full", 1, status="running")
-    (demo / "expected.json").write_text(json.dumps([*(path.name for path in demo.iterdir()), "never-made"]))
+    note_expected(demo, "sampled", "never-made")
     lines, sentence = sweep_status(demo)
     states = {line["run"]: line["state"] for line in lines}
     assert states["never-made"] == "missing" and sorted(states.values()).count("finished") == 9

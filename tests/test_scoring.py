@@ -1,9 +1,11 @@
 """The engine against the plain way: one candidate at a time through the model's own forward."""
 
 import copy
+import itertools
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +34,9 @@ from massdpo.errors import UserError
 from massdpo.scoring import PreferenceScorer
 
 VOCABULARY = 61
+ALL_SHORT = (
+    10**6
+)  # as SHORT_TOKENS: every prompt lies in one row with its responses; 0: each is encoded once, ahead of them
 # Weights five times larger than usual, so that attention moves the log-probs by nats and a wrong mask cannot hide.
 LLAMA = LlamaConfig(
     vocab_size=VOCABULARY,
@@ -49,6 +54,12 @@ GPT2 = GPT2Config(
     vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1,
     bos_token_id=1, eos_token_id=2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short: these batches are tiny."""
+    monkeypatch.setattr(scoring, "SHORT_TOKENS", 0)
 
 
 def tiny(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
@@ -113,22 +124,22 @@ def pick_all(pool: Scores) -> Picks:
 
 
 def assert_all_ways_agree(model: torch.nn.Module, batch: Batch, tolerance: float) -> None:
-    """Log-probs, PL loss and gradient of the packed, two-phase and repeated ways against the plain one."""
+    """Log-probs, PL loss and gradient of each way to lay out tokens against the plain one."""
     expected_BC = plain_logp(model, batch)
     expected_loss = pl_loss(expected_BC, batch.mask_BC)
     expected_gradient = gradient_of(model, expected_loss)
-    ways = [(layout, select, False) for layout in ("packed", "repeated") for select in (None, pick_all)]
-    for layout, select, checkpoints in [*ways, ("packed", None, True), ("packed", pick_all, True)]:
-        scorer = PreferenceScorer(model, layout=layout)
-        if checkpoints:
+    for way, select in itertools.product(("encoded once", "one row", "repeated", "checkpoints"), (None, pick_all)):
+        scorer = PreferenceScorer(model, layout="repeated" if way == "repeated" else "packed")
+        if way == "checkpoints":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        scores = scorer(batch, select).scores
+        with patch.object(scoring, "SHORT_TOKENS", ALL_SHORT if way == "one row" else 0):
+            scores = scorer(batch, select).scores
         loss = pl_loss(scores.logp_BC, scores.mask_BC)
         gradient = gradient_of(model, loss)
-        assert (scores.logp_BC - expected_BC).abs().max() <= tolerance * expected_BC.abs().max(), (layout, select)
-        assert abs(loss - expected_loss) <= tolerance * expected_loss, (layout, select)
-        assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm(), (layout, select)
+        assert (scores.logp_BC - expected_BC).abs().max() <= tolerance * expected_BC.abs().max(), (way, select)
+        assert abs(loss - expected_loss) <= tolerance * expected_loss, (way, select)
+        assert (gradient - expected_gradient).norm() <= tolerance * expected_gradient.norm(), (way, select)
     model.gradient_checkpointing_disable()
     model.eval()
 
@@ -145,8 +156,10 @@ def test_all_ways_agree_in_float64() -> None:
         logp_LV = model(ids[None]).logits[0].log_softmax(-1)
         expected_BC[b, c] = logp_LV[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum()
     expected = gradient_of(model, pl_loss(expected_BC, RAGGED.mask_BC))
-    for layout, select in (("packed", None), ("packed", pick_all), ("repeated", None)):
-        scores = PreferenceScorer(model, layout=layout)(RAGGED, select).scores
+    ways = itertools.product(("packed", "repeated"), (None, pick_all), (0, ALL_SHORT))
+    for layout, select, short in ways:
+        with patch.object(scoring, "SHORT_TOKENS", short):
+            scores = PreferenceScorer(model, layout=layout)(RAGGED, select).scores
         gradient = gradient_of(model, pl_loss(scores.logp_BC, scores.mask_BC))
         assert (scores.logp_BC - expected_BC).abs().max() < 1e-10
         assert (gradient - expected).norm() < 1e-10 * expected.norm()
@@ -164,6 +177,8 @@ def test_ragged_shapes(data: st.DataObject) -> None:
         expected_BC = plain_logp(SHARED_LLAMA.model, batch)
         scored = SHARED_LLAMA(batch, pick_all)
         packed = SHARED_LLAMA(batch).scores
+        alone = SHARED_LLAMA(batch.chosen_only()).scores
+    torch.testing.assert_close(alone.logp_BC, expected_BC[:, :1], rtol=1e-5, atol=1e-4)
     assert scored.pool is not None
     for scores in (packed, scored.pool, scored.scores):
         torch.testing.assert_close(scores.logp_BC, expected_BC, rtol=1e-5, atol=1e-4)
@@ -175,8 +190,10 @@ def test_ragged_shapes(data: st.DataObject) -> None:
 SHARED_LLAMA = PreferenceScorer(tiny(LLAMA), layout="packed")
 
 
+@pytest.mark.parametrize("short", [0, ALL_SHORT])
 @pytest.mark.parametrize("two_phase", [False, True])
-def test_a_candidate_is_alone_with_its_prompt(two_phase: bool) -> None:
+def test_a_candidate_is_alone_with_its_prompt(two_phase: bool, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "SHORT_TOKENS", short)
     select = pick_all if two_phase else None
     with torch.no_grad():
         whole_BC = SHARED_LLAMA(RAGGED, select).scores.logp_BC
@@ -333,6 +350,7 @@ def test_head_features_refuse_an_adapted_output_matrix() -> None:
 
 def test_only_positions_that_predict_meet_the_output_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once: the prompt's last state serves all first tokens, and no chunk is larger than allowed."""
+    monkeypatch.setattr(scoring, "STORED_ELEMENTS", 0)
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     model = tiny(LLAMA)
     scorer = PreferenceScorer(model, layout="packed")
@@ -341,9 +359,20 @@ def test_only_positions_that_predict_meet_the_output_matrix(monkeypatch: pytest.
     logp_BC = scorer(RAGGED).scores.logp_BC
     assert sum(met) == len(RAGGED.ids) + int((RAGGED.length_BC - RAGGED.mask_BC.long()).sum())
     assert max(met) == 4
+    once = sum(met)
     gradient = gradient_of(model, logp_BC.sum())
+    assert sum(met) == 2 * once  # the logits were not kept
     expected = gradient_of(model, plain_logp(model, RAGGED).sum())
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_few_logits_are_kept_for_backward() -> None:
+    model = tiny(LLAMA)
+    met: list[int] = []
+    scorer = PreferenceScorer(model, layout="packed")
+    model.lm_head.register_forward_hook(lambda _module, args, _output: met.append(args[0].shape[:-1].numel()))
+    gradient_of(model, scorer(RAGGED).scores.logp_BC.sum())
+    assert met == [len(RAGGED.ids) + int((RAGGED.length_BC - RAGGED.mask_BC.long()).sum())]
 
 
 def test_prompts_are_fed_once_and_responses_lie_tight() -> None:
@@ -356,6 +385,22 @@ def test_prompts_are_fed_once_and_responses_lie_tight() -> None:
     fed.clear()
     scorer(RAGGED, pick_all)
     assert fed == [12, longest, longest]
+
+
+def test_short_prompts_lie_beside_their_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row for the pool and one for the picks, unless processes must take the same passes; SFT is plain text."""
+    monkeypatch.setattr(scoring, "SHORT_TOKENS", RAGGED.prompt_ids_BP.numel() + 1)
+    scorer = PreferenceScorer(tiny(LLAMA), layout="packed")
+    fed = lengths_fed(scorer)
+    scorer(RAGGED, pick_all)
+    assert fed == [max(9 + 2 + 0 + 3 + 1, 3 + 1 + 4 + 0, 12 + 0 + 1 + 2 + 4)] * 2
+    fed.clear()
+    scorer(RAGGED.chosen_only())
+    assert fed == [max(9 + 2, 3 + 1, 12 + 0)]
+    fed.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    scorer(RAGGED)
+    assert fed == [12, max(2 + 0 + 3 + 1, 1 + 4 + 0, 0 + 1 + 2 + 4)]
 
 
 @pytest.mark.parametrize("layout", ["packed", "repeated"])

@@ -227,14 +227,14 @@ def selected(call: Call, home: Path) -> Path:
     return home / "selected"
 
 
-def training_split() -> Any:
-    return prepare(dict(compose([*MODEL, *DATA]).dataset), Cache(Path("unused"))).train
+def training_split(home: Path) -> Any:
+    return prepare(dict(compose([*MODEL, *DATA]).dataset), Cache(home / "cache")).train
 
 
 def test_select_picks_under_the_sft_policy(selected: Path, home: Path) -> None:
     (start,) = (file.parent for file in (home / "cache" / "sft").glob("*/start.json"))  # one, shared with `trained`
     rows = read_lines(selected / "train.jsonl")
-    examples = training_split()
+    examples = training_split(home)
     assert len(rows) == len(examples) == 40
     for row, example in zip(rows, examples, strict=True):
         assert (row["prompt"], row["chosen"]) == (example.prompt, example.chosen)
@@ -283,7 +283,7 @@ def test_trl_sees_our_tokens_and_takes_a_step(selected: Path, home: Path, tmp_pa
     pairs = datasets.load_dataset("json", data_files=str(selected / "pairs.jsonl"), cache_dir=str(tmp_path))["train"]
     trainer = DPOTrainer(model=model, args=config, train_dataset=pairs, processing_class=tokenizer)
     rows = read_lines(selected / "train.jsonl")
-    ours = tokenize_split(training_split(), tokenizer, 512)
+    ours = tokenize_split(training_split(home), tokenizer, 512)
     assert trainer.train_dataset is not None and trainer.model is not None
     seen = iter(trainer.train_dataset)
     for row, example in zip(rows, ours, strict=True):

@@ -4,18 +4,18 @@ Texts may also be lists of messages {"role", "content"}, as TRL's conversational
 template a single user message is its content, and several are lines "role: content" that end with "assistant:".
 """
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from massdpo.data.interactions import BadRows
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import read_jsonl
 from massdpo.errors import UserError
-from massdpo.store import digest, keyed_seed
+from massdpo.store import keyed_seed
 
 Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}
@@ -46,36 +46,38 @@ class Jsonl:
     seed: int = 0
     _report: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
+    def files(self) -> list[Path]:
+        """The files that `load` reads: their content, with the options, decides the outcome."""
+        paths = [Path(path) for path in (self.path, self.val_path, self.test_path) if path]
+        if missing := [path for path in paths if not path.exists()]:
+            raise UserError(f"{missing[0]} cannot be read: No such file or directory")
+        return [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+
     def load(self) -> Splits:
-        self._check_options()
         self._report = Counter()
         seen: dict[str, str] = {}
-        bad: list[UserError] = []
-        handle = bad.append if self.bad_rows == "skip" else None
-        given = {split: self._examples(split, rows, seen, handle) for split, rows in self._sources(handle).items()}
+        bad = BadRows(self.bad_rows)
+        given = {split: self._examples(split, rows, seen, bad) for split, rows in self._sources(bad).items()}
         report: dict[str, Any] = {f"{name}_rows_read": len(rows) for name, rows in given.items()} | dict(self._report)
-        if bad:
-            report |= {"rows_skipped": len(bad), "first_skipped": str(bad[0])}
-            print(f"warning: {len(bad)} rows skipped, the first: {bad[0]}", file=sys.stderr)
+        report |= bad.report()
         parts = self._hold_out(given)
         trained_on = {row.prompt for row in parts["train"]}
         for split in ("val", "test"):
             report[f"{split}_prompts_also_in_train"] = sum(row.prompt in trained_on for row in parts[split])
         train, val, test = (self._numbered(split, parts[split]) for split in SPLIT_NAMES)
-        return Splits(train, val, test, digest(*(asdict(row) for row in (*train, *val, *test))), report)
+        return Splits(train, val, test, report)
 
-    def _check_options(self) -> None:
+    def __post_init__(self) -> None:
         if not self.path:
             raise UserError("dataset=jsonl needs dataset.path=FILE: lines of prompt, chosen, rejected")
-        if self.bad_rows not in ("error", "skip"):
-            raise UserError(f"dataset.bad_rows={self.bad_rows!r} is unknown: error or skip")
+        BadRows(self.bad_rows)
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: training needs rows too")
 
-    def _sources(self, bad: Callable[[UserError], None] | None) -> dict[str, Iterator[Row]]:
+    def _sources(self, bad: BadRows) -> dict[str, Iterator[Row]]:
         """The rows of each split that was given; a later one takes the place of one that `path` brought."""
         sources = dict(_read(Path(str(self.path)), bad))
         if "train" not in sources:
@@ -86,7 +88,7 @@ class Jsonl:
         return sources
 
     def _examples(
-        self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: Callable[[UserError], None] | None
+        self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows
     ) -> list[PreferenceExample]:
         examples = []
         for where, row in rows:
@@ -95,8 +97,6 @@ class Jsonl:
                 if example.id and (first := seen.setdefault(example.id, where)) != where:
                     raise UserError(f'{where}: "id" {example.id!r} was already given at {first}: ids must be unique')
             except UserError as error:
-                if bad is None:
-                    raise
                 bad(error)
             else:
                 examples.append(example)
@@ -204,7 +204,7 @@ class Jsonl:
         return [PreferenceExample(**fields) for fields in named]
 
 
-def _read(path: Path, bad: Callable[[UserError], None] | None) -> dict[str, Iterator[Row]]:
+def _read(path: Path, bad: BadRows) -> dict[str, Iterator[Row]]:
     """The rows at `path` by split; what has no name of a split is `train`."""
     if not path.is_dir():
         return {"train": ((f"{path}:{number}", row) for number, row in read_jsonl(path, bad))}

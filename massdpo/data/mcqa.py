@@ -7,7 +7,7 @@ split, so that nothing of a test question stands in training.
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from massdpo.data.interactions import SPLITS, BadRows, field_of, raw_file
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise, read_jsonl
 from massdpo.errors import UserError
-from massdpo.store import digest, keyed_seed
+from massdpo.store import keyed_seed
 
 OPTION_FIELDS = ("opa", "opb", "opc", "opd")  # MedMCQA's
 
@@ -105,8 +105,7 @@ class MultipleChoice:
         counts: Counter[str] = Counter()
         train, val, test = (list(self._examples(split, questions[split], counts)) for split in SPLITS)
         report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | counts | bad.report()
-        options = {name: value for name, value in asdict(self).items() if name != "raw_dir"}
-        return Splits(train, val, test, digest(type(self).__name__, options, *paths), report)
+        return Splits(train, val, test, report)
 
     def _hold_out(self, questions: list[Question], path: Path) -> tuple[list[Question], list[Question]]:
         """Seeded validation questions out of the training file; questions of the same stem stay together."""

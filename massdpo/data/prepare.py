@@ -29,12 +29,14 @@ CODE = [
     for name in (
         "histories",
         "interactions",
+        "jsonl",
         "mcqa",
         "prepare",
         "public_logs",
         "recommendation",
         "schema",
         "slates",
+        "synthetic",
         "text",
     )
 ]
@@ -44,6 +46,8 @@ T = TypeVar("T")
 
 def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     """The splits of a dataset node (`_target_`, its options, `name`, `terms`, `limit_train|val|test`).
+
+    The class it names has `files()`, the raw files that it reads, and `load()`, which makes the splits.
 
     Raises:
         UserError: from the dataset's own reader, the download, or a limit that is no count.
@@ -57,8 +61,6 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         source = hydra.utils.instantiate(node)
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    if "raw_dir" not in node:  # made on the spot, or a file that is read as it is
-        return _limit(source.load(), limits, node)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
     key = digest(massdpo.__version__, options, *CODE, *source.files())
 
@@ -73,14 +75,24 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     folder = cache.folder("prepared", key, build)
     train, val, test = (MappedSplit(folder, split) for split in SPLITS)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for line in _notes(name, report):
+        print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    return _limit(Splits(train, val, test, content, report), limits, node)
+    return _limit(Splits(train, val, test, report, content), limits, node)
+
+
+def _notes(name: str, report: dict[str, Any]) -> list[str]:
+    """What a user should know of the preparation whenever the data is used, made anew or not."""
+    notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
+    if count := report.get("bad_rows_skipped"):
+        notes.append(f"warning: {name}: {count} rows skipped, the first: {report['first_bad_row']}")
+    return notes
 
 
 def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
     seed = node.get("seed", 0)
     train, val, test = (limited(getattr(splits, split), limits[split], seed, split) for split in SPLITS)
-    return Splits(train, val, test, digest(splits.digest, limits, seed), splits.report)
+    return Splits(train, val, test, splits.report, digest(splits.digest, limits, seed))
 
 
 def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:
@@ -131,7 +143,7 @@ class MappedSplit(_Lazy[PreferenceExample]):
     def __init__(self, folder: Path, split: str):
         self.folder = folder
         self.split = split
-        self.offsets = np.load(folder / f"{split}.npy", mmap_mode="r")
+        self.offsets = np.asarray(np.load(folder / f"{split}.npy", mmap_mode="r"))
         with open(folder / f"{split}.jsonl", "rb") as file:
             self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
 
@@ -142,7 +154,7 @@ class MappedSplit(_Lazy[PreferenceExample]):
         return MappedSplit, (self.folder, self.split)
 
     def _at(self, row: int) -> PreferenceExample:
-        fields = json.loads(self.lines[self.offsets[row] : self.offsets[row + 1]])
+        fields = json.loads(str(self.lines[self.offsets[row] : self.offsets[row + 1]], "utf-8"))
         candidates = fields.pop("candidates")
         chosen, *pool = (candidates[place] for place in fields.pop("places"))
         history = tuple(fields.pop("history"))

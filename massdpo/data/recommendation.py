@@ -8,7 +8,7 @@ Shapes: E (user, item) pairs.
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,6 @@ from massdpo.data.schema import Splits
 from massdpo.data.slates import LEGACY_HISTORY, LEGACY_NEGATIVES, CleanSlates
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
-from massdpo.store import digest
 
 
 def near(title: str) -> str:
@@ -113,9 +112,7 @@ class Recommendation:
             **log.report,
             **bad.report(),
         }
-        options = {name: value for name, value in asdict(self).items() if name != "raw_dir"}
-        key = digest(type(self).__name__, options, *self.files())
-        return Splits(splits["train"], splits["val"], splits["test"], key, report)
+        return Splits(splits["train"], splits["val"], splits["test"], report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +166,7 @@ class LastFM(Recommendation):
             for split in SPLITS
         )
         report = {f"{split}_rows": len(rows[split]) for split in SPLITS} | bad.report()
-        return Splits(train, val, test, digest(asdict(self) | {"raw_dir": None}, *self.files()), report)
+        return Splits(train, val, test, report)
 
 
 @dataclass(frozen=True, kw_only=True)

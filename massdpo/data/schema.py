@@ -34,11 +34,12 @@ class PreferenceExample:
 class Splits:
     """A prepared dataset: three sequences of examples and what happened on the way.
 
-    `digest` changes whenever any example does; `report` counts what was left out or changed, and why (flat, json-able).
+    `report` counts what was left out or changed, and why (flat, json-able); `digest`, which `prepare` gives, changes
+    whenever any example does.
     """
 
     train: Sequence[PreferenceExample]
     val: Sequence[PreferenceExample]
     test: Sequence[PreferenceExample]
-    digest: str
     report: dict[str, Any] = field(default_factory=dict)
+    digest: str = ""

@@ -6,13 +6,14 @@ for more training prompts changes no validation or test prompt.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
-from massdpo.store import digest, keyed_seed
+from massdpo.store import keyed_seed
 
 
 def _words(text: str) -> list[str]:
@@ -71,8 +72,7 @@ def _splits(sizes: dict[str, int], rows: Iterator[PreferenceExample]) -> Splits:
         split: [PreferenceExample(**{**vars(row), "id": f"{split}/{number}"}) for number, row in enumerate(part)]
         for split, part in parts.items()
     }
-    key = digest(*(asdict(row) for split in ("train", "val", "test") for row in named[split]))
-    return Splits(named["train"], named["val"], named["test"], key)
+    return Splits(named["train"], named["val"], named["test"])
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
@@ -100,6 +100,9 @@ class SyntheticMCQA:
     near_duplicates: float = 0.3  # share of the pool that is another negative with one word exchanged
     easy: float = 0.7  # share of the other negatives that answer another question
     kinship: float = 0.2  # share of facts whose first word goes by the entity's first word: what can be inferred
+
+    def files(self) -> list[Path]:
+        return []  # none is read
 
     def load(self) -> Splits:
         facts = self._facts()
@@ -185,6 +188,9 @@ class SyntheticRec:
     list_candidates: bool = False  # are the candidates listed in the prompt?
     loyalty: float = 0.2  # probability that a viewer goes on with a franchise that they have begun
     habit: float = 0.85  # probability, otherwise, of the franchise that is usual after the last title
+
+    def files(self) -> list[Path]:
+        return []  # none is read
 
     def load(self) -> Splits:
         for name in ("num_train", "num_val", "num_test"):

@@ -1,28 +1,32 @@
 """The one tokeniser and collator, for SFT, preference training, scoring and generation alike.
 
-A sequence is `[BOS] prompt | " " response EOS`. The two sides are tokenised apart, so that every response follows the
-very same prompt tokens; the report counts where tokenising them together would give other tokens. With a chat template
-the prompt is a user message, its rendering brings BOS, and no space joins the two.
 Shapes, as in `massdpo.batch`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
 """
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
-from typing import Any, TypeVar, overload
+from functools import lru_cache
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+import massdpo
 from massdpo.batch import Batch
-from massdpo.data.schema import PreferenceExample
+from massdpo.data.encode import Encoder, last_word
+from massdpo.data.ragged import Ragged
+from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
+from massdpo.store import Cache, digest, write_json
 
-T = TypeVar("T")
-CHUNK = 4096  # texts a call to the tokenizer: its Python lists are turned into arrays before they grow large
-BOUNDARY = 48  # characters on each side of the joint between prompt and response that are looked at
+# tokens are made anew when the code that makes them changes
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "ragged", "tokenize")]
+UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
 
 
 @dataclass(frozen=True)
@@ -43,14 +47,15 @@ class TokenizedSplit(Sequence[TokenizedExample]):
     def __init__(
         self,
         ids: list[str],
-        prompts: "Ragged",
-        responses: "Ragged",
-        candidates: "Ragged",
+        prompts: Ragged,
+        responses: Ragged,
+        candidates: Ragged,
         report: dict[str, int],
     ):
         self.ids = ids
         self.report = report
         self._prompts, self._responses, self._candidates = prompts, responses, candidates
+        self._response = lru_cache(UNPACKED)(lambda text: responses[text].tolist())
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +68,7 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         if isinstance(row, slice):
             return [self[number] for number in range(*row.indices(len(self)))]
         number = range(len(self))[row]
-        responses = [self._responses[text].tolist() for text in self._candidates[number]]
+        responses = [self._response(text) for text in self._candidates[number].tolist()]
         return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
 
     @property
@@ -79,24 +84,45 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         }
         return [f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]]
 
+    def save(self, folder: Path) -> None:
+        """Write the arrays as .npy files, ids and report as JSON."""
+        self._prompts.save(folder, "prompts")
+        self._responses.save(folder, "responses")
+        self._candidates.save(folder, "candidates")
+        write_json(folder / "about.json", {"report": self.report, "ids": self.ids})
 
-class Ragged:
-    """Rows of different lengths in one flat int32 array."""
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizedSplit":
+        """What `save` wrote; rows are read when they are asked for."""
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        arrays = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
+        return cls(about["ids"], *arrays, about["report"])
 
-    def __init__(self, rows: Iterable[np.ndarray]):
-        parts = list(rows)
-        self.flat = np.concatenate([np.zeros(0, np.int32), *parts])
-        self.offsets = np.cumsum([0, *map(len, parts)])
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
+def tokenize_splits(
+    splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, cache: Cache
+) -> dict[str, TokenizedSplit]:
+    """`train`, `val` and `test` as `tokenize_split` makes them, once for the same data, tokenizer and options."""
+    key = digest(
+        massdpo.__version__, splits.digest, tokenizer_key(tokenizer, chat_template), max_length, chat_template, *CODE
+    )
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        return self.flat[self.offsets[row] : self.offsets[row + 1]]
+    def tokens(name: str) -> TokenizedSplit:
+        def build(folder: Path) -> None:
+            tokenize_split(getattr(splits, name), tokenizer, max_length, chat_template).save(folder)
 
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        return TokenizedSplit.load(cache.folder("tokens", f"{key}-{name}", build))
+
+    return {name: tokens(name) for name in ("train", "val", "test")}
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
+    """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
+    template = tokenizer.chat_template if chat_template else None
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # as every call here leaves it: what an earlier call left behind decides nothing
+    backend.no_truncation()
+    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template]
 
 
 def tokenize_split(
@@ -108,39 +134,43 @@ def tokenize_split(
     """Tokenise a split so that every prompt with any of its responses has at most `max_length` tokens.
 
     A prompt that is too long loses the oldest items of its history, as few as will do; the instruction and the
-    candidates stay.
+    candidates stay. The report counts that, and where tokenising prompt and response together gave other tokens.
 
     Raises:
         UserError: a prompt or response is empty, a response contains the tokenizer's end token, a prompt does not fit
             even without its history, or the tokenizer lacks the end token or chat template that is needed.
     """
-    encoder = _Encoder(tokenizer, chat_template)
+    encoder = Encoder(tokenizer, chat_template)
     texts: dict[str, int] = {}  # every distinct response and its row in `responses`
     owner: list[str] = []  # the example that it was first seen in
     ids: list[str] = []
-    places: list[np.ndarray] = []
-    prompts: list[np.ndarray] = []
+    places: list[NDArray[np.int32]] = []
     ends: list[str] = []
-    for chunk in _chunks(examples):  # one pass: a split may be read from the disk
-        ids += [example.id for example in chunk]
-        places += [_places(example, texts, owner) for example in chunk]
-        rendered = [encoder.rendered(example) for example in chunk]
-        prompts += encoder.prompts(chunk, rendered)
-        ends += map(_last_word, rendered)
-    candidates = Ragged(places)
-    responses = Ragged(encoder.responses(list(texts), owner))
+
+    def rendered() -> Iterator[str]:
+        for example in examples:  # one pass: a split may be read from the disk
+            text = encoder.rendered(example)
+            ids.append(example.id)
+            places.append(_places(example, texts, owner))
+            ends.append(last_word(text))
+            yield text
+
+    prompts = list(encoder.prompts(rendered(), ids))
+    candidates = Ragged.of(places)
+    responses = Ragged.of(encoder.responses(list(texts), owner))
     longest_B = _longest(responses.lengths, candidates)
 
     long = [row for row, prompt in enumerate(prompts) if len(prompt) + longest_B[row] > max_length]
     to_cut = [examples[row] for row in long]
     cut = _history_to_cut(to_cut, encoder, max_length - longest_B[long])
-    rendered = [encoder.rendered(*pair) for pair in zip(to_cut, cut, strict=True)]
-    for row, example, text, prompt in zip(long, to_cut, rendered, encoder.prompts(to_cut, rendered), strict=True):
+    shortened = [encoder.rendered(*pair) for pair in zip(to_cut, cut, strict=True)]
+    names = [example.id for example in to_cut]
+    for row, example, text, prompt in zip(long, to_cut, shortened, encoder.prompts(shortened, names), strict=True):
         if len(prompt) + longest_B[row] > max_length:
             raise UserError(_too_long(example, len(prompt), int(longest_B[row]), max_length))
-        prompts[row], ends[row] = prompt, _last_word(text)
+        prompts[row], ends[row] = prompt, last_word(text)
 
-    kept = Ragged(prompts)
+    kept = Ragged.of(prompts)
     report = {
         "examples": len(ids),
         "prompts_truncated": len(long),
@@ -159,122 +189,35 @@ def tokenize_split(
 def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
     """Pad (row number in the split, example) pairs on the right to the rectangles of one Batch."""
     examples = [example for _, example in rows]
-    shape_BCT = (
-        len(examples),
-        max(len(example.response_ids) for example in examples),
-        max(len(response) for example in examples for response in example.response_ids),
-    )
-    prompt_ids_BP = np.full((len(examples), max(len(example.prompt_ids) for example in examples)), pad_id, np.int64)
-    prompt_mask_BP = np.zeros(prompt_ids_BP.shape, bool)
-    response_ids_BCT = np.full(shape_BCT, pad_id, np.int64)
-    response_mask_BCT = np.zeros(shape_BCT, bool)
-    for b, example in enumerate(examples):
-        prompt_ids_BP[b, : len(example.prompt_ids)] = example.prompt_ids
-        prompt_mask_BP[b, : len(example.prompt_ids)] = True
-        for c, response in enumerate(example.response_ids):
-            response_ids_BCT[b, c, : len(response)] = response
-            response_mask_BCT[b, c, : len(response)] = True
+    prompt_ids_BP, prompt_mask_BP = _padded([example.prompt_ids for example in examples], pad_id)
+    width = max(len(example.response_ids) for example in examples)
+    slates = [example.response_ids + [[]] * (width - len(example.response_ids)) for example in examples]
+    response_ids_XT, response_mask_XT = _padded(list(chain.from_iterable(slates)), pad_id)
     return Batch(
         ids=[example.id for example in examples],
         index_B=torch.tensor([row for row, _ in rows]),
-        prompt_ids_BP=torch.from_numpy(prompt_ids_BP),
-        prompt_mask_BP=torch.from_numpy(prompt_mask_BP),
-        response_ids_BCT=torch.from_numpy(response_ids_BCT),
-        response_mask_BCT=torch.from_numpy(response_mask_BCT),
+        prompt_ids_BP=prompt_ids_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        response_ids_BCT=response_ids_XT.view(len(examples), width, -1),
+        response_mask_BCT=response_mask_XT.view(len(examples), width, -1),
     )
 
 
-class _Encoder:
-    """Texts to ids for one tokenizer: BOS once before a prompt, EOS after every response."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool):
-        if tokenizer.eos_token_id is None:
-            raise UserError("the tokenizer has no end token: every response ends with it; set its eos_token")
-        if chat_template and tokenizer.chat_template is None:
-            raise UserError("chat_template=true, but the tokenizer has no chat template: set chat_template=false")
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        self.space = "" if chat_template else " "
-        self.bos = None if chat_template else tokenizer.bos_token_id
-
-    def prompts(self, examples: Sequence[PreferenceExample], rendered: Sequence[str]) -> Iterator[np.ndarray]:
-        for example, ids in zip(examples, self._ids(rendered), strict=True):
-            if not example.prompt.strip() or not len(ids):
-                raise UserError(f"{example.id}: the prompt is empty; give it at least one word")
-            yield ids if self.bos is None or ids[0] == self.bos else np.concatenate([[self.bos], ids]).astype(np.int32)
-
-    def responses(self, texts: Sequence[str], owner: Sequence[str]) -> Iterator[np.ndarray]:
-        """The responses' ids as they are in the middle of a text (some tokenizers treat a text's start otherwise)."""
-        eos = self.tokenizer.eos_token_id
-        anchor = "\n" if self.chat_template else ":"
-        (before,) = self._ids([anchor])
-        inside = self._ids(anchor + self.space + text for text in texts)
-        for text, example, ids in zip(texts, owner, inside, strict=True):
-            if np.array_equal(ids[: len(before)], before):
-                ids = ids[len(before) :]
-            else:  # a tokenizer that joins the anchor and the text
-                (ids,) = self._ids([self.space + text])
-            if not text.strip() or not len(ids):
-                raise UserError(f"{example}: a response is empty; give it at least one word or leave it out")
-            if eos in ids:
-                raise UserError(
-                    f"{example}: the response {text[:60]!r} contains the end token {self.tokenizer.eos_token}, "
-                    "which is added to every response: leave it out of the data"
-                )
-            yield np.concatenate([ids, [eos]]).astype(np.int32)
-
-    def boundary_differences(self, ends: Sequence[str], texts: Sequence[str], candidates: "Ragged") -> int:
-        """How many rows have a response that is tokenised otherwise when joined to its prompt, which ends in `ends`.
-
-        Only the words on both sides of the joint are looked at, each distinct pair once.
-        """
-        end_words, end_B = _distinct(ends)
-        start_words, start_of_text = _distinct([_first_word(text) for text in texts])
-        end_of_candidate = np.repeat(end_B, candidates.lengths)
-        pairs, pair_of_candidate = np.unique(
-            end_of_candidate * len(start_words) + start_of_text[candidates.flat], return_inverse=True
-        )
-        pair_words = [(end, start) for end, start in zip(*np.divmod(pairs, max(1, len(start_words))), strict=True)]
-        joint = self._ids(end_words[end] + self.space + start_words[start] for end, start in pair_words)
-        left = list(self._ids(end_words))
-        right = [ids[:-1] for ids in self.responses(start_words, start_words)]
-        differs = np.array(
-            [
-                not np.array_equal(ids, np.concatenate([left[end], right[start]]))
-                for (end, start), ids in zip(pair_words, joint, strict=True)
-            ],
-            bool,
-        )
-        rows = np.repeat(np.arange(len(candidates)), candidates.lengths)
-        return len(np.unique(rows[differs[pair_of_candidate]]))
-
-    def rendered(self, example: PreferenceExample, cut: int = 0) -> str:
-        """The text before a response, with the `cut` oldest items of the history left out."""
-        prompt = example.without_oldest(cut) if cut else example.prompt
-        if not self.chat_template:
-            return prompt
-        messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _ids(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        for chunk in _chunks(texts):
-            encoded = self.tokenizer(
-                chunk, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )
-            yield from (np.array(ids, np.int32) for ids in encoded["input_ids"])
+def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows as one rectangle, and where it holds them."""
+    length = np.array([len(row) for row in rows])
+    mask = np.arange(length.max())[None] < length[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, length.sum())
+    return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    left = iter(items)
-    while chunk := list(islice(left, CHUNK)):
-        yield chunk
-
-
-def _places(example: PreferenceExample, texts: dict[str, int], owner: list[str]) -> np.ndarray:
+def _places(example: PreferenceExample, texts: dict[str, int], owner: list[str]) -> NDArray[np.int32]:
     """Where the example's responses stand among all distinct ones; new ones are added."""
     candidates = (example.chosen, *example.pool)
     for text in candidates:
-        if texts.setdefault(text, len(texts)) == len(owner):
+        if text not in texts:
+            texts[text] = len(texts)
             owner.append(example.id)
     return np.array([texts[text] for text in candidates], np.int32)
 
@@ -286,7 +229,7 @@ def _longest(lengths: np.ndarray, candidates: Ragged) -> np.ndarray:
     return np.maximum.reduceat(lengths[candidates.flat], candidates.offsets[:-1])
 
 
-def _history_to_cut(examples: Sequence[PreferenceExample], encoder: _Encoder, room_B: np.ndarray) -> list[int]:
+def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: np.ndarray) -> list[int]:
     """The fewest oldest items to leave out so that each prompt fits its room, by bisection of all at once."""
     low = [0] * len(examples)
     high = [len(example.history) for example in examples]
@@ -294,7 +237,8 @@ def _history_to_cut(examples: Sequence[PreferenceExample], encoder: _Encoder, ro
         middle = [(low[row] + high[row]) // 2 for row in rows]
         asked = [examples[row] for row in rows]
         rendered = [encoder.rendered(*pair) for pair in zip(asked, middle, strict=True)]
-        for row, cut, prompt in zip(rows, middle, encoder.prompts(asked, rendered), strict=True):
+        names = [example.id for example in asked]
+        for row, cut, prompt in zip(rows, middle, encoder.prompts(rendered, names), strict=True):
             if len(prompt) <= room_B[row]:
                 high[row] = cut
             else:
@@ -321,19 +265,3 @@ def _chosen_in_pool(responses: Ragged, candidates: Ragged) -> int:
     kind = np.array([kinds.setdefault(responses[row].tobytes(), row) for row in range(len(responses))], np.int64)
     flat = kind[candidates.flat]
     return sum(bool((flat[start + 1 : end] == flat[start]).any()) for start, end in pairwise(candidates.offsets))
-
-
-def _distinct(words: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The distinct words, and for each given word its place among them."""
-    place: dict[str, int] = {}
-    place_B = np.array([place.setdefault(word, len(place)) for word in words], np.int64)
-    return list(place), place_B
-
-
-def _last_word(text: str) -> str:
-    # a long word is cut: what is further from the joint hardly moves it
-    return re.search(r"\S*\s*\Z", text[-BOUNDARY:]).group()  # type: ignore[union-attr]
-
-
-def _first_word(text: str) -> str:
-    return text[:BOUNDARY].split(maxsplit=1)[0] if text.strip() else text

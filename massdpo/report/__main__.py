@@ -12,10 +12,11 @@ from massdpo import store
 from massdpo.errors import UserError
 from massdpo.report import figures, status, tables
 from massdpo.report.page import Section, write_page
+from massdpo.report.reading import read_histories, read_history
 from massdpo.report.rows import Rows, collect
 from massdpo.report.statistics import BootstrapCache
 from massdpo.report.summary import Summary, at_best, summarise
-from massdpo.report.views import View, view_of
+from massdpo.report.views import VIEWS, View, view_of
 from massdpo.tracking import summary_table
 
 PRINTED = 60  # lines; a longer table is only written
@@ -39,8 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
             for sweep in sweeps:
                 _tell_status(options.runs / sweep)
             return 0
-        sections = {sweep: _report(sweep, options.runs, options.out, options.render) for sweep in sweeps}
-        for folder in (path.parent for path in _committed(options.out)):
+        if not options.render:
+            for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
+                _collect(options.runs / sweep, options.out)
+        sections = {sweep: _report(options.out / sweep) for sweep in sweeps}
+        for folder in (path.parent for path in sorted(options.out.glob("*/means.md"))):
             if folder.name not in sections:
                 sections[folder.name] = write_tables(folder)[1]
         write_page(options.out / "index.html", [sections[sweep] for sweep in sorted(sections)])
@@ -51,25 +55,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _committed(out: Path) -> list[Path]:
-    return sorted(out.glob("*/rows.csv"))
-
-
 def _all_sweeps(runs: Path, out: Path) -> list[str]:
-    sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")} | {
-        p.parent.name for p in _committed(out)
-    }
+    sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")}
+    sweeps |= {path.parent.name for path in out.glob("*/rows.csv")}
     if not sweeps:
         raise UserError(f"no runs in {runs} and no rows in {out}: `make demo` makes some")
-    return sorted(sweeps)
+    return sorted(sweeps | {name for name, view in VIEWS.items() if view.rows_of in sweeps})
 
 
-def _report(sweep: str, runs: Path, out: Path, render_only: bool) -> Section:
-    folder = out / sweep
-    if not render_only and (runs / sweep).is_dir():
-        _collect(runs / sweep, folder)
-    elif not (folder / "rows.csv").exists():
-        raise UserError(f"there is no sweep {sweep}: neither runs in {runs / sweep} nor rows in {folder}")
+def _report(folder: Path) -> Section:
+    rows_in = folder.with_name(view_of(folder.name).rows_of or folder.name)
+    if not (rows_in / "rows.csv").exists():
+        raise UserError(f"there is no sweep {folder.name}: no runs of {rows_in.name}, and no rows in {rows_in}")
     section = render(folder)
     for table in section.tables:
         if len(table.lines) > PRINTED:
@@ -85,27 +82,30 @@ def _plain(cell: tables.Cell) -> str:
     return f"{cell.text} (best)" if cell.best else f"{cell.text} ~" if cell.tie else cell.text
 
 
-def _collect(runs: Path, folder: Path) -> None:
+def _collect(runs: Path, out: Path) -> None:
+    """Rows of one sweep's runs, where there are any, and the histories for every view of them that shows curves."""
+    if not runs.is_dir():
+        return
     rows = collect(runs)
+    folder = out / runs.name
     if (folder / "rows.csv").exists():
-        gone = set(pd.read_csv(folder / "rows.csv")["name"]) - set(rows.frame["name"])
+        gone = set(Rows.read(folder).frame["name"]) - set(rows.frame["name"])
         if gone:
             print(
                 f"warning: {len(gone)} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr
             )
     rows.write(folder)
-    view = view_of(runs.name)
-    if view.curves:
-        histories = _histories(runs, rows, view)
-        store.write_text(folder / "histories.csv", histories.to_csv(index=False, lineterminator="\n"))
+    for name, view in VIEWS.items():
+        if view.curves and (view.rows_of or name) == runs.name:
+            histories = _histories(runs, rows.only(view.labels, view.datasets), view)
+            store.write_text(out / name / "histories.csv", histories.to_csv(index=False, lineterminator="\n"))
 
 
 def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
     """The columns of the view from the history of every finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
-        history = pd.read_csv(runs / row["name"] / "history.csv")
-        history = history[[column for column in ("step", *view.curves) if column in history]]
+        history = read_history(runs / row["name"] / "history.csv", view.curves)
         parts.append(history.assign(**{name: row[name] for name in ("dataset", "model", "label", "seed")}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -130,26 +130,26 @@ def tables_of(rows: Rows, sweep: str, cache: BootstrapCache) -> tuple[Summary, d
 
 
 def write_tables(folder: Path) -> tuple[Summary, Section]:
-    """Tables of one sweep, from `rows.csv`, `prompts.npz` and `bootstrap.csv` in its folder alone."""
-    sweep = folder.name
+    """Tables of one sweep, from `rows.csv` and `prompts.npz` (its own, or those it shows) and its `bootstrap.csv`."""
+    sweep, view = folder.name, view_of(folder.name)
     cache = BootstrapCache(folder / "bootstrap.csv")
-    rows = Rows.read(folder)
+    rows = Rows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
     summary, found = tables_of(rows, sweep, cache)
     cache.write()
     for name, table in found.items():
-        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{source(rows, sweep)}\n")
+        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{source(rows, view.rows_of or sweep)}\n")
         store.write_text(folder / f"{name}.tex", tables.to_latex(table, f"{sweep}-{name}"))
     store.write_text(folder / "tables.csv", tables.to_csv(summary))
     pictures = sorted((folder / "figures").glob("*.png"))
-    title = view_of(sweep).title.format(sweep=sweep)
-    return summary, Section(sweep, title, source(rows, sweep), list(found.values()), pictures)
+    title = view.title.format(sweep=sweep)
+    return summary, Section(sweep, title, source(rows, view.rows_of or sweep), list(found.values()), pictures)
 
 
 def render(folder: Path) -> Section:
     """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
     summary, section = write_tables(folder)
     histories = folder / "histories.csv"
-    curves = pd.read_csv(histories) if histories.exists() else None
+    curves = read_histories(histories) if histories.exists() else None
     shutil.rmtree(folder / "figures", ignore_errors=True)  # those of datasets that are no longer there would stay
     pictures = figures.draw(summary, view_of(folder.name), folder.name, folder / "figures", curves)
     return replace(section, figures=sorted(pictures))
@@ -158,7 +158,7 @@ def render(folder: Path) -> Section:
 def source(rows: Rows, sweep: str) -> str:
     """Where the numbers come from, in a sentence."""
     finished = rows.frame[rows.frame["status"] == "finished"]
-    parts = [f"{len(finished)} runs of sweep {sweep} (rows.csv)"]
+    parts = [f"{len(finished)} runs of sweep {sweep} ({sweep}/rows.csv)"]
     for column, name in (("git_commit", "commit"), ("machine", "machine"), ("command", "command")):
         if column in finished:
             values = finished[column].dropna().astype(str).drop_duplicates()

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from massdpo import store
-from massdpo.report.summary import START, Summary
+from massdpo.report.summary import UNTRAINED, Summary
 from massdpo.report.views import BASELINES, LOWER_IS_BETTER, View, label_rank, metric_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000")
@@ -68,10 +68,10 @@ def _save(figure: Figure, path: Path, title: str) -> Path:
 def _style(labels: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of each label; random and the start are grey, whatever else is there."""
     styles = {}
-    others = sorted((label for label in set(labels) if label not in (*BASELINES, START)), key=label_rank, reverse=True)
+    others = sorted((label for label in set(labels) if label not in (*BASELINES, *UNTRAINED)), key=label_rank, reverse=True)
     for place, label in enumerate(others):
         styles[label] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-    greys = zip((*BASELINES, START), "os|", strict=True)
+    greys = zip((*BASELINES, *UNTRAINED), "os|_x", strict=True)
     return styles | {name: {"color": GREY, "marker": marker} for name, marker in greys}
 
 

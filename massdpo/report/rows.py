@@ -12,18 +12,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
-from numpy.typing import NDArray
 
 from massdpo import store
+from massdpo.config import EXPECTED
 from massdpo.errors import UserError
+from massdpo.report import reading
+from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts
 
-IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
-GROUPS = ["dataset", "model", "selector", "loss", "method"]
 NO_AXIS = {"name", "sweep", "seed", "in", "out", "force", "debug", "size", "runs_dir", "cache_dir"}
-FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float32, "reward_correct": np.bool_}
-
-Prompts = dict[str, NDArray[Any]]
 
 
 @dataclass
@@ -39,15 +35,22 @@ class Rows:
 
     @classmethod
     def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "Rows":
-        frame = pd.read_csv(csv, dtype={"prompts": str, "git_commit": str})
+        frame = reading.read_rows(csv, prompts)
         place = frame.groupby("prompts").cumcount().reindex(frame.index, fill_value=-1)
         whole = frame.copy()  # pandas warns of a frame that was built column by column
         return cls(whole.assign(place=place.fillna(-1).astype(int)), _axes(whole), prompts)
 
     @classmethod
     def read(cls, folder: Path) -> "Rows":
-        with np.load(folder / "prompts.npz") as data:
-            return cls.parse(folder / "rows.csv", {name: data[name] for name in data.files})
+        return cls.parse(folder / "rows.csv", reading.read_prompts(folder / "prompts.npz"))
+
+    def only(self, labels: tuple[str, ...], datasets: tuple[str, ...]) -> "Rows":
+        """The rows of these labels and datasets; none given: of all."""
+        frame = self.frame
+        for column, allowed in (("label", labels), ("dataset", datasets)):
+            if allowed:
+                frame = frame[frame[column].isin(allowed)]
+        return Rows(frame, _axes(frame), self.prompts)
 
     def write(self, folder: Path) -> None:
         frame = self.frame.drop(columns="place")
@@ -59,6 +62,14 @@ class Rows:
 def collect(folder: Path) -> Rows:
     """The rows of all runs below `results/runs/<sweep>`; a run that has not finished is there without numbers."""
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
+    expected = expected_runs(folder)
+    for row, _, _ in runs:
+        if row["name"] in expected:
+            row["command"] = expected[row["name"]]["command"]  # the one that a user typed, not that of the single job
+    started = {row["name"] for row, _, _ in runs}
+    for name, noted in expected.items():
+        if name not in started:
+            runs.append((_row(name, noted["config"], "missing"), _flatten(noted["config"]), None))
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
@@ -68,8 +79,6 @@ def collect(folder: Path) -> Rows:
         if predictions is not None:
             by_set.setdefault(row["prompts"], []).append(predictions)
         records.append(row | {f"option/{name}": options.get(path) for name, path in axes.items()})
-    started = {row["name"] for row in records}
-    records += [{"name": name, "status": "missing"} for name in expected_runs(folder) if name not in started]
     prompts: Prompts = {
         f"{key}/{name}": np.array([run[name] for run in runs_of_set], dtype=dtype)
         for key, runs_of_set in by_set.items()
@@ -91,44 +100,37 @@ def _axes(frame: pd.DataFrame) -> list[str]:
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[Any]] | None]:
     """One run's row, its config flattened, and its per-prompt results (None: not finished)."""
-    config = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    config = reading.read_config(folder / "config.yaml")
     status, why = read_status(folder)
-    choices = config["choices"]
-    row: dict[str, Any] = {"name": folder.name, "status": status, "why": why}
-    row |= {name: choices[name] for name in GROUPS}
-    by_parts = choices["selector"] if choices["loss"] == "pl" else f"{choices['selector']}+{choices['loss']}"
-    row["label"] = choices["method"] or by_parts
-    row |= {name: config[name] for name in ("k", "beta", "refresh", "seed")}
-    row["prompts"] = None
+    row = _row(folder.name, config, status, why)
     predictions = None
     if status == "finished":
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        metrics = reading.read_metrics(folder / "metrics.json")
         row |= {name: value for name, value in metrics.items() if name not in row}
-        ids, predictions = _read_predictions(folder / "predictions.jsonl")
+        ids, predictions = reading.read_predictions(folder / "predictions.jsonl")
         row["prompts"] = store.digest(ids)
     return row, _flatten(config), predictions
 
 
-def expected_runs(folder: Path) -> list[str]:
-    """Names of the runs that the sweep in this folder was started for, where it was noted."""
-    path = folder / "expected.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+def _row(name: str, config: dict[str, Any], status: str, why: str = "") -> dict[str, Any]:
+    """What a run is, without its numbers."""
+    choices = config["choices"]
+    by_parts = choices["selector"] if choices["loss"] == "pl" else f"{choices['selector']}+{choices['loss']}"
+    row = {"name": name, "status": status, "why": why, **{group: choices[group] for group in GROUPS}}
+    row |= {"label": choices["method"] or by_parts, **{key: config[key] for key in ("k", "beta", "refresh", "seed")}}
+    return row | {"prompts": None}
+
+
+def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"job", "command", "config"} of the runs that multiruns into this folder were started for."""
+    path = folder / EXPECTED
+    return reading.read_expected(path) if path.exists() else {}
 
 
 def read_status(folder: Path) -> tuple[str, str]:
-    """A run's state (running, finished, failed) and, for a failed one, why."""
+    """A run's state (running, finished, interrupted, failed) and, for a failed one, why."""
     path = folder / "status.json"
-    if not path.exists():
-        return "running", ""
-    status = json.loads(path.read_text(encoding="utf-8"))
-    return status["status"], status.get("why") or ""
-
-
-def _read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file]
-    lines.sort(key=lambda line: str(line["id"]))
-    return [str(line["id"]) for line in lines], {name: [line[name] for line in lines] for name in FIELDS}
+    return reading.read_status(path) if path.exists() else ("running", "")
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,10 +10,11 @@ from massdpo.report.rows import expected_runs, read_status
 
 def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """A line a run (run, state, seconds, note), and one sentence with counts and the time left."""
-    names = sorted({path.parent.name for path in folder.glob("*/config.yaml")} | set(expected_runs(folder)))
+    expected = expected_runs(folder)
+    names = sorted({path.parent.name for path in folder.glob("*/config.yaml")} | set(expected))
     if not names:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
-    lines = [_line(folder / name) for name in names]
+    lines = [_line(folder / name, expected[name]["job"] if name in expected else "") for name in names]
     counts = {
         state: sum(line["state"] == state for line in lines) for state in ("finished", "running", "failed", "missing")
     }
@@ -29,10 +30,10 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     return lines, sentence
 
 
-def _line(folder: Path) -> dict[str, Any]:
+def _line(folder: Path, job: str) -> dict[str, Any]:
     """Times are those of the files: the config is a run's first one, metrics.json its last."""
     if not (folder / "config.yaml").exists():
-        return {"run": folder.name, "state": "missing", "seconds": 0, "note": ""}
+        return {"run": folder.name, "state": "missing", "seconds": 0, "note": job}
     state, why = read_status(folder)
     begin = (folder / "config.yaml").stat().st_mtime
     last = max(path.stat().st_mtime for path in folder.iterdir())

@@ -21,6 +21,7 @@ from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_ST
 
 BLOCK = ["dataset", "model"]
 START = "sft"  # label of the start that every run is measured from
+UNTRAINED = (START, "popularity", "lookup")  # lines that no preference stage made, from the `sft/...` metrics and so on
 Floats = NDArray[np.float64]
 Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
 NO_TEST = (np.nan,) * 4
@@ -43,7 +44,7 @@ def summarise(rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache) -> Su
     frame = rows.frame
     present = [metric for metric in metrics if metric in frame]
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
-    frame = pd.concat([frame, _starts(frame, rows.axes, present)], ignore_index=True)
+    frame = pd.concat([frame, _untrained(frame, rows.axes, present)], ignore_index=True)
     frame = frame[frame["label"].notna()]  # an expected run that never started has a name and nothing else
     lines = _grid(frame, rows.axes)
     _refuse_twins(frame, rows.axes)
@@ -51,7 +52,9 @@ def summarise(rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache) -> Su
     parts = []
     for (dataset, model), block in frame.groupby(BLOCK, sort=True):
         finished = block[block["status"] == "finished"].reset_index(drop=True)
-        cells = _block_cells(finished, lines, rows.axes, present, per_prompt, cache)
+        trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
+        lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
+        cells = _block_cells(finished, lines_of_block, rows.axes, present, per_prompt, cache)
         parts.append(cells.assign(dataset=str(dataset), model=str(model), of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
@@ -85,14 +88,20 @@ def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
         raise UserError(f"runs {first} and {second} have the same data, model, method, options and seed: remove one")
 
 
-def _starts(frame: pd.DataFrame, axes: list[str], metrics: list[str]) -> pd.DataFrame:
-    """A line for the SFT start of each dataset, model and seed, from the `sft/...` metrics of a run that shares it."""
-    columns = {f"{START}/{metric}": metric for metric in metrics if f"{START}/{metric}" in frame}
-    if not columns or (frame["label"] == START).any():
-        return pd.DataFrame()
-    finished = frame[frame["status"] == "finished"].drop_duplicates([*BLOCK, "seed"])
-    starts = finished[[*BLOCK, "seed", "status", *columns]].rename(columns=columns)
-    return starts.assign(label=START, place=-1, **dict.fromkeys(axes, ""))
+def _untrained(frame: pd.DataFrame, axes: list[str], metrics: list[str]) -> pd.DataFrame:
+    """A line for the SFT start, and for each guess without a model, of each dataset, model and seed.
+
+    They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them.
+    """
+    parts = []
+    for label in UNTRAINED:
+        columns = {f"{label}/{metric}": metric for metric in metrics if f"{label}/{metric}" in frame}
+        if not columns or (frame["label"] == label).any():
+            continue
+        finished = frame[(frame["status"] == "finished") & frame[list(columns)].notna().any(axis=1)]
+        lines = finished.drop_duplicates([*BLOCK, "seed"])[[*BLOCK, "seed", "status", *columns]]
+        parts.append(lines.rename(columns=columns).assign(label=label, place=-1, **dict.fromkeys(axes, "")))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
@@ -135,12 +144,12 @@ def _block_cells(
         values = finished[metric].to_numpy(dtype=np.float64)
         values_LS = np.where(run_LS >= 0, values[run_LS], np.nan)
         if metric in ZERO_AT_START:  # rewards are measured from the start: its own are 0 by definition, and no result
-            values_LS[lines["label"] == START] = np.nan
+            values_LS[lines["label"].isin(UNTRAINED)] = np.nan
         cells = lines.assign(metric=metric, **_means(values_LS, run_LS >= 0))
         cells["best"], cells["tie"] = _best(metric, values_LS)
         tests = []
         for line, base in enumerate(baseline_L):
-            start = lines["label"][line] == START
+            start = lines["label"][line] in UNTRAINED
             if base in (-1, line) or (start and metric in ZERO_AT_START):
                 tests.append((*NO_TEST, "baseline" if base == line else "start" if start else "no baseline"))
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from massdpo.report.statistics import RESAMPLES
-from massdpo.report.summary import BLOCK, START, Summary
+from massdpo.report.summary import BLOCK, UNTRAINED, Summary
 from massdpo.report.views import LOWER_IS_BETTER, metric_name
 
 MISSING = "missing"
@@ -101,8 +101,8 @@ def number(value: float, scale: float | None = None) -> str:
 def _mean_cell(cell: Any) -> Cell:
     if cell.n == 0:
         return Cell(MISSING)
-    if cell.label == START and math.isnan(cell.mean):
-        return Cell("–")  # what the start does not have, such as training time
+    if cell.label in UNTRAINED and math.isnan(cell.mean):
+        return Cell("–")  # what it does not have, such as training time
     text = number(cell.mean)
     if not math.isnan(cell.half):
         text += f" ± {number(cell.half, cell.mean)}"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 LABEL_ORDER = (
-    *("sft", "random", "sdpo", "dpo", "dmpo", "mppo", "pairwise", "full", "hardest", "hardest_logp", "sampled"),
+    *("popularity", "lookup", "sft", "random", "sdpo", "dpo", "dmpo", "mppo", "pairwise", "full", "hardest", "hardest_logp", "sampled"),
     *("dpp", "farthest", "dynamic", "adpo", "interleaved", "mass"),
 )
 BASELINES = ("random", "sdpo")  # two names of one thing: k negatives drawn uniformly, PL loss
@@ -43,6 +43,7 @@ class View:
     """Tables show `metrics`; `figure` is `dots` (a mean and interval a method), `lines` (over the option that the sweep
     varies), `front` (pairs of metrics against each other) or `curves` (columns of `history.csv` over steps).
     `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
+    `rows_of`: the sweep whose runs are shown, where it is another one; `labels` and `datasets`: only these of them.
     """
 
     title: str
@@ -51,8 +52,13 @@ class View:
     pairs: tuple[tuple[str, str], ...] = ()
     curves: tuple[str, ...] = ()
     best_on: str | None = None
+    rows_of: str | None = None
+    labels: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
 
 
+FEW_LABELS = ("sdpo", "mass", "hardest", "full")
+FEW_DATASETS = ("synthetic_mcqa", "synthetic_rec", "lastfm")
 QUALITY = ("accuracy", "ndcg@5", "reward_accuracy", "margin")
 DEFAULT = View("{sweep}", QUALITY)
 
@@ -60,7 +66,20 @@ VIEWS = {
     "demo": View("Demonstration: selectors on the embedded default", QUALITY),
     "main": View("Main comparison", ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change")),
     "ranking": View(
-        "Ranking", ("recall@3", "recall@5", "recall@10", "ndcg@3", "ndcg@5", "ndcg@10", "mrr", "ndcg@5_sum", "mrr_sum")
+        "Ranking",
+        (
+            "recall@1",
+            "recall@3",
+            "recall@5",
+            "recall@10",
+            "ndcg@3",
+            "ndcg@5",
+            "ndcg@10",
+            "mrr",
+            "ndcg@5_sum",
+            "mrr_sum",
+        ),
+        rows_of="main",
     ),
     "negatives": View("Number of negatives", QUALITY, "lines"),
     "beta": View("Reward scale", QUALITY, "lines"),
@@ -69,12 +88,23 @@ VIEWS = {
     "learning_rate": View("Learning rate", QUALITY, "lines", best_on="val/accuracy"),
     "pool": View("Size of the pool", QUALITY, "lines"),
     "near_duplicates": View("Near-duplicates in the pool", QUALITY, "lines"),
-    "dynamics": View("Training dynamics", QUALITY, "curves", curves=("margin", "reward_accuracy", "chosen_logp")),
+    "dynamics": View(
+        "Training dynamics",
+        QUALITY,
+        "curves",
+        curves=("margin", "reward_accuracy", "chosen_logp"),
+        rows_of="main",
+        labels=FEW_LABELS,
+        datasets=FEW_DATASETS,
+    ),
     "cost": View(
         "Cost",
         ("accuracy", "ndcg@5", "train_seconds", "select_seconds", "tokens_per_second", "peak_memory_mb"),
         "front",
         pairs=(("train_seconds", "accuracy"), ("peak_memory_mb", "accuracy")),
+        rows_of="main",
+        labels=FEW_LABELS,
+        datasets=FEW_DATASETS,
     ),
     "front": View(
         "The whole front",

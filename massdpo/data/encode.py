@@ -1,0 +1,138 @@
+"""Texts to token ids, in the one way that every stage reads them.
+
+A sequence is `[BOS] prompt | " " response EOS`. The two sides are tokenised apart, so that every response follows the
+very same prompt tokens. With a chat template the prompt is a user message, its rendering brings BOS, and no space
+joins the two.
+"""
+
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from massdpo.data.ragged import Ragged
+from massdpo.data.schema import PreferenceExample
+from massdpo.errors import UserError
+
+Ids = NDArray[np.int32]
+CHUNK = 2048  # texts a call to the tokenizer: its Python lists are turned into arrays before they grow large
+BOUNDARY = 48  # characters on each side of the joint between prompt and response that are looked at
+
+
+class Encoder:
+    """One tokenizer's way with prompts and responses: BOS once before a prompt, EOS after every response."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool):
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end token: every response ends with it; set its eos_token")
+        if chat_template and tokenizer.chat_template is None:
+            raise UserError("chat_template=true, but the tokenizer has no chat template: set chat_template=false")
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.space = "" if chat_template else " "
+        self.bos = None if chat_template else tokenizer.bos_token_id
+
+    def rendered(self, example: PreferenceExample, cut: int = 0) -> str:
+        """The text before a response, with the `cut` oldest items of the history left out."""
+        if not example.prompt.strip():
+            raise UserError(f"{example.id}: the prompt is empty; give it at least one word")
+        prompt = example.without_oldest(cut) if cut else example.prompt
+        if not self.chat_template:
+            return prompt
+        messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def prompts(self, rendered: Iterable[str], owner: Sequence[str]) -> Iterator[Ids]:
+        """The ids of prompts, each as `rendered` gave it; `owner` names the example of each, for messages."""
+        before = np.array([] if self.bos is None else [self.bos], np.int32)
+        for row, ids in enumerate(self._ids(rendered)):
+            if not len(ids):
+                raise UserError(f"{owner[row]}: the prompt is empty; give it at least one word")
+            yield ids if ids[0] == self.bos else np.concatenate([before, ids])
+
+    def responses(self, texts: Sequence[str], owner: Sequence[str]) -> Iterator[Ids]:
+        """The responses' ids as they are in the middle of a text (some tokenizers treat a text's start otherwise).
+
+        `owner` names the example that each was first seen in, for messages.
+        """
+        eos = np.array([self.tokenizer.eos_token_id], np.int32)
+        anchor = "\n" if self.chat_template else ":"
+        (before,) = self._ids([anchor])
+        inside = self._ids(anchor + self.space + text for text in texts)
+        for text, example, ids in zip(texts, owner, inside, strict=True):
+            if np.array_equal(ids[: len(before)], before):
+                ids = ids[len(before) :]
+            else:  # a tokenizer that joins the anchor and the text
+                (ids,) = self._ids([self.space + text])
+            if not text.strip() or not len(ids):
+                raise UserError(f"{example}: a response is empty; give it at least one word or leave it out")
+            if eos in ids:
+                raise UserError(
+                    f"{example}: the response {text[:60]!r} contains the end token {self.tokenizer.eos_token}, "
+                    "which is added to every response: leave it out of the data"
+                )
+            yield np.concatenate([ids, eos])
+
+    def boundary_differences(self, ends: Sequence[str], texts: Sequence[str], candidates: Ragged) -> int:
+        """How many rows have a response that is tokenised otherwise when joined to its prompt, which ends in `ends`.
+
+        Only the words on both sides of the joint are looked at, each distinct pair once.
+        """
+        end_words, end_B = _distinct(ends)
+        start_words, start_of_text = _distinct([first_word(text) for text in texts])
+        end_of_candidate = np.repeat(end_B, candidates.lengths)
+        pairs, pair_of_candidate = np.unique(
+            end_of_candidate * len(start_words) + start_of_text[candidates.flat], return_inverse=True
+        )
+        pair_words = [(end, start) for end, start in zip(*np.divmod(pairs, max(1, len(start_words))), strict=True)]
+        joint = self._ids(end_words[end] + self.space + start_words[start] for end, start in pair_words)
+        left = list(self._ids(end_words))
+        right = [ids[:-1] for ids in self.responses(start_words, start_words)]
+        differs = np.array(
+            [
+                not np.array_equal(ids, np.concatenate([left[end], right[start]]))
+                for (end, start), ids in zip(pair_words, joint, strict=True)
+            ],
+            bool,
+        )
+        rows = np.repeat(np.arange(len(candidates)), candidates.lengths)
+        return len(np.unique(rows[differs[pair_of_candidate]]))
+
+    def _ids(self, texts: Iterable[str]) -> Iterator[Ids]:
+        """Ids of each text, without any special token that is not in the text itself."""
+        left, waiting = iter(texts), deque[Future[list[Ids]]]()
+        with ThreadPoolExecutor(1) as worker:  # the tokenizer works outside Python's lock, a chunk behind the texts
+            while chunk := list(islice(left, CHUNK)):
+                waiting.append(worker.submit(self._encode, chunk))
+                if len(waiting) > 1:
+                    yield from waiting.popleft().result()
+            for last in waiting:
+                yield from last.result()
+
+    def _encode(self, texts: list[str]) -> list[Ids]:
+        encoded = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+
+
+def _distinct(words: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
+    """The distinct words, and for each given word its place among them."""
+    place: dict[str, int] = {}
+    place_B = np.array([place.setdefault(word, len(place)) for word in words], np.int64)
+    return list(place), place_B
+
+
+def last_word(text: str) -> str:
+    # a long word is cut: what is further from the joint hardly moves it
+    return re.search(r"\S*\s*\Z", text[-BOUNDARY:]).group()  # type: ignore[union-attr]
+
+
+def first_word(text: str) -> str:
+    return text[:BOUNDARY].split(maxsplit=1)[0] if text.strip() else text

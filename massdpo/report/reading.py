@@ -1,0 +1,178 @@
+"""The files of results, read as data that may be damaged or somebody else's: what leaves here has a run's own form.
+
+Every function raises `UserError` in one line: the file, what is wrong with it, and what helps.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from numpy.typing import NDArray
+from pandas.api.types import is_numeric_dtype
+
+from massdpo.errors import UserError
+
+GROUPS = ["dataset", "model", "selector", "loss", "method"]
+STATES = ("running", "finished", "interrupted", "failed")
+FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float32, "reward_correct": np.bool_}  # of a prompt
+TEXTS = ["name", "status", "why", *GROUPS, "label", "refresh", "prompts", "git_commit", "machine", "command"]
+IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
+NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+LARGEST = 2**63 - 1
+
+Prompts = dict[str, NDArray[Any]]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a parser makes of damaged content becomes one line."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        raise UserError(f"{path} cannot be read ({why}): remove its run's folder, or make it again") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config: plain values, the choices and the options that every table needs among them."""
+    with reading(path):
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader)):
+            raise ValueError("an alias: a run writes none, and a few lines of them can fill any memory")
+        return _checked_config(_plain(yaml.load(text, Loader=yaml.CSafeLoader)))
+
+
+def read_expected(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"job": overrides, "config": resolved}, for the runs that a multirun was started for."""
+    with reading(path):
+        expected = _plain(json.loads(path.read_text(encoding="utf-8")))
+        runs = {name: {"job": run["job"], "config": _checked_config(run["config"])} for name, run in expected.items()}
+        if not all(isinstance(run["job"], str) for run in runs.values()):
+            raise TypeError("a job that is no text")
+        return runs
+
+
+def read_status(path: Path) -> tuple[str, str]:
+    """A run's state, and for a failed or interrupted one why."""
+    with reading(path):
+        status = _plain(json.loads(path.read_text(encoding="utf-8")))
+        if status["status"] not in STATES:
+            raise ValueError(f"status {status['status']!r} is none of {', '.join(STATES)}")
+        return status["status"], _text(status.get("why") or "")
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Flat: numbers, and texts about where they come from."""
+    with reading(path):
+        metrics = _plain(json.loads(path.read_text(encoding="utf-8")))
+        for name, value in metrics.items():
+            if not (isinstance(value, str) if name in TEXTS else isinstance(value, int | float | None)):
+                raise TypeError(f"{name} is {value!r:.40}")
+        return dict(metrics)
+
+
+def read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
+    """Ids of the test prompts in their order by name, and each of `FIELDS` in that order."""
+    with reading(path):
+        with open(path, encoding="utf-8") as file:
+            lines = [_plain(json.loads(line)) for line in file]
+        for line in lines:
+            ranks = line["rank"], line["rank_sum"]
+            if not all(type(rank) is int and 1 <= rank <= np.iinfo(np.uint16).max for rank in ranks):
+                raise ValueError(f"ranks {ranks!r:.40}")
+            if not isinstance(line["margin"], int | float) or not isinstance(line["reward_correct"], bool):
+                raise TypeError(f"margin {line['margin']!r:.40}, reward_correct {line['reward_correct']!r:.40}")
+        lines.sort(key=lambda line: str(line["id"]))
+        return [str(line["id"]) for line in lines], {name: [line[name] for line in lines] for name in FIELDS}
+
+
+def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """The column `step` and those asked for that are there, all of them numbers."""
+    with reading(path):
+        frame = pd.read_csv(path)
+        frame = frame[["step", *(column for column in columns if column in frame)]]
+        _only_numbers(frame, list(frame.columns))
+        return frame
+
+
+def read_histories(path: Path) -> pd.DataFrame:
+    """Histories of the runs of a sweep, one below the other."""
+    with reading(path):
+        frame = pd.read_csv(path, dtype={"dataset": str, "model": str, "label": str})
+        _only_numbers(frame, [name for name in frame.columns if name not in ("dataset", "model", "label")])
+        if frame[["dataset", "model", "label", "seed", "step"]].isna().any(axis=None):
+            raise ValueError("a row without dataset, model, label, seed or step")
+        return frame
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The arrays of `prompts.npz`; never a pickle."""
+    with reading(path), np.load(path, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
+
+
+def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
+    """`rows.csv`, a row a run; those that name a set of `prompts` are as many as the arrays of that set have rows."""
+    with reading(csv if isinstance(csv, Path) else Path("rows.csv")):
+        frame = pd.read_csv(csv, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
+        if missing := [name for name in (*IDENTITY, "seed", "prompts") if name not in frame]:
+            raise ValueError(f"no column {missing[0]}")
+        numbers = [name for name in frame.columns if name not in TEXTS and not name.startswith("option/")]
+        _only_numbers(frame, numbers)
+        if not frame["status"].isin([*STATES, "missing"]).all():
+            raise ValueError("a status that is none")
+        run = frame[frame["label"].notna()]
+        if run[["name", "dataset", "model", "k", "beta", "refresh", "seed"]].isna().any(axis=None):
+            raise ValueError("a run without name, data, model, k, beta, refresh or seed")
+        for key, rows in frame.groupby("prompts").size().items():
+            shapes = {prompts[f"{key}/{name}"].shape for name in FIELDS}
+            if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != rows:
+                raise ValueError(f"{rows} runs of the prompts {key}, and arrays of other shapes beside them")
+        return frame
+
+
+def _plain(value: Any) -> Any:
+    """The value of texts that can be printed, numbers that fit a column, lists and mappings, and nothing else."""
+    if isinstance(value, dict):
+        return {_text(key): _plain(inside) for key, inside in value.items()}
+    if isinstance(value, list):
+        return [_plain(inside) for inside in value]
+    if isinstance(value, str):
+        return _text(value)
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST):
+        return value
+    raise TypeError(f"{value!r:.40} is no plain value")
+
+
+def _text(value: Any) -> str:
+    """On one line: a table and its CSV have no place for more."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.40} is no text")
+    return "".join(char if char.isprintable() else " " for char in value)
+
+
+def _checked_config(config: Any) -> dict[str, Any]:
+    choices = config["choices"]
+    for group in GROUPS:
+        choice = choices[group]
+        if not (isinstance(choice, str) and NAME.fullmatch(choice)) and not (group == "method" and choice is None):
+            raise ValueError(f"choices.{group} is {choice!r:.40}")
+    if not (type(config["k"]) is int and type(config["seed"]) is int and isinstance(config["refresh"], str)):
+        raise TypeError("k, seed or refresh is no such value")
+    if type(config["beta"]) not in (int, float) or not math.isfinite(config["beta"]):
+        raise ValueError(f"beta is {config['beta']!r:.40}")
+    return dict(config)
+
+
+def _only_numbers(frame: pd.DataFrame, names: list[str]) -> None:
+    for name in names:
+        if not is_numeric_dtype(frame[name]) and frame[name].notna().any():
+            raise ValueError(f"column {name} holds something else than numbers")

@@ -1,0 +1,160 @@
+"""When does selecting pay? The setting of the theory: a log-linear policy, known theta*, Plackett-Luce choices.
+
+Suffixes: B prompts, C candidates (column 0 is the chosen one), D features.
+"""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from torch import Tensor
+
+from massdpo.selectors import Adpo, Full, Hardest, Mass, Random, Selector
+from massdpo.store import keyed_seed
+from massdpo.studies.pools import clustered_pools, pools_of
+from massdpo.studies.publish import panels, publish, style, with_interval
+
+CASE = ["rounds", "prompts", "k"]
+MEASURED = {"max_error": "maximum relative logit error", "mean_error": "mean relative logit error"}
+
+
+def loglinear(
+    out: Path,
+    seeds: int = 40,
+    prompts: Sequence[int] = (25, 50, 100, 200, 400, 800),
+    ks: Sequence[int] = (1, 2, 4, 8, 16),
+    middle: tuple[int, int] = (100, 4),
+    rounds: Sequence[int] = (1, 3),
+    size: int = 20,
+    strength: float = 1.0,
+) -> pd.DataFrame:
+    """Fit by maximum likelihood on the selected subsets and measure how far the logits are from the true ones.
+
+    The chosen response is drawn from the softmax of phi . theta* (|theta*| = `strength`) over pools of clustered
+    features. With `rounds` = 1 negatives are selected once, under the uniform reference; with more, after each fit too.
+    Errors are of the logits of fresh pools about their mean, relative to the largest (`max_error`) or the mean
+    (`mean_error`) true one: over the number of prompts at k = middle[1], and over k at middle[0] prompts. Differences
+    from random's are paired: the same world.
+    """
+    rows = []
+    for count, k in sorted({(count, middle[1]) for count in prompts} | {(middle[0], k) for k in ks}):
+        rivals: dict[str, Selector] = {"mass": Mass(k), "adpo": Adpo(k), "random": Random(k), "hardest": Hardest(k)}
+        rivals["full"] = Full()
+        for seed in range(seeds):
+            world = LoglinearWorld(count, size, seed, strength)
+            for name, selector in rivals.items():
+                for turns, theta_D in zip(rounds, world.fits(selector, rounds), strict=True):
+                    case = {"rounds": turns, "prompts": count, "k": k, "selector": name, "seed": seed}
+                    rows.append({**case, **world.errors(theta_D)})
+    frame = pd.DataFrame(rows)
+    errors = frame.set_index([*CASE, "seed", "selector"])["max_error"].unstack("selector")
+    apart = errors.sub(errors["random"], axis=0).stack().to_frame("max_error less random")
+    joined = frame.join(apart, on=[*CASE, "seed", "selector"])
+    table = with_interval(joined, [*CASE, "selector"], [*MEASURED, *apart.columns])
+    table = table.sort_values(CASE, kind="stable")
+    figure, grid = panels(4 * len(rounds))
+    for row, (turns, value) in enumerate(itertools.product(rounds, MEASURED)):
+        part = table[table["rounds"] == turns]
+        start = "selected once" if turns == 1 else f"selected {turns} times"
+        _draw(grid[2 * row], part[part["k"] == middle[1]], "prompts", value, f"{start}, k={middle[1]}")
+        _draw(grid[2 * row + 1], part[part["prompts"] == middle[0]], "k", value, f"{start}, {middle[0]} prompts")
+    grid[0].legend(fontsize=7)
+    note = (
+        f"Mean of {seeds} worlds ± half-width of the 95% t interval. Errors are relative to the true logits: 1 is as "
+        "bad as knowing nothing. Selected once, under the uniform reference, all scores tie and `hardest` is `random`. "
+        "`max_error less random` is paired by world: below 0, the selector beats random."
+    )
+    publish(out, "loglinear", frame, table, figure, note)
+    return frame
+
+
+def _draw(panel: Axes, part: pd.DataFrame, axis: str, value: str, title: str) -> None:
+    for place, name in enumerate(part["selector"].unique()):
+        line = part[part["selector"] == name]
+        panel.errorbar(line[axis], line[value], line[f"{value} ±"], label=name, **style(place))
+    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=MEASURED[value], title=title)
+    numbers = sorted(part[axis].unique())
+    panel.set_xticks(numbers, [str(number) for number in numbers])
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+class LoglinearWorld:
+    """One draw of theta*, training pools with choices, and fresh pools to measure on."""
+
+    def __init__(self, prompts: int, size: int, seed: int, strength: float, width: int = 10, fresh: int = 500):
+        noise = torch.Generator().manual_seed(keyed_seed("loglinear", seed))  # the same theta* for every case of a seed
+        direction_D = torch.randn(width, generator=noise, dtype=torch.float64)
+        self.theta_D = strength * direction_D / direction_D.norm()
+        self.fresh_BCD = self._features(fresh, size, seed, "fresh", width)
+        features_BCD = self._features(prompts, size, seed, "train", width)
+        noise = torch.Generator().manual_seed(keyed_seed("choices", seed, prompts))
+        chance_BC = (features_BCD @ self.theta_D).softmax(-1)
+        chosen_B1 = torch.multinomial(chance_BC, 1, generator=noise)
+        order_BC = torch.arange(size + 1).expand(prompts, -1).clone()
+        order_BC.scatter_(1, chosen_B1, 0)
+        order_BC[:, 0] = chosen_B1[:, 0]
+        self.features_BCD = features_BCD.gather(1, order_BC[..., None].expand_as(features_BCD))
+        self.seed = seed
+
+    def _features(self, prompts: int, size: int, seed: int, use: str, width: int) -> Tensor:
+        pools = clustered_pools(prompts, size, keyed_seed(use, seed), width)
+        assert pools.scores.features_BCD is not None
+        return pools.scores.features_BCD.double()
+
+    def fits(self, selector: Selector, rounds: Sequence[int]) -> list[Tensor]:
+        """Select with the policy there is, fit, and so on: theta after each of these numbers of rounds."""
+        theta_D = torch.zeros_like(self.theta_D)
+        after = {}
+        for turn in range(1, max(rounds) + 1):
+            logits_BC = self.features_BCD @ theta_D
+            noise = torch.Generator().manual_seed(keyed_seed("selection", self.seed, turn))
+            noise_BN = torch.rand(logits_BC[:, 1:].shape, generator=noise)
+            picks = selector(pools_of(self.features_BCD.float(), logits_BC, noise_BN, beta=1.0))
+            columns_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))
+            chosen_BCD = self.features_BCD.gather(1, columns_BC[..., None].expand(-1, -1, len(theta_D)))
+            theta_D = maximum_likelihood(chosen_BCD)
+            after[turn] = theta_D
+        return [after[turn] for turn in rounds]
+
+    def errors(self, theta_D: Tensor) -> dict[str, float]:
+        """Maximum and mean relative error of the fresh pools' logits about their mean."""
+        centred_BCD = self.fresh_BCD - self.fresh_BCD.mean(1, keepdim=True)
+        true_BC, error_BC = (centred_BCD @ self.theta_D).abs(), (centred_BCD @ (theta_D - self.theta_D)).abs()
+        return {
+            "max_error": float(error_BC.max() / true_BC.max()),
+            "mean_error": float(error_BC.mean() / true_BC.mean()),
+        }
+
+
+def maximum_likelihood(features_BCD: Tensor, prior: float = 1e-2, steps: int = 100) -> Tensor:
+    """theta `(D,)` that makes column 0 likeliest under softmax(features . theta), by Newton's method with halved steps.
+
+    `prior` (prior / 2 |theta|^2, of the weight of a hundredth of a prompt) keeps it finite where the data separate.
+    """
+    features_BCD = features_BCD.double()
+    theta_D = features_BCD.new_zeros(features_BCD.shape[-1])
+
+    def loss(theta_D: Tensor) -> Tensor:
+        return -(features_BCD @ theta_D).log_softmax(-1)[:, 0].sum() + prior / 2 * theta_D @ theta_D
+
+    for _ in range(steps):
+        share_BC = (features_BCD @ theta_D).softmax(-1)
+        mean_BD = torch.einsum("bc,bcd->bd", share_BC, features_BCD)
+        gradient_D = (mean_BD - features_BCD[:, 0]).sum(0) + prior * theta_D
+        hessian_DD = torch.einsum("bc,bcd,bce->de", share_BC, features_BCD, features_BCD) - mean_BD.T @ mean_BD
+        hessian_DD = hessian_DD + prior * torch.eye(len(theta_D), dtype=theta_D.dtype)
+        step_D = torch.linalg.solve(hessian_DD, gradient_D)
+        decrease, length = gradient_D @ step_D, 1.0
+        if decrease < 1e-14:
+            break
+        while loss(theta_D - length * step_D) > loss(theta_D) - 1e-4 * length * decrease and length > 1e-10:
+            length /= 2
+        theta_D = theta_D - length * step_D
+    return theta_D

@@ -1,0 +1,44 @@
+"""What does selecting again once, every epoch or every step gain, and what does it cost?"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from massdpo.report.figures import COLOURS, GREY
+from massdpo.studies.publish import panels, publish, with_interval
+
+KINDS = ("once", "epoch", "step")
+
+
+def refresh(
+    out: Path, run: Callable[[str, int], Mapping[str, float]], seeds: Sequence[int], labels: Mapping[str, str]
+) -> pd.DataFrame:
+    """Train each kind with each seed: `run(refresh, seed)` returns numbers by name, of which `labels` are shown.
+
+    Differences from `step` are paired by seed.
+    """
+    frame = pd.DataFrame([{"refresh": kind, "seed": seed, **run(kind, seed)} for seed in seeds for kind in KINDS])
+    measured = list(labels)
+    table = with_interval(frame, ["refresh"], measured)
+    values = frame.set_index(["refresh", "seed"])[measured]
+    apart = pd.concat(
+        {f"{kind} less step": values.loc[kind] - values.loc["step"] for kind in KINDS[:-1]}, names=["refresh"]
+    )
+    table = pd.concat([table, with_interval(apart.reset_index(), ["refresh"], measured)])
+    figure, grid = panels(len(measured), columns=3)
+    for panel, name in zip(grid, measured, strict=True):
+        for kind in KINDS:
+            values_S = frame[frame["refresh"] == kind][name]
+            panel.plot([kind] * len(values_S), values_S, "o", color=GREY, alpha=0.4, markersize=3)
+        means = table[table["refresh"].isin(KINDS)]
+        panel.errorbar(means["refresh"], means[name], means[f"{name} ±"], fmt="D", color=COLOURS[0], capsize=3)
+        panel.set(xlabel="negatives selected again", ylabel=labels[name])
+        panel.margins(x=0.2)
+    note = (
+        f"Mean over {len(seeds)} training seeds ± half-width of the 95% t interval; differences are paired by seed. "
+        + "; ".join(f"`{name}`: {label}" for name, label in labels.items())
+        + "."
+    )
+    publish(out, "refresh", frame, table, figure, note)
+    return frame

@@ -1,0 +1,54 @@
+"""What a multirun is about to do: the names of its runs, noted where `python -m massdpo.report --status` finds them."""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from massdpo.config import EXPECTED, as_composed, resolved, run_name
+from massdpo.errors import UserError
+from massdpo.store import write_json
+
+
+class NoteExpected(Callback):
+    """Hydra calls this in the parent, before the first job of a multirun is started."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        if int(os.environ.get("RANK", 0)) > 0:  # torchrun: every process starts the same multirun
+            return
+        try:
+            expected = expected_runs(config)
+        except (UserError, HydraException, OmegaConfBaseException, ValueError):
+            return  # the sweep composes the same jobs in a moment, and tells
+        for folder, runs in expected.items():
+            file = folder / EXPECTED
+            before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+            write_json(file, before | runs)
+
+
+def expected_runs(config: DictConfig) -> dict[Path, dict[str, Any]]:
+    """By a sweep's folder, name -> {"job", "command", "config"} of the runs that the multirun of `config` asks for."""
+    loader = GlobalHydra.instance().config_loader()
+    given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create(loader).parse_overrides([*given, *config.hydra.overrides.task])
+    jobs = BasicSweeper.split_arguments(overrides, None)[0]
+    command = shlex.join(["python", "run.py", "-m", *config.hydra.overrides.task])
+    print(f"sweep {config.sweep}: {len(jobs)} jobs", file=sys.stderr)
+    expected: dict[Path, dict[str, Any]] = {}
+    for job in jobs:
+        composed = as_composed(loader.load_configuration("config", job, RunMode.RUN))
+        if composed.task == "train":
+            run = {"job": shlex.join(job), "command": command, "config": resolved(composed)}
+            expected.setdefault(Path(composed.runs_dir) / composed.sweep, {})[composed.name or run_name(composed)] = run
+    return expected
