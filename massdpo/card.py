@@ -81,7 +81,7 @@ def _base_folder(model: Mapping[str, Any]) -> Path:
 
 def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, str]:
     trainer, adapter = config["trainer"], config["trainer"]["adapter"]
-    picked = f"`{config['choices']['selector']}`" + (f", k = {config['selector']['k']}" if "k" in config["selector"] else "")
+    k = f", k = {config['selector']['k']}" if "k" in config["selector"] else ""
     stages = {
         stage: f"{sizes[count]} prompts, epochs: {trainer[stage]['epochs']}, peak learning rate: "
         f"{trainer[stage]['learning_rate']:g}"
@@ -89,7 +89,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, s
     }
     preference = {
         "preference stage": stages["preference"],
-        "negatives trained on": f"{picked}; selected again: {config['refresh']}",
+        "negatives trained on": f"`{config['choices']['selector']}`{k}; selected again: {config['refresh']}",
         "loss": f"`{config['choices']['loss']}`, beta = {config['beta']:g}",
     }
     return {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from massdpo import metrics
 from massdpo.batch import Batch, Scored
-from massdpo.data.tokenize import TokenizedExample, collate
+from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.tracking import progress
 
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import hydra
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -28,9 +30,11 @@ from massdpo import stages
 from massdpo.benchmark.measure import commit, machine
 from massdpo.card import model_card
 from massdpo.config import identity, resolved, run_name, validate, without_secrets
+from massdpo.data.baselines import baselines
 from massdpo.data.prepare import limited, prepare
 from massdpo.data.schema import Splits
-from massdpo.data.tokenize import TokenizedExample, TokenizedSplit, tokenize_splits, tokenizer_key
+from massdpo.data.tokenize import tokenize_splits, tokenizer_key
+from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics
@@ -112,6 +116,8 @@ def start(config: DictConfig) -> Accelerator:
         torch.set_num_threads(config.trainer.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # Renamed in the newest transformers; peft, and we for older ones, use the old names.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     logging.getLogger("accelerate.utils.other").setLevel(
         logging.ERROR
     )  # tells of every tied weight at every checkpoint
@@ -121,6 +127,11 @@ def start(config: DictConfig) -> Accelerator:
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")
+    if config.trainer.generate and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "trainer.generate=true cannot decode with sharded weights: leave it out here, and let "
+            "task=evaluate in=RUN trainer.generate=true do it afterwards"
+        )
     reset_peak_memory()
     return accelerator
 
@@ -173,6 +184,7 @@ def compute(
         return score_split(scorer, split, accelerator, trainer.eval_batch_size, data.pad_id, what)
 
     start_folder = sft_start(config, data, model, cache, score, tracker, accelerator)
+    model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start_info = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     history.rows[:] = start_info["history"]
 
@@ -215,6 +227,7 @@ def compute(
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     metrics |= generation_metrics(answers, final) if answers else {}
+    metrics |= baselines(data.splits, cache)
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
     metrics |= {
         "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from massdpo.batch import Batch
-from massdpo.data.tokenize import TokenizedExample, collate
+from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.evaluation import SplitScores, each_batch
 
 Trie = dict[int, Any]  # token -> what may follow it; nothing follows EOS

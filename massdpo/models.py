@@ -274,10 +274,16 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
         return _load_model(folder, "auto"), tokenizer
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
+    adapter = _read_json(folder / ADAPTER)
+    if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
+        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
     from peft import PeftModel
 
     base = _load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
-    adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds an adapter that cannot be loaded: {_one_line(error)}") from error
     disable_dropout(adapted)
     return adapted, tokenizer
 
@@ -287,6 +293,8 @@ def _load_base(folder: Path) -> PreTrainedModel:
     adapter = _read_json(folder / ADAPTER)
     name = str(adapter.get("base_model_name_or_path"))
     path = name if Path(name).is_absolute() else None
+    if path and not Path(path).is_dir():
+        raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
     return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from massdpo import experiment
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
-from massdpo.data.tokenize import collate, tokenize_split
+from massdpo.data.tokenize import tokenize_split
+from massdpo.data.tokens import collate
 from massdpo.errors import UserError
 from massdpo.models import load_policy
 from massdpo.scoring import PreferenceScorer

@@ -158,7 +158,8 @@ def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
         print(f"greedy decoding: {', '.join(shares)}")
     seconds = [f"{metrics[f'{name}_seconds']:.0f} s" for name in ("sft", "train", "select")]
     print(f"time:  SFT {seconds[0]}, preference stage {seconds[1]}, of which selection {seconds[2]}")
-    print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png, policy/)")
+    saved = ", policy/" if (folder / "policy").is_dir() else ""
+    print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png{saved})")
     if sync:
         print(f"W&B:   {sync}")
     print("next:  python run.py -m selector=mass,random,hardest,full seed=0,1,2   # compare selectors over seeds")
@@ -180,8 +181,8 @@ def draw_history(history: Sequence[dict[str, Any]], file: Path) -> None:
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:
-            points = [(row["step"], row[name]) for row in history if name in row]
-            axes.plot(*zip(*points, strict=True), label=name) if points else None
+            points = [(row["step"], row[name]) for row in history if name in row]  # none of method=sft
+            axes.plot([step for step, _ in points], [value for _, value in points], label=name)
         axes.set(title=title, xlabel="optimiser step")
         if len(names) > 1:
             axes.legend(frameon=False)

@@ -341,7 +341,7 @@ class Mass:
         return fisher.select_logdet(vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe)
 
     def _weighing(self, mean_B: Tensor, scale_B: Tensor) -> tuple[float | Tensor, Tensor]:
-        """Gamma and the scale of the vectors: a relative gamma is ridge * mean(scale |v|^2), where the scale cancels."""
+        """Gamma and the vectors' scale: a relative gamma is ridge * mean(scale |v|^2), where the scale cancels."""
         return (self.ridge * mean_B, torch.ones_like(scale_B)) if self.ridge_relative else (self.ridge, scale_B)
 
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.batch import Batch, Picks, PoolStatistics, Scored, Scores
-from massdpo.data.tokenize import TokenizedExample
+from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, each_batch
 from massdpo.selectors import Selector, hardest_overlap, overlap

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from massdpo.config import EXPECTED, as_composed, resolved, run_name
+from massdpo.config import EXPECTED, as_composed, resolved, run_name, without_secrets
 from massdpo.errors import UserError
 from massdpo.store import write_json
 
@@ -49,6 +49,7 @@ def expected_runs(config: DictConfig) -> dict[Path, dict[str, Any]]:
     for job in jobs:
         composed = as_composed(loader.load_configuration("config", job, RunMode.RUN))
         if composed.task == "train":
-            run = {"job": shlex.join(job), "command": command, "config": resolved(composed)}
+            told = without_secrets({"job": shlex.join(job), "command": command})
+            run = {**told, "config": resolved(composed)}
             expected.setdefault(Path(composed.runs_dir) / composed.sweep, {})[composed.name or run_name(composed)] = run
     return expected

@@ -16,7 +16,8 @@ from massdpo import experiment
 from massdpo.benchmark.measure import commit, machine
 from massdpo.data.inspect import inspect as inspect_data
 from massdpo.data.prepare import limited, prepare
-from massdpo.data.tokenize import TokenizedExample, collate, tokenize_split
+from massdpo.data.tokenize import tokenize_split
+from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics

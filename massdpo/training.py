@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 from massdpo.batch import Batch
-from massdpo.data.tokenize import TokenizedExample, collate
+from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import Validate
 from massdpo.store import build_folder, is_whole, keyed_seed, remove_unfinished, set_aside, writing
@@ -245,14 +245,15 @@ def _loader(
         batch_sampler=batches,
         collate_fn=_Collate(stage.pad_id),
         num_workers=options.workers,
-        worker_init_fn=_outlive_ctrl_c,
+        worker_init_fn=_outlive_signals,
     )
     return iter(loader)
 
 
-def _outlive_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to every process: the batches up to the checkpoint are still needed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """A terminal or cluster sends its signal to every process: the batches up to the checkpoint are still needed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def _run(arguments: tuple[str, ...], log: Path, before: Callable[[], None] | Non
     os.dup2(written, 1)
     os.dup2(written, 2)
     os.chdir(ROOT)
+    multiprocessing.set_start_method(None, force=True)  # of its own children: the platform's, as from a shell
     if before:
         before()
     sys.argv = ["run.py", *arguments]

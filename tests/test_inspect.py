@@ -1,18 +1,26 @@
 """The look-up finds slates that tell their target and nothing else; the page and the export hold what they promise."""
 
+import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from massdpo.data.inspect import export, inspect, leak_check, popularity_baseline
+from massdpo.data.baselines import baselines, compute, guessed, leak_check
+from massdpo.data.inspect import export, inspect
 from massdpo.data.recommendation import LastFM, UserSequences
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
+from massdpo.store import Cache
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_recommendation import write_interactions
 
@@ -29,21 +37,21 @@ def splits_of(*slates: list[tuple[str, ...]]) -> Splits:
         ]
         for name, rows in zip(("train", "val", "test"), slates, strict=True)
     ]
-    return Splits(named[0], named[1], named[2], "digest")
+    return Splits(named[0], named[1], named[2])
 
 
 @needs_shared_data
 @pytest.mark.parametrize("options", [{}, {"seed": 1}, {"negatives": "popularity"}])
 def test_clean_slates_leave_the_look_up_at_chance(options: dict[str, object]) -> None:
     found = leak_check(LastFM(raw_dir=LASTFM, **options).load())
-    assert found["lookup_chance"] == pytest.approx(1 / 20)
-    assert abs(found["lookup_accuracy"] - found["lookup_chance"]) < 4 * found["lookup_standard_error"]
-    assert found["lookup_matched"] > 0.5  # it did try
+    assert found["chance"] == pytest.approx(1 / 20)
+    assert abs(found["accuracy"] - found["chance"]) < 4 * found["standard_error"]
+    assert found["matched"] > 0.5  # it did try
 
 
 @needs_shared_data
 def test_legacy_slates_give_the_target_away() -> None:
-    assert leak_check(LastFM(raw_dir=LASTFM, slate="legacy").load())["lookup_accuracy"] > 0.5
+    assert leak_check(LastFM(raw_dir=LASTFM, slate="legacy").load())["accuracy"] > 0.5
 
 
 def test_the_look_up_by_hand() -> None:
@@ -55,26 +63,68 @@ def test_the_look_up_by_hand() -> None:
         ("b", "a", "q", "b"),  # a and b at their places, equally good: one of two
     ]
     found = leak_check(splits_of(train, [], test))
-    assert found["lookup_accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 2) / 4)
-    assert found["lookup_chance"] == pytest.approx(1 / 3)
-    assert found["lookup_standard_error"] == pytest.approx((1 / 3 * 2 / 3 / 4) ** 0.5)
-    assert found["lookup_matched"] == 0.75
+    assert found["accuracy"] == pytest.approx((1 + 1 / 3 + 0 + 1 / 2) / 4)
+    assert found["chance"] == pytest.approx(1 / 3)
+    assert found["standard_error"] == pytest.approx((1 / 3 * 2 / 3 / 4) ** 0.5)
+    assert found["matched"] == 0.75
 
 
 def test_the_split_in_question_teaches_the_look_up_nothing() -> None:
     rows = [(each, each, "x", "y") for each in "abcdefgh"]
-    assert leak_check(splits_of([], [], rows))["lookup_accuracy"] == pytest.approx(1 / 3)
-    assert leak_check(splits_of([], rows, rows))["lookup_accuracy"] == 1
+    assert leak_check(splits_of([], [], rows))["accuracy"] == pytest.approx(1 / 3)
+    assert leak_check(splits_of([], rows, rows))["accuracy"] == 1
 
 
 def test_popularity_by_hand() -> None:
     train = [("a", "a", "b"), ("a", "a", "b"), ("b", "a", "b")]
-    test = [("a", "b", "a", "c"), ("b", "b", "a", "c"), ("c", "d", "c", "e")]  # ranks 1, 2, and 3 among equals
-    found = popularity_baseline(splits_of(train, [], test))
-    assert found["popularity_accuracy"] == pytest.approx(1 / 3)
-    assert found["popularity_mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
-    assert found["popularity_ndcg@5"] == pytest.approx((1 + 0.6309297535714575 + 0.5) / 3)
-    assert found["popularity_recall@5"] == 1
+    test = [("a", "b", "a", "c"), ("b", "b", "a", "c"), ("c", "d", "c", "e")]  # ranks 1, 2, and 1 to 3 among equals
+    found = compute(splits_of(train, [], test))
+    assert found["popularity/accuracy"] == pytest.approx((1 + 0 + 1 / 3) / 3)
+    assert found["popularity/mrr"] == pytest.approx((1 + 1 / 2 + (1 + 1 / 2 + 1 / 3) / 3) / 3)
+    second = 1 / math.log2(3)
+    assert found["popularity/ndcg@5"] == pytest.approx((1 + second + (1 + second + 0.5) / 3) / 3)
+    assert found["popularity/recall@1"] == found["popularity/accuracy"] and found["popularity/recall@5"] == 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=6), min_size=1, max_size=4))
+def test_expected_metrics_are_the_mean_over_every_order_of_equals(scores: list[list[int]]) -> None:
+    """Against the plain way: rank the target, candidate 0, in every order of the candidates and average."""
+    names = [[f"{row}/{place}" for place in range(len(each))] for row, each in enumerate(scores)]
+    examples = splits_of([], [], [(slate[0], *slate) for slate in names]).test
+    found = guessed(lambda example: scores[examples.index(example)], examples).metrics()
+
+    def ranks(each: list[int]) -> list[int]:
+        orders = itertools.permutations(range(len(each)))
+        return [1 + sorted(order, key=lambda place: -each[place]).index(0) for order in orders]  # sorting is stable
+
+    def mean(value: Callable[[int], float]) -> float:
+        return float(np.mean([np.mean([value(rank) for rank in ranks(each)]) for each in scores]))
+
+    assert found["accuracy"] == pytest.approx(mean(lambda rank: rank == 1))
+    assert found["recall@3"] == pytest.approx(mean(lambda rank: rank <= 3))
+    assert found["ndcg@3"] == pytest.approx(mean(lambda rank: (rank <= 3) / math.log2(1 + rank)))
+    assert found["mrr"] == pytest.approx(mean(lambda rank: 1 / rank))
+
+
+def test_popularity_is_counted_in_training_alone() -> None:
+    train, other = [("a", "a", "b")], [("b", "a", "b")] * 5
+    with_val = compute(splits_of(train, other, [("a", "a", "b")]))
+    assert (
+        with_val["popularity/accuracy"] == 1 == compute(splits_of(train, [], [("a", "a", "b")]))["popularity/accuracy"]
+    )
+    assert compute(splits_of([], [("a", "a", "b")], [("a", "a", "b")]))["popularity/accuracy"] == 0.5
+
+
+def test_only_recommendation_has_baselines_and_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path / "cache")
+    assert baselines(splits_of([], [], [("a", "a", "b")]), cache) == {}
+    splits = write_interactions(tmp_path).load()
+    first = baselines(splits, cache)
+    assert first == compute(splits)
+    assert {name.split("/")[0] for name in first} == {"popularity", "lookup"} and "lookup/ndcg@10" in first
+    monkeypatch.setattr("massdpo.data.baselines.compute", None)  # would fail if it were computed again
+    assert baselines(splits, cache) == first
 
 
 @pytest.fixture
@@ -91,11 +141,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
     page = inspect(prepared, tokenizer, "val")
-    for expected in (prepared.digest, "train: 216 examples", "val: 27 examples", "pool sizes: 19 (216x)"):
+    for expected in ("train: 216 examples", "val: 27 examples", "pool sizes: 19 (216x)"):
         assert expected in page
     for example in prepared.val[:3]:
         assert example.prompt in page and f"chosen: {example.chosen}" in page
-    assert "lookup_accuracy" in page and "popularity_accuracy" in page
+    assert "leak check, standard error:" in page and "lookup/accuracy:" in page and "popularity/mrr:" in page
     assert "of a response: 2 to 2, median 2" in page  # "Thing 001" in words
     with pytest.raises(UserError, match="split is train, val or test"):
         inspect(prepared, tokenizer, "dev")

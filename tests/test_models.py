@@ -353,6 +353,66 @@ def test_code_beside_a_model_is_not_run(llama: Loaded, tmp_path: Path) -> None:
     assert not (tmp_path / "harm").exists()
 
 
+def test_code_beside_a_tokenizer_is_not_run(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "saved")
+    (tmp_path / "saved" / "own.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\n")
+    path = tmp_path / "saved" / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    load_policy_or_refuse(tmp_path / "saved")
+    assert not (tmp_path / "harm").exists()
+
+
+def load_policy_or_refuse(folder: Path) -> str:
+    try:
+        load_policy(folder)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
+        {"megatron_config": {"a": 1}, "megatron_core": "own"},  # a module that peft would import
+        {"auto_mapping": {"base_model_class": "Own", "parent_library": "own"}},  # the same, of its AutoPeftModel
+        {"target_modules": ["nowhere"]},
+        {"r": 7},
+        {"no_such_option": 1, "r": "os.system"},
+    ],
+    ids=str,
+)
+def test_a_strangers_adapter_runs_nothing(
+    llama: Loaded, tmp_path: Path, planted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config is data: what does not describe a LoRA of these weights is refused in one line."""
+    save_policy(add_adapter(llama[0], ADAPTER, 0), llama[1], tmp_path / "saved")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'harm')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "saved" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **planted}))
+    said = load_policy_or_refuse(tmp_path / "saved")
+    assert said or "auto_mapping" in planted
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_broken_adapter_is_told(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(add_adapter(llama[0], ADAPTER, 0), llama[1], tmp_path / "saved")
+    weights = tmp_path / "saved" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "cannot be loaded" in load_policy_or_refuse(tmp_path / "saved")
+
+
+def test_an_adapter_whose_base_has_gone_is_told(llama: Loaded, tmp_path: Path) -> None:
+    save_policy(*llama, tmp_path / "base")
+    model, tokenizer = PretrainedModel("a/b", str(tmp_path / "base")).load([], 0, Cache(tmp_path))
+    save_policy(add_adapter(model, ADAPTER, 0), tokenizer, tmp_path / "saved")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    assert f"no longer in {tmp_path / 'base'}" in load_policy_or_refuse(tmp_path / "saved")
+
+
 def test_pickled_adapter_is_refused(llama: Loaded, tmp_path: Path) -> None:
     save_policy(add_adapter(llama[0], ADAPTER, 0), llama[1], tmp_path / "saved")
     (tmp_path / "saved" / "adapter_model.safetensors").rename(tmp_path / "saved" / "adapter_model.bin")
@@ -448,6 +508,13 @@ def test_full_policy_is_an_ordinary_folder(tiny: Loaded, tmp_path: Path) -> None
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
     assert not [path for path in (tmp_path / "policy").iterdir() if path.suffix in (".bin", ".pt")]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_card_that_stays_is_ours(llama: Loaded, tmp_path: Path, adapter: bool) -> None:
+    """peft writes one of its own."""
+    save_policy(add_adapter(llama[0], ADAPTER, 0) if adapter else llama[0], llama[1], tmp_path / "policy", "# Ours\n")
+    assert (tmp_path / "policy" / "README.md").read_text() == "# Ours\n"
 
 
 def test_adapter_on_random_weights_is_saved_with_them(tiny: Loaded, tmp_path: Path) -> None:

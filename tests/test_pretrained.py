@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -20,7 +21,9 @@ from massdpo.card import model_card
 from massdpo.config import compose, resolved
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
-from massdpo.data.tokenize import TokenizedSplit, collate, tokenize_split
+from massdpo.data.tokenize import tokenize_split
+from massdpo.data.tokens import TokenizedSplit, collate
+from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, score_split
 from massdpo.losses import pl
 from massdpo.models import PretrainedModel, TinyModel, add_adapter, save_policy
@@ -88,13 +91,13 @@ def stand_in(splits: Splits, home: Path) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     card = "---\nlicense: other\nlicense_name: its-own\nlicense_link: https://example.org/terms\n---\n# Theirs\n"
-    save_policy(model, tokenizer, home / "a downloaded model", card)
-    return home / "a downloaded model"
+    save_policy(model, tokenizer, home / "a_downloaded_model", card)
+    return home / "a_downloaded_model"
 
 
 @pytest.fixture(scope="module", params=WAYS)
 def trained(request: pytest.FixtureRequest, stand_in: Path, data: list[str], home: Path) -> tuple[str, Path]:
-    places = [f"model.path='{stand_in}'", f"cache_dir={home / request.param}", f"runs_dir={home / 'runs'}"]
+    places = [f"model.path={stand_in}", f"cache_dir={home / request.param}", f"runs_dir={home / 'runs'}"]
     return request.param, experiment.train(
         compose([*RUN, *data, *WAYS[request.param], *places, f"name={request.param}"])
     )
@@ -172,6 +175,35 @@ def test_what_was_generated_is_what_the_policy_writes(trained: tuple[str, Path],
     assert found["hr@1"] == pytest.approx(sum(places == [0] for places in named) / 25)
     assert found["valid_ratio"] == pytest.approx(sum(map(bool, named)) / 25)
     assert 0 < found["hr@1"] < found["valid_ratio"]  # something was learned, and not everything
+
+
+def test_one_models_weights_are_in_memory_after_the_sft(
+    stand_in: Path, data: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that the run started from lets go of its weights before the policy is loaded."""
+    models, devices = [], []
+    load, load_start = experiment.load, experiment.load_start
+
+    def loading(*given: Any) -> Any:
+        models.append(load(*given))
+        return models[0]
+
+    def starting(*given: Any) -> Any:
+        devices.append({weight.device.type for weight in models[0][1].parameters()})
+        return load_start(*given)
+
+    monkeypatch.setattr(experiment, "load", loading)
+    monkeypatch.setattr(experiment, "load_start", starting)
+    places = [f"model.path={stand_in}", f"cache_dir={home / 'memory'}", f"runs_dir={home / 'runs'}", "name=memory"]
+    experiment.train(compose([*RUN, *data, *WAYS["plain"], *places, "trainer.generate=false"]))
+    assert devices == [{"meta"}]
+
+
+def test_sharded_weights_are_not_decoded_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="task=evaluate in=RUN"):
+        experiment.start(compose(["trainer.generate=true"]))
+    experiment.start(compose([]))
 
 
 # The card -------------------------------------------------------------------------------------------------------------
@@ -290,20 +322,17 @@ def test_a_family_from_disk_learns_in_one_step_of_either_stage(
 
 @pytest.mark.slow
 def test_two_processes_train_an_adapter_and_generate_as_one(stand_in: Path, data: list[str], tmp_path: Path) -> None:
-    """As README says for several GPUs, on two CPU processes; then two processes evaluate what one does."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    own = [f"model.path='{stand_in}'", f"cache_dir={tmp_path / 'cache'}", f"runs_dir={tmp_path / 'runs'}"]
-    for launcher, more in (
-        (torchrun, ["name=run"]),
-        (torchrun, ["task=evaluate", f"in={tmp_path / 'runs/single/run'}", f"out={tmp_path / 'two.json'}"]),
-        ([], ["task=evaluate", f"in={tmp_path / 'runs/single/run'}", f"out={tmp_path / 'one.json'}"]),
-    ):
-        command = [sys.executable, *launcher, str(ROOT / "run.py"), *RUN, *data, *WAYS["plain"], *own, *more]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
-        assert done.returncode == 0, done.stderr
-    found = [read(tmp_path / "runs" / "single" / "run" / "metrics.json"), read(tmp_path / "two.json")]
-    assert found[0]["processes"] == 2
-    for name, value in read(tmp_path / "one.json").items():
-        if isinstance(value, float):
-            assert [values[name] for values in found] == pytest.approx([value, value], abs=1e-6), name
-    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "runs/single/run/policy"), PreTrainedModel)
+    """As README says for several GPUs, on two CPU processes; then one process evaluates what they left."""
+    run, own = tmp_path / "runs" / "single" / "run", [*RUN, *data, *WAYS["plain"], f"cache_dir={tmp_path / 'cache'}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(ROOT / "run.py"), *own, f"model.path={stand_in}", f"runs_dir={tmp_path / 'runs'}"]
+    done = subprocess.run([*command, "name=run"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    experiment.run(compose([*own, "task=evaluate", f"in={run}", f"out={tmp_path / 'found.json'}"]))
+    metrics = read(run / "metrics.json")
+    assert metrics["processes"] == 2
+    found = {name: value for name, value in read(tmp_path / "found.json").items() if isinstance(value, float)}
+    assert "hr@1" in found
+    for name, value in found.items():
+        assert value == pytest.approx(metrics[name], abs=1e-6), name
+    assert isinstance(AutoModelForCausalLM.from_pretrained(run / "policy"), PreTrainedModel)

@@ -1,5 +1,6 @@
 """The studies' arithmetic against other ways to the same numbers, and small runs of all four."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,14 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from massdpo import studies
 from massdpo.batch import Batch
-from massdpo.selectors import Full, Random
-from massdpo.studies import LoglinearWorld, clustered_pools, mass_design, maximum_likelihood, value_of, with_interval
+from massdpo.selectors import Full, Mass, Random
+from massdpo.studies.features import features
+from massdpo.studies.loglinear import LoglinearWorld, loglinear, maximum_likelihood
+from massdpo.studies.optimality import optimality
+from massdpo.studies.pools import clustered_pools, mass_design, value_of
+from massdpo.studies.publish import with_interval
+from massdpo.studies.refresh import refresh as refresh_study
 
 
 def assert_published(out: Path, name: str, rows: int) -> None:
@@ -59,16 +64,25 @@ def test_intervals_against_scipy() -> None:
     assert table["x ±"][1] == 0.0
 
 
+def test_the_design_is_that_of_the_selector() -> None:
+    """What the studies measure is what `selector=mass` maximises by default: same picks, same log-det."""
+    pool = clustered_pools(20, 9, seed=2)
+    gram_BNN, ridge_B = mass_design(pool)
+    picks = Mass(3)(pool)
+    torch.testing.assert_close(value_of(gram_BNN, ridge_B, picks).float(), picks.info["logdet"])
+
+
 def test_optimality(tmp_path: Path) -> None:
-    frame = studies.optimality(tmp_path, ks=(1, 2, 3), pools=(5, 7), prompts=30)
-    assert_published(tmp_path, "optimality", rows=2 * 3 * 3)
-    by = frame.set_index(["N", "k", "solver"])
-    for size in (5, 7):
-        for k in (1, 2, 3):
-            greedy, swap, chance = (by.loc[size, k, solver] for solver in ("greedy", "swap", "random"))
-            assert 1 - 1 / math.e <= greedy["worst_ratio"] <= swap["worst_ratio"] + 1e-12 <= 1 + 1e-9
-            assert greedy["certified_ratio"] <= greedy["true_ratio"] + 1e-12
-            assert chance["true_ratio"] < greedy["true_ratio"]
+    table = optimality(tmp_path, ks=(1, 2, 3), pools=(5, 7), ridges=(1.0, 0.1), prompts=30)
+    assert_published(tmp_path, "optimality", rows=2 * 2 * 3 * 4)
+    by = table.set_index(["ridge", "N", "k", "solver"])
+    for case in itertools.product((1.0, 0.1), (5, 7), (1, 2, 3)):
+        exact, greedy, swap, chance = (by.loc[*case, solver] for solver in ("exact", "greedy", "swap", "random"))
+        assert 1 - 1 / math.e <= greedy["worst_ratio"] <= swap["worst_ratio"] + 1e-12 <= 1 + 1e-9
+        assert greedy["certified_ratio"] <= greedy["true_ratio"] + 1e-12
+        assert exact["true_ratio"] == exact["worst_ratio"] == exact["optimal_share"] == exact["certified_ratio"] == 1.0
+        assert chance["logdet"] < greedy["logdet"] <= swap["logdet"] + 1e-12 <= exact["logdet"] + 1e-9
+        assert math.isnan(chance["certified_ratio"])
 
 
 def test_loglinear_world_is_what_it_says() -> None:
@@ -82,8 +96,8 @@ def test_loglinear_world_is_what_it_says() -> None:
 
 
 def test_loglinear(tmp_path: Path) -> None:
-    frame = studies.loglinear(tmp_path, seeds=3, prompts=(30, 300), ks=(2, 4), middle=(30, 2), rounds=(1, 2), size=6)
-    assert_published(tmp_path, "loglinear", rows=2 * 3 * 3 * 5)
+    frame = loglinear(tmp_path, seeds=2, prompts=(30, 300), ks=(2, 4), middle=(30, 2), rounds=(1, 2), size=6)
+    assert_published(tmp_path, "loglinear", rows=2 * 3 * 2 * 5)
     full = frame[frame["selector"] == "full"].groupby("prompts")["max_error"].mean()
     assert full[300] < full[30]
     # Under the uniform reference all scores tie, so hardest is random; a full pool never changes.
@@ -93,14 +107,21 @@ def test_loglinear(tmp_path: Path) -> None:
         index=["prompts", "k", "seed"], columns="rounds", values="max_error"
     )
     assert (whole[1] - whole[2]).abs().max() < 1e-9
+    error = frame.set_index(["rounds", "prompts", "k", "seed", "selector"])["max_error"]
+    for row in frame.to_dict("records"):  # the difference is to random's error in the same world
+        random = error[row["rounds"], row["prompts"], row["k"], row["seed"], "random"]
+        assert row["max_error less random"] == row["max_error"] - random
 
 
 def test_features(tmp_path: Path) -> None:
     noise = torch.Generator().manual_seed(2)
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, attn_implementation="sdpa")
-    torch.manual_seed(0)
-    stages = {"before": LlamaForCausalLM(config), "after": LlamaForCausalLM(config)}
+
+    def models(seed: int) -> Mapping[str, LlamaForCausalLM]:
+        torch.manual_seed(seed)
+        return {"before": LlamaForCausalLM(config), "after": LlamaForCausalLM(config)}
+
     batches = [
         Batch(
             ids=[f"{place}-{row}" for row in range(2)],
@@ -112,8 +133,8 @@ def test_features(tmp_path: Path) -> None:
         )
         for place in range(2)
     ]
-    frame = studies.features(tmp_path, stages, batches, beta=0.5, k=2, sketch=512)
-    assert_published(tmp_path, "features", rows=2 * 5 * 4)
+    frame = features(tmp_path, models, batches, beta=0.5, k=2, seeds=[0, 1], sketch=512)
+    assert_published(tmp_path, "features", rows=2 * 2 * 5 * 4)
     gradient = frame[frame["features"] == "gradient"]
     assert (gradient["overlap"] == 1.0).all()
     assert (frame["logdet_share"] > 0).all() and (frame["logdet_share"] <= 1 + 1e-9).mean() > 0.95
@@ -126,9 +147,15 @@ def test_refresh(tmp_path: Path) -> None:
 
     def run(refresh: str, seed: int) -> Mapping[str, float]:
         asked.append((refresh, seed))
-        return {"accuracy": 0.1 * seed, "seconds": 1.0}
+        return {"accuracy": 0.1 * seed + {"once": 0.0, "epoch": 0.2, "step": 0.5}[refresh], "seconds": 1.0}
 
-    frame = studies.refresh(tmp_path, run, seeds=[1, 2])
+    frame = refresh_study(tmp_path, run, seeds=[1, 2], labels={"accuracy": "accuracy (test)", "seconds": "cost (s)"})
     assert_published(tmp_path, "refresh", rows=6)
     assert asked == [(refresh, seed) for seed in (1, 2) for refresh in ("once", "epoch", "step")]
-    assert frame.groupby("refresh")["accuracy"].mean().tolist() == pytest.approx([0.15] * 3)
+    assert frame.groupby("refresh")["accuracy"].mean().to_dict() == pytest.approx(
+        {"once": 0.15, "epoch": 0.35, "step": 0.65}
+    )
+    page = (tmp_path / "refresh.md").read_text()
+    # Seeds differ by 0.1, so each kind has an interval: t(0.975, 1) 0.1 / sqrt(2) / sqrt(2) = 0.635. Pairs do not.
+    assert "| step | 0.650 ± 0.635 | 1.000 ± 0.000 |" in page
+    assert "| once less step | -0.500 ± 0.000 | 0.000 ± 0.000 |" in page

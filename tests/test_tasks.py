@@ -1,5 +1,6 @@
 """Each task against the plain way: full sequences through transformers, the run's own metrics, TRL's own tokens."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from massdpo import experiment, studies, tasks
+from massdpo import experiment, tasks
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_split
@@ -338,7 +339,7 @@ def test_inspect_says_which_data_validation_and_test_are(
 @pytest.mark.parametrize(
     ("study", "small"),
     [
-        ("optimality", {"ks": (1, 2), "pools": (6,), "prompts": 5}),
+        ("optimality", {"ks": (1, 2), "pools": (6,), "ridges": (1.0,), "prompts": 5}),
         ("loglinear", {"seeds": 2, "prompts": (10,), "ks": (1,), "middle": (10, 1), "rounds": (1,), "size": 4}),
     ],
 )
@@ -350,12 +351,16 @@ def test_a_study_writes_its_table_and_figure(
     study: str,
     small: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr(studies, study, partial(getattr(studies, study), **small))
+    module = importlib.import_module(f"massdpo.studies.{study}")
+    monkeypatch.setattr(module, study, partial(getattr(module, study), **small))
     assert call("task=study", f"study={study}", f"out={tmp_path / 'out'}") == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         f"{study}.{end}" for end in ("csv", "md", "png", "svg")
     }
-    assert f"# {study}" in capsys.readouterr().out
+    page = (tmp_path / "out" / f"{study}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {study}\n") and page in capsys.readouterr().out
+    source = page.splitlines()[-1]  # what it takes to compute it again
+    assert f"task=study study={study}" in source and "Commit" in source and torch.__version__ in source
 
 
 def test_the_refresh_study_runs_each_kind_with_each_seed(
@@ -372,9 +377,9 @@ def test_the_refresh_study_runs_each_kind_with_each_seed(
 
     monkeypatch.setattr(experiment, "train", train)
     assert call("task=study", "study=refresh", f"out={tmp_path / 'out'}", "k=2", "seed=5") == 0
-    assert sorted(asked) == [(kind, seed) for kind in ("epoch", "once", "step") for seed in (5, 6, 7)]
+    assert sorted(asked) == [(kind, seed) for kind in ("epoch", "once", "step") for seed in range(5, 10)]
     header, *rows = (tmp_path / "out" / "refresh.csv").read_text().splitlines()
-    assert header.split(",") == ["refresh", "seed", *tasks.MEASURED] and len(rows) == 9
+    assert header.split(",") == ["refresh", "seed", *tasks.MEASURED] and len(rows) == 15
 
 
 @pytest.mark.slow
@@ -382,7 +387,8 @@ def test_the_features_study_compares_before_and_after(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "PROMPTS", 8)
+    monkeypatch.setattr(tasks, "SEEDS", 2)
     assert call("task=study", "study=features", f"out={tmp_path}", "k=2") == 0
     rows = [line.split(",") for line in (tmp_path / "features.csv").read_text().splitlines()[1:]]
-    assert {row[0] for row in rows} == {"before", "after"}
-    assert len(rows) == 2 * 5 * 8  # stages, kinds of features, prompts
+    assert {(row[0], row[1]) for row in rows} == {(seed, stage) for seed in "01" for stage in ("before", "after")}
+    assert len(rows) == 2 * 2 * 5 * 8  # seeds, stages, kinds of features, prompts

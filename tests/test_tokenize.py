@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from massdpo.data.schema import PreferenceExample
-from massdpo.data.tokenize import TokenizedExample, collate, tokenize_split
+from massdpo.data import ragged
+from massdpo.data import tokenize as tokenize_module
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.tokenize import tokenize_split, tokenize_splits
+from massdpo.data.tokens import TokenizedExample, TokenizedSplit, collate
 from massdpo.errors import UserError
+from massdpo.store import Cache
 
 CORPUS = ["seen: red river two, blue moon. next: green hill", "what is the home of amber crane? windy valley"] * 4
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -237,3 +241,48 @@ def test_collate_pads_and_nothing_else(given_items, pad_id):
     assert (np.diff(batch.prompt_mask_BP.int().numpy()) <= 0).all()  # padding on the right only
     assert (np.diff(batch.response_mask_BCT.int().numpy()) <= 0).all()
     assert batch.prompt_mask_BP.any(0).all() and batch.response_mask_BCT.any((0, 1)).all()  # no column of padding alone
+
+
+@pytest.mark.parametrize("max_length", [1000, 28])
+def test_what_is_written_and_mapped_is_what_would_be_in_memory(tmp_path, monkeypatch, max_length):
+    """28 tokens: some prompts are cut, and the file is written anew. Blocks of 2 rows: the last one is not full."""
+    monkeypatch.setattr(ragged, "BLOCK", 2)
+    titles = ["red river two", "blue moon", "x" * 9, "green hill", "quiet home of cranes", "amber", "zz top"]
+    rows = [viewer(row, titles[: 1 + row]) for row in range(7)]
+    memory = tokenize_split(rows, TOKENIZER, max_length)
+    tokenize_split(rows, TOKENIZER, max_length, folder=tmp_path).save(tmp_path)
+    mapped = TokenizedSplit.load(tmp_path)
+    assert list(mapped) == list(memory) and mapped.report == memory.report and mapped.warnings == memory.warnings
+    assert (mapped.report["prompts_truncated"] > 0) == (max_length == 28)
+    assert np.load(tmp_path / "prompts.npy").dtype == np.int32, "a plain .npy file, for anyone's numpy"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_tokens_are_made_once_and_what_happened_is_still_known(tmp_path, monkeypatch):
+    rows = [viewer(row, ["red river two", "blue moon", "green hill"]) for row in range(3)]
+    splits, cache = Splits(rows, rows[:1], rows[1:], digest="some data"), Cache(tmp_path)
+    asked = (splits, bpe(), 18, False, cache)
+    first = tokenize_splits(*asked)
+    assert first["train"].warnings[0].startswith("3 of 3 prompts lost the oldest part")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_module, "tokenize_split", None)  # would fail if it were called
+        again = tokenize_splits(*asked)
+        for name in ("train", "val", "test"):
+            assert list(again[name]) == list(first[name]) and again[name].report == first[name].report
+            assert again[name].warnings == first[name].warnings
+    other, chat = bpe(size=300), bpe()
+    ended = bpe(**{**SPECIAL, "eos_token": "<pad>"})
+    chat.chat_template = CHAT
+    for change in (
+        (Splits(rows, rows, rows, digest="other data"), *asked[1:]),
+        (splits, other, *asked[2:]),
+        (splits, ended, *asked[2:]),
+        (splits, asked[1], 1000, False, cache),
+        (splits, chat, 1000, True, cache),
+    ):
+        before = len(list((tmp_path / "tokens").glob("*/manifest.json")))
+        tokenize_splits(*change)
+        assert len(list((tmp_path / "tokens").glob("*/manifest.json"))) == before + 3
+    one_chat = tokenize_splits(splits, chat, 1000, True, cache)["train"][0]
+    chat.chat_template = CHAT.replace("<|assistant|>", "<|answer|>")
+    assert tokenize_splits(splits, chat, 1000, True, cache)["train"][0] != one_chat

@@ -5,7 +5,6 @@ very same prompt tokens. With a chat template the prompt is a user message, its 
 joins the two.
 """
 
-import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -79,30 +78,32 @@ class Encoder:
                 )
             yield np.concatenate([ids, eos])
 
-    def boundary_differences(self, ends: Sequence[str], texts: Sequence[str], candidates: Ragged) -> int:
-        """How many rows have a response that is tokenised otherwise when joined to its prompt, which ends in `ends`.
+    def boundary_differences(
+        self, joints: Iterable[str], joint_B: NDArray[np.int32], texts: Iterable[str], candidates: Ragged
+    ) -> int:
+        """How many rows have a response that is tokenised otherwise when joined to its prompt.
 
-        Only the words on both sides of the joint are looked at, each distinct pair once.
+        Only the words on both sides of the joint are looked at, each distinct pair once: row b's prompt ends in the
+        `joint_B[b]`-th of `joints`.
         """
-        end_words, end_B = _distinct(ends)
-        start_words, start_of_text = _distinct([first_word(text) for text in texts])
-        end_of_candidate = np.repeat(end_B, candidates.lengths)
-        pairs, pair_of_candidate = np.unique(
-            end_of_candidate * len(start_words) + start_of_text[candidates.flat], return_inverse=True
+        ends = list(joints)
+        starts, start_of_text = _distinct([first_word(text) for text in texts])
+
+        def pairs() -> Iterator[tuple[NDArray[np.int64], Ragged]]:
+            for rows, block in candidates.blocks():
+                end_of_candidate = np.repeat(joint_B[rows].astype(np.int64), block.lengths)
+                yield end_of_candidate * len(starts) + start_of_text[block.flat], block
+
+        known = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.unique(pair) for pair, _ in pairs())]))
+        left = list(self._ids(ends))
+        right = [ids[:-1] for ids in self.responses(starts, starts)]
+        joint = self._ids(ends[pair // len(starts)] + self.space + starts[pair % len(starts)] for pair in known)
+        apart = (np.concatenate([left[pair // len(starts)], right[pair % len(starts)]]) for pair in known)
+        differs = np.array([not np.array_equal(*both) for both in zip(joint, apart, strict=True)], bool)
+        return sum(
+            int(np.logical_or.reduceat(differs[np.searchsorted(known, pair)], block.offsets[:-1]).sum())
+            for pair, block in pairs()
         )
-        pair_words = [(end, start) for end, start in zip(*np.divmod(pairs, max(1, len(start_words))), strict=True)]
-        joint = self._ids(end_words[end] + self.space + start_words[start] for end, start in pair_words)
-        left = list(self._ids(end_words))
-        right = [ids[:-1] for ids in self.responses(start_words, start_words)]
-        differs = np.array(
-            [
-                not np.array_equal(ids, np.concatenate([left[end], right[start]]))
-                for (end, start), ids in zip(pair_words, joint, strict=True)
-            ],
-            bool,
-        )
-        rows = np.repeat(np.arange(len(candidates)), candidates.lengths)
-        return len(np.unique(rows[differs[pair_of_candidate]]))
 
     def _ids(self, texts: Iterable[str]) -> Iterator[Ids]:
         """Ids of each text, without any special token that is not in the text itself."""
@@ -130,8 +131,10 @@ def _distinct(words: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def last_word(text: str) -> str:
-    # a long word is cut: what is further from the joint hardly moves it
-    return re.search(r"\S*\s*\Z", text[-BOUNDARY:]).group()  # type: ignore[union-attr]
+    """The last word with the space after it; a long one is cut: what is further from the joint hardly moves it."""
+    end = text[-BOUNDARY:]
+    word = end.rstrip()
+    return end[len(word) - len(word.rsplit(maxsplit=1)[-1]) :] if word else end
 
 
 def first_word(text: str) -> str:

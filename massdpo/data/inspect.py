@@ -1,17 +1,14 @@
-"""What will be trained on, for a person to see; and what can be guessed without any model.
-
-The leak check is a look-up table from target to slate and position, learned on the other splits: slates drawn by the
-target give themselves away (public LastFM preprocessing), clean ones leave it at chance.
-"""
+"""What will be trained on, for a person to see; with what can be guessed without any model (`baselines.py`)."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from massdpo.data.baselines import compute, leak_check
 from massdpo.data.interactions import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
@@ -20,74 +17,6 @@ from massdpo.store import replacing
 
 SHOWN = 3  # examples printed whole
 MEASURED = 2000  # examples whose tokens are counted, spread evenly over the split
-
-
-def leak_check(splits: Splits, split: str = "test") -> dict[str, float]:
-    """How often a look-up by target, learned on the other splits, finds the target of `split`.
-
-    The table keeps, of each target, the place where it stood most often and the negatives that stood beside it there
-    first. A candidate matches as far as it stands at its own remembered place and among its own remembered negatives;
-    the best match is guessed, evenly among equals, so that without any match every candidate is as good.
-
-    Returns:
-        `lookup_accuracy`, the `lookup_chance` of guessing evenly, the `lookup_standard_error` of guessing so, and
-        `lookup_matched`, the share of rows where something matched. All are shares of rows.
-    """
-    table = _remember(example for name in SPLITS if name != split for example in getattr(splits, name))
-    hits, chances, matched = [], [], []
-    for example in getattr(splits, split):
-        slate = set(example.candidates)
-        scores = []
-        for place, candidate in enumerate(example.candidates):
-            usual, beside = table.get(candidate, (-1, frozenset()))
-            scores.append((usual == place) + len(slate & beside) / (len(slate) - 1))
-        best = max(scores)
-        winners = [text for text, score in zip(example.candidates, scores, strict=True) if score == best]
-        hits.append((example.chosen in winners) / len(winners))
-        chances.append(1 / len(slate))
-        matched.append(best > 0)
-    chance = np.array(chances)
-    return {
-        "lookup_accuracy": float(np.mean(hits)),
-        "lookup_chance": float(chance.mean()),
-        "lookup_standard_error": float(np.sqrt((chance * (1 - chance)).mean() / len(chance))),
-        "lookup_matched": float(np.mean(matched)),
-    }
-
-
-def _remember(examples: Iterable[PreferenceExample]) -> dict[str, tuple[int, frozenset[str]]]:
-    places: dict[str, Counter[int]] = {}
-    beside: dict[tuple[str, int], frozenset[str]] = {}
-    for example in examples:
-        place = example.candidates.index(example.chosen)
-        places.setdefault(example.chosen, Counter())[place] += 1
-        beside.setdefault((example.chosen, place), frozenset(example.pool))
-    table = {}
-    for target, counter in places.items():
-        usual = counter.most_common(1)[0][0]
-        table[target] = (usual, beside[target, usual])
-    return table
-
-
-def popularity_baseline(splits: Splits, split: str = "test") -> dict[str, float]:
-    """Ranking the candidates by how often each is a chosen response in training; ties count against the target.
-
-    Returns:
-        `popularity_accuracy` (hit rate at 1), `popularity_recall@5`, `popularity_ndcg@5`, `popularity_mrr`.
-    """
-    count = Counter(example.chosen for example in splits.train)
-    ranks = np.array(
-        [
-            1 + sum(count[negative] >= count[example.chosen] for negative in example.pool)
-            for example in getattr(splits, split)
-        ]
-    )
-    return {
-        "popularity_accuracy": float((ranks == 1).mean()),
-        "popularity_recall@5": float((ranks <= 5).mean()),
-        "popularity_ndcg@5": float(np.where(ranks <= 5, 1 / np.log2(1 + ranks), 0).mean()),
-        "popularity_mrr": float((1 / ranks).mean()),
-    }
 
 
 def inspect(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train", out: Path | None = None) -> str:
@@ -102,8 +31,9 @@ def inspect(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "tr
     lines += [f"  {name}: {value}" for name, value in splits.report.items()]
     for name in SPLITS:
         lines += _about(name, getattr(splits, name), tokenizer)
-    lines += ["", "without a model, on the test split:"]
-    lines += [f"  {name}: {value:.4f}" for name, value in (leak_check(splits) | popularity_baseline(splits)).items()]
+    leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(splits).items()}
+    lines += ["", "without a model, on the test split, equals guessed evenly:"]
+    lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(splits)).items()]
     for example in getattr(splits, split)[:SHOWN]:
         lines += ["", f"{example.id}  {json.dumps(example.meta, ensure_ascii=False)}", f"prompt: {example.prompt}"]
         lines += [f"chosen: {example.chosen}", f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]

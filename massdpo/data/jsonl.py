@@ -87,9 +87,7 @@ class Jsonl:
                 sources[split] = _read(Path(path), bad).get(split) or _only(path, _read(Path(path), bad), split)
         return sources
 
-    def _examples(
-        self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows
-    ) -> list[PreferenceExample]:
+    def _examples(self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows) -> list[PreferenceExample]:
         examples = []
         for where, row in rows:
             try:

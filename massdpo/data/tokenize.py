@@ -1,102 +1,27 @@
-"""The one tokeniser and collator, for SFT, preference training, scoring and generation alike.
+"""From texts to tokens, once: prompts that are too long lose the oldest of their history, and what happened is counted.
 
-Shapes, as in `massdpo.batch`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
+Suffixes: B examples of a split (or of a block of it), X candidates of all of them, end to end.
 """
 
-import json
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 import massdpo
-from massdpo.batch import Batch
 from massdpo.data.encode import Encoder, last_word
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest, write_json
+from massdpo.store import Cache, digest
 
 # tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "ragged", "tokenize")]
-UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """One prompt and its candidates as token ids: the chosen response first, then the pool in its own order."""
-
-    id: str
-    prompt_ids: list[int]
-    response_ids: list[list[int]]
-
-
-class TokenizedSplit(Sequence[TokenizedExample]):
-    """A tokenised split: each distinct response is held once, everything in flat int32 arrays.
-
-    `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
-    """
-
-    def __init__(
-        self,
-        ids: list[str],
-        prompts: Ragged,
-        responses: Ragged,
-        candidates: Ragged,
-        report: dict[str, int],
-    ):
-        self.ids = ids
-        self.report = report
-        self._prompts, self._responses, self._candidates = prompts, responses, candidates
-        self._response = lru_cache(UNPACKED)(lambda text: responses[text].tolist())
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @overload
-    def __getitem__(self, row: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[TokenizedExample]: ...
-    def __getitem__(self, row: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        number = range(len(self))[row]
-        responses = [self._response(text) for text in self._candidates[number].tolist()]
-        return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
-
-    @property
-    def warnings(self) -> list[str]:
-        report = self.report
-        texts = {
-            "prompts_truncated": "of {examples} prompts lost the oldest part of their history to fit max_length "
-            "({history_items_cut} items in all)",
-            "boundary_differences": "of {examples} prompts have a response that would be tokenised otherwise together "
-            "with its prompt: the model sees a joint it did not see in plain text",
-            "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
-            "it cannot be told from the chosen one",
-        }
-        return [f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]]
-
-    def save(self, folder: Path) -> None:
-        """Write the arrays as .npy files, ids and report as JSON."""
-        self._prompts.save(folder, "prompts")
-        self._responses.save(folder, "responses")
-        self._candidates.save(folder, "candidates")
-        write_json(folder / "about.json", {"report": self.report, "ids": self.ids})
-
-    @classmethod
-    def load(cls, folder: Path) -> "TokenizedSplit":
-        """What `save` wrote; rows are read when they are asked for."""
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        arrays = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
-        return cls(about["ids"], *arrays, about["report"])
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "ragged", "tokenize", "tokens")]
 
 
 def tokenize_splits(
@@ -109,7 +34,7 @@ def tokenize_splits(
 
     def tokens(name: str) -> TokenizedSplit:
         def build(folder: Path) -> None:
-            tokenize_split(getattr(splits, name), tokenizer, max_length, chat_template).save(folder)
+            tokenize_split(getattr(splits, name), tokenizer, max_length, chat_template, folder).save(folder)
 
         return TokenizedSplit.load(cache.folder("tokens", f"{key}-{name}", build))
 
@@ -130,106 +55,99 @@ def tokenize_split(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     chat_template: bool = False,
+    folder: Path | None = None,
 ) -> TokenizedSplit:
     """Tokenise a split so that every prompt with any of its responses has at most `max_length` tokens.
 
     A prompt that is too long loses the oldest items of its history, as few as will do; the instruction and the
-    candidates stay. The report counts that, and where tokenising prompt and response together gave other tokens.
+    candidates stay. With `folder`, prompts are written there as they are made instead of filling the memory.
 
     Raises:
         UserError: a prompt or response is empty, a response contains the tokenizer's end token, a prompt does not fit
             even without its history, or the tokenizer lacks the end token or chat template that is needed.
     """
     encoder = Encoder(tokenizer, chat_template)
+    ids: list[str] = []
     texts: dict[str, int] = {}  # every distinct response and its row in `responses`
     owner: list[str] = []  # the example that it was first seen in
-    ids: list[str] = []
-    places: list[NDArray[np.int32]] = []
-    ends: list[str] = []
+    joints: dict[str, int] = {}  # every distinct end of a prompt
+    place_X, offsets, joint_B = array("i"), array("q", [0]), array("i")
 
     def rendered() -> Iterator[str]:
         for example in examples:  # one pass: a split may be read from the disk
             text = encoder.rendered(example)
             ids.append(example.id)
-            places.append(_places(example, texts, owner))
-            ends.append(last_word(text))
+            joint_B.append(joints.setdefault(last_word(text), len(joints)))
+            for response in (example.chosen, *example.pool):
+                if response not in texts:
+                    texts[response] = len(texts)
+                    owner.append(example.id)
+                place_X.append(texts[response])
+            offsets.append(len(place_X))
             yield text
 
-    prompts = list(encoder.prompts(rendered(), ids))
-    candidates = Ragged.of(places)
+    def kept(rows: Iterator[NDArray[np.int32]]) -> Ragged:
+        return Ragged.of(rows) if folder is None else Ragged.written(rows, folder, "prompts")
+
+    prompts = kept(encoder.prompts(rendered(), ids))
+    candidates = Ragged(np.array(place_X, np.int32), np.array(offsets))
     responses = Ragged.of(encoder.responses(list(texts), owner))
-    longest_B = _longest(responses.lengths, candidates)
+    longest_B, in_pool = _responses_of(candidates, responses)
 
-    long = [row for row, prompt in enumerate(prompts) if len(prompt) + longest_B[row] > max_length]
-    to_cut = [examples[row] for row in long]
-    cut = _history_to_cut(to_cut, encoder, max_length - longest_B[long])
-    shortened = [encoder.rendered(*pair) for pair in zip(to_cut, cut, strict=True)]
-    names = [example.id for example in to_cut]
-    for row, example, text, prompt in zip(long, to_cut, shortened, encoder.prompts(shortened, names), strict=True):
-        if len(prompt) + longest_B[row] > max_length:
-            raise UserError(_too_long(example, len(prompt), int(longest_B[row]), max_length))
-        prompts[row], ends[row] = prompt, last_word(text)
+    long = np.flatnonzero(prompts.lengths + longest_B > max_length)
+    shorter, items_cut = _shortened([examples[row] for row in long.tolist()], encoder, longest_B[long], max_length)
+    for row, (_, text) in zip(long, shorter, strict=True):
+        joint_B[row] = joints.setdefault(last_word(text), len(joints))
+    if len(long):
+        by_row = {row: prompt for row, (prompt, _) in zip(long.tolist(), shorter, strict=True)}
+        whole = prompts
+        prompts = kept(by_row[row] if row in by_row else whole[row] for row in range(len(whole)))
 
-    kept = Ragged.of(prompts)
     report = {
         "examples": len(ids),
         "prompts_truncated": len(long),
-        "history_items_cut": sum(cut),
-        "boundary_differences": encoder.boundary_differences(ends, list(texts), candidates),
-        "chosen_tokens_in_pool": _chosen_in_pool(responses, candidates),
-        "longest_prompt": int(kept.lengths.max(initial=0)),
+        "history_items_cut": items_cut,
+        "boundary_differences": encoder.boundary_differences(joints, np.array(joint_B), texts, candidates),
+        "chosen_tokens_in_pool": in_pool,
+        "longest_prompt": int(prompts.lengths.max(initial=0)),
         "longest_response": int(longest_B.max(initial=0)),
-        "longest_total": int((kept.lengths + longest_B).max(initial=0)),
-        "prompt_tokens": int(kept.lengths.sum()),
-        "response_tokens": int(responses.lengths[candidates.flat].sum()),
+        "longest_total": int((prompts.lengths + longest_B).max(initial=0)),
+        "prompt_tokens": int(prompts.lengths.sum()),
+        "response_tokens": int((np.bincount(place_X, minlength=len(texts)) * responses.lengths).sum()),
     }
-    return TokenizedSplit(ids, kept, responses, candidates, report)
+    return TokenizedSplit(ids, prompts, responses, candidates, report)
 
 
-def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
-    """Pad (row number in the split, example) pairs on the right to the rectangles of one Batch."""
-    examples = [example for _, example in rows]
-    prompt_ids_BP, prompt_mask_BP = _padded([example.prompt_ids for example in examples], pad_id)
-    width = max(len(example.response_ids) for example in examples)
-    slates = [example.response_ids + [[]] * (width - len(example.response_ids)) for example in examples]
-    response_ids_XT, response_mask_XT = _padded(list(chain.from_iterable(slates)), pad_id)
-    return Batch(
-        ids=[example.id for example in examples],
-        index_B=torch.tensor([row for row, _ in rows]),
-        prompt_ids_BP=prompt_ids_BP,
-        prompt_mask_BP=prompt_mask_BP,
-        response_ids_BCT=response_ids_XT.view(len(examples), width, -1),
-        response_mask_BCT=response_mask_XT.view(len(examples), width, -1),
-    )
+def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int64], int]:
+    """Tokens of each row's longest response; how many rows have a negative whose tokens are the chosen response's."""
+    length, in_pool = responses.lengths, 0
+    kinds: dict[bytes, int] = {}
+    kind = np.array([kinds.setdefault(responses[row].tobytes(), row) for row in range(len(responses))], np.int64)
+    longest_B = np.zeros(len(candidates), np.int64)
+    for rows, block in candidates.blocks():
+        start_B = block.offsets[:-1]
+        longest_B[rows] = np.maximum.reduceat(length[block.flat], start_B)
+        kind_X = kind[block.flat]
+        as_chosen_X = kind_X == np.repeat(kind_X[start_B], block.lengths)
+        in_pool += int((np.add.reduceat(as_chosen_X, start_B, dtype=np.int64) > 1).sum())
+    return longest_B, in_pool
 
 
-def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows as one rectangle, and where it holds them."""
-    length = np.array([len(row) for row in rows])
-    mask = np.arange(length.max())[None] < length[:, None]
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, length.sum())
-    return torch.from_numpy(ids), torch.from_numpy(mask)
+def _shortened(
+    examples: Sequence[PreferenceExample], encoder: Encoder, longest_B: NDArray[np.int64], max_length: int
+) -> tuple[list[tuple[NDArray[np.int32], str]], int]:
+    """Prompts with as few of the oldest items left out as will do, as ids and as text; how many items that were."""
+    names = [example.id for example in examples]
+    cut = _history_to_cut(examples, encoder, max_length - longest_B)
+    texts = [encoder.rendered(*pair) for pair in zip(examples, cut, strict=True)]
+    prompts = list(encoder.prompts(texts, names))
+    for example, prompt, longest in zip(examples, prompts, longest_B.tolist(), strict=True):
+        if len(prompt) + longest > max_length:
+            raise UserError(_too_long(example, len(prompt), longest, max_length))
+    return list(zip(prompts, texts, strict=True)), sum(cut)
 
 
-def _places(example: PreferenceExample, texts: dict[str, int], owner: list[str]) -> NDArray[np.int32]:
-    """Where the example's responses stand among all distinct ones; new ones are added."""
-    candidates = (example.chosen, *example.pool)
-    for text in candidates:
-        if text not in texts:
-            texts[text] = len(texts)
-            owner.append(example.id)
-    return np.array([texts[text] for text in candidates], np.int32)
-
-
-def _longest(lengths: np.ndarray, candidates: Ragged) -> np.ndarray:
-    """Tokens of each row's longest response."""
-    if not len(candidates):
-        return np.zeros(0, np.int64)
-    return np.maximum.reduceat(lengths[candidates.flat], candidates.offsets[:-1])
-
-
-def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: np.ndarray) -> list[int]:
+def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: NDArray[np.int64]) -> list[int]:
     """The fewest oldest items to leave out so that each prompt fits its room, by bisection of all at once."""
     low = [0] * len(examples)
     high = [len(example.history) for example in examples]
@@ -257,11 +175,3 @@ def _too_long(example: PreferenceExample, prompt: int, response: int, max_length
         f"{example.id}: the prompt{without} ({prompt} tokens) and its longest response ({response}) exceed "
         f"max_length={max_length}: raise it to at least {prompt + response} (if the model allows) or shorten the prompt"
     )
-
-
-def _chosen_in_pool(responses: Ragged, candidates: Ragged) -> int:
-    """How many rows have a negative whose tokens are the chosen response's."""
-    kinds: dict[bytes, int] = {}
-    kind = np.array([kinds.setdefault(responses[row].tobytes(), row) for row in range(len(responses))], np.int64)
-    flat = kind[candidates.flat]
-    return sum(bool((flat[start + 1 : end] == flat[start]).any()) for start, end in pairwise(candidates.offsets))

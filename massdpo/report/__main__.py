@@ -137,7 +137,8 @@ def write_tables(folder: Path) -> tuple[Summary, Section]:
     summary, found = tables_of(rows, sweep, cache)
     cache.write()
     for name, table in found.items():
-        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{source(rows, view.rows_of or sweep)}\n")
+        told = tables.escape_markdown(source(rows, view.rows_of or sweep))
+        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{told}\n")
         store.write_text(folder / f"{name}.tex", tables.to_latex(table, f"{sweep}-{name}"))
     store.write_text(folder / "tables.csv", tables.to_csv(summary))
     pictures = sorted((folder / "figures").glob("*.png"))

@@ -51,13 +51,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_expected(path: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"job": overrides, "config": resolved}, for the runs that a multirun was started for."""
+    """Name -> what a multirun noted of a run: texts (its job, its command), and its resolved config."""
     with reading(path):
         expected = _plain(json.loads(path.read_text(encoding="utf-8")))
-        runs = {name: {"job": run["job"], "config": _checked_config(run["config"])} for name, run in expected.items()}
-        if not all(isinstance(run["job"], str) for run in runs.values()):
-            raise TypeError("a job that is no text")
-        return runs
+        for run in expected.values():
+            _checked_config(run["config"])
+            if not all(isinstance(run[name], str) for name in ("job", "command")):
+                raise TypeError("a job or command that is no text")
+        return dict(expected)
 
 
 def read_status(path: Path) -> tuple[str, str]:

@@ -123,19 +123,19 @@ def _difference_cell(cell: Any) -> Cell:
 
 def to_markdown(table: Table) -> str:
     def show(cell: Cell) -> str:
-        text = _escape_markdown(cell.text)
+        text = escape_markdown(cell.text)
         return f"**{text}**" if cell.best else f"{text} ~" if cell.tie else text
 
     lines = [" | ".join(map(show, line)) for line in table.lines]
-    head = " | ".join(_escape_markdown(name) for name in table.head)
+    head = " | ".join(escape_markdown(name) for name in table.head)
     rule = " | ".join(["---"] * len(table.head))
     body = "\n".join(f"| {line} |" for line in [head, rule, *lines])
-    return f"## {_escape_markdown(table.title)}\n\n{body}\n\n" + "".join(
-        f"{_escape_markdown(note)}\n\n" for note in table.notes
+    return f"## {escape_markdown(table.title)}\n\n{body}\n\n" + "".join(
+        f"{escape_markdown(note)}\n\n" for note in table.notes
     )
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
     for char in "\\`*_[]<>|~":
         text = text.replace(char, f"\\{char}")
     return text.replace("\n", " ")

@@ -21,6 +21,8 @@ from massdpo.studies.publish import panels, publish, style, with_interval
 CASE = ["rounds", "prompts", "k"]
 MEASURED = {"max_error": "maximum relative logit error", "mean_error": "mean relative logit error"}
 
+APART = "max_error less random"
+
 
 def loglinear(
     out: Path,
@@ -51,10 +53,10 @@ def loglinear(
                     case = {"rounds": turns, "prompts": count, "k": k, "selector": name, "seed": seed}
                     rows.append({**case, **world.errors(theta_D)})
     frame = pd.DataFrame(rows)
-    errors = frame.set_index([*CASE, "seed", "selector"])["max_error"].unstack("selector")
-    apart = errors.sub(errors["random"], axis=0).stack().to_frame("max_error less random")
-    joined = frame.join(apart, on=[*CASE, "seed", "selector"])
-    table = with_interval(joined, [*CASE, "selector"], [*MEASURED, *apart.columns])
+    random = frame[frame["selector"] == "random"].set_index([*CASE, "seed"])["max_error"]
+    frame = frame.join(random.rename("random"), on=[*CASE, "seed"])
+    frame[APART] = frame["max_error"] - frame.pop("random")
+    table = with_interval(frame, [*CASE, "selector"], [*MEASURED, APART])
     table = table.sort_values(CASE, kind="stable")
     figure, grid = panels(4 * len(rounds))
     for row, (turns, value) in enumerate(itertools.product(rounds, MEASURED)):
@@ -66,7 +68,7 @@ def loglinear(
     note = (
         f"Mean of {seeds} worlds ± half-width of the 95% t interval. Errors are relative to the true logits: 1 is as "
         "bad as knowing nothing. Selected once, under the uniform reference, all scores tie and `hardest` is `random`. "
-        "`max_error less random` is paired by world: below 0, the selector beats random."
+        f"`{APART}` is paired by world: below 0, the selector beats random."
     )
     publish(out, "loglinear", frame, table, figure, note)
     return frame
@@ -76,7 +78,8 @@ def _draw(panel: Axes, part: pd.DataFrame, axis: str, value: str, title: str) ->
     for place, name in enumerate(part["selector"].unique()):
         line = part[part["selector"] == name]
         panel.errorbar(line[axis], line[value], line[f"{value} ±"], label=name, **style(place))
-    panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=MEASURED[value], title=title)
+    label = {"prompts": "prompts", "k": "negatives picked, k"}[axis]
+    panel.set(xscale="log", yscale="log", xlabel=label, ylabel=MEASURED[value], title=title)
     numbers = sorted(part[axis].unique())
     panel.set_xticks(numbers, [str(number) for number in numbers])
     panel.xaxis.set_minor_formatter(NullFormatter())

@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from massdpo import fisher
 from massdpo.report.figures import COLOURS
 from massdpo.selectors import Random
 from massdpo.studies.pools import clustered_pools, mass_design, value_of
 from massdpo.studies.publish import panels, publish, style, with_interval
+
+LINES: dict[str, Any] = {"greedy": "-", "swap": "--"}
 
 
 def optimality(
@@ -53,6 +56,9 @@ def optimality(
     figure, grid = panels(3 * len(ridges), columns=3)
     for place, ridge in enumerate(ridges):
         _draw(grid[3 * place : 3 * place + 3], table[table["ridge"] == ridge], f"ridge {ridge:g}")
+    lines = [Line2D([], [], color="black", linestyle=line, label=name) for name, line in LINES.items()]
+    handles = [*grid[2].get_legend_handles_labels()[0], *lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
     note = (
         f"Means over {prompts} random pools ± half-width of the 95% t interval. The ridge is in units of the mean "
         "diagonal (1 is the default), the log-det in nats above the empty set's. `true_ratio`: to the optimum, which "
@@ -66,16 +72,16 @@ def optimality(
 def _draw(grid: Sequence[Axes], table: pd.DataFrame, title: str) -> None:
     """Log-det reached in the largest pools; the worst share of the optimum; the share of it proved by greedy."""
     sizes = sorted(table["N"].unique())
-    lines = {"exact": ("-", "s", 9), "swap": ("--", "D", 6), "greedy": (":", "o", 3), "random": ("-", "v", 5)}
-    for place, (solver, (line, marker, width)) in enumerate(lines.items()):
+    looks = {"exact": ("-", "s", 9), "swap": ("--", "D", 6), "greedy": (":", "o", 3), "random": ("-", "v", 5)}
+    for place, (solver, (line, marker, width)) in enumerate(looks.items()):
         part = table[(table["N"] == sizes[-1]) & (table["solver"] == solver)]
         look: dict[str, Any] = {"color": COLOURS[place], "marker": marker, "markersize": width, "linestyle": line}
         grid[0].errorbar(part["k"], part["logdet"], part["logdet ±"], label=solver, **look)
     grid[0].set(ylabel="log-det reached (nats)", title=f"{title}, N={sizes[-1]}")
     for place, size in enumerate(sizes):
-        for solver, line in (("greedy", "-"), ("swap", "--")):
+        for solver, line in LINES.items():
             part = table[(table["N"] == size) & (table["solver"] == solver)]
-            grid[1].plot(part["k"], part["worst_ratio"], line, label=f"{solver}, N={size}", **style(place))
+            grid[1].plot(part["k"], part["worst_ratio"], line, **style(place))
         part = table[(table["N"] == size) & (table["solver"] == "greedy")]
         grid[2].errorbar(
             part["k"], part["certified_ratio"], part["certified_ratio ±"], label=f"N={size}", **style(place)
@@ -84,4 +90,4 @@ def _draw(grid: Sequence[Axes], table: pd.DataFrame, title: str) -> None:
     grid[2].set(ylabel="share of the optimum proved", title=f"{title}, greedy")
     for panel in grid:
         panel.set_xlabel("negatives picked, k")
-        panel.legend(fontsize=6.5)
+    grid[0].legend(fontsize=7)

@@ -1,0 +1,118 @@
+"""Tokenised examples, and their collation to batches: for SFT, preference training, scoring and generation alike.
+
+Shapes, as in `massdpo.batch`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+
+from massdpo.batch import Batch
+from massdpo.data.ragged import Ragged
+from massdpo.store import write_json
+
+UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """One prompt and its candidates as token ids: the chosen response first, then the pool in its own order."""
+
+    id: str
+    prompt_ids: list[int]
+    response_ids: list[list[int]]
+
+
+class TokenizedSplit(Sequence[TokenizedExample]):
+    """A tokenised split: each distinct response is held once, everything in flat int32 arrays.
+
+    `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
+    """
+
+    def __init__(
+        self,
+        ids: list[str],
+        prompts: Ragged,
+        responses: Ragged,
+        candidates: Ragged,  # of each example, the rows of `responses`
+        report: dict[str, int],
+    ):
+        self.ids = ids
+        self.report = report
+        self._prompts, self._responses, self._candidates = prompts, responses, candidates
+        self._response = lru_cache(UNPACKED)(lambda row: responses[row].tolist())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, row: int) -> TokenizedExample: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[TokenizedExample]: ...
+    def __getitem__(self, row: int | slice) -> TokenizedExample | list[TokenizedExample]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(*row.indices(len(self)))]
+        number = range(len(self))[row]
+        responses = [self._response(text) for text in self._candidates[number].tolist()]
+        return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
+
+    @property
+    def warnings(self) -> list[str]:
+        report = self.report
+        texts = {
+            "prompts_truncated": "of {examples} prompts lost the oldest part of their history to fit max_length "
+            "({history_items_cut} items in all)",
+            "boundary_differences": "of {examples} prompts have a response that would be tokenised otherwise together "
+            "with its prompt: the model sees a joint it did not see in plain text",
+            "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
+            "it cannot be told from the chosen one",
+        }
+        return [f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]]
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays as .npy files, ids and report as JSON; prompts may have been written there already."""
+        if not (folder / "prompts.npy").exists():
+            self._prompts.save(folder, "prompts")
+        self._responses.save(folder, "responses")
+        self._candidates.save(folder, "candidates")
+        write_json(folder / "about.json", {"report": self.report, "ids": self.ids})
+
+    @classmethod
+    def load(cls, folder: Path) -> "TokenizedSplit":
+        """What `save` wrote; rows are read when they are asked for."""
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        prompts, responses, candidates = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
+        return cls(about["ids"], prompts, responses, candidates, about["report"])
+
+
+def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
+    """Pad (row number in the split, example) pairs on the right to the rectangles of one Batch."""
+    examples = [example for _, example in rows]
+    prompt_ids_BP, prompt_mask_BP = _padded([example.prompt_ids for example in examples], pad_id)
+    width = max(len(example.response_ids) for example in examples)
+    slates = [example.response_ids + [[]] * (width - len(example.response_ids)) for example in examples]
+    response_ids_RT, response_mask_RT = _padded(list(chain.from_iterable(slates)), pad_id)  # R = B C
+    return Batch(
+        ids=[example.id for example in examples],
+        index_B=torch.tensor([row for row, _ in rows]),
+        prompt_ids_BP=prompt_ids_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        response_ids_BCT=response_ids_RT.view(len(examples), width, -1),
+        response_mask_BCT=response_mask_RT.view(len(examples), width, -1),
+    )
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows as one rectangle, and where it holds them."""
+    length = np.array([len(row) for row in rows])
+    mask = np.arange(length.max())[None] < length[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, length.sum())
+    return torch.from_numpy(ids), torch.from_numpy(mask)
