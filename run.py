@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from massdpo.config import explain
+from massdpo.config import explain, without_secrets
 from massdpo.errors import UserError
 
 MAIN_PROCESS = os.getpid()
@@ -28,13 +28,17 @@ def job(config: DictConfig) -> None:
     try:
         run(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         if config.debug:
-            traceback.print_exc()
+            say(traceback.format_exc())
         failed(2, error)
     except Exception as error:
-        traceback.print_exc()
+        say(traceback.format_exc())
         failed(1, error)
+
+
+def say(text: str) -> None:
+    print(without_secrets(text.rstrip()), file=sys.stderr)
 
 
 def failed(code: int, error: Exception) -> None:
@@ -50,13 +54,13 @@ def main() -> int:
     except UserError:  # told when it happened
         return 2
     except (HydraException, OmegaConfBaseException) as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+        say(f"error: {explain(error)}")
         return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 130
     except ValueError as error:  # Hydra's own, for a group that is no name
-        print(f"error: {explain(error)}", file=sys.stderr)
+        say(f"error: {explain(error)}")
         return 2
     except Exception:  # a launcher's process told it when it happened
         return 1

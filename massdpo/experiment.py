@@ -39,9 +39,19 @@ from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics
 from massdpo.models import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
-from massdpo.runs import CHECKPOINTS, claim, draw_history, holding, peak_memory_mb, reset_peak_memory, show, telling
+from massdpo.runs import (
+    CHECKPOINTS,
+    claim,
+    draw_history,
+    holding,
+    peak_memory_mb,
+    reset_peak_memory,
+    show,
+    take_over,
+    telling,
+)
 from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import check_pools
+from massdpo.selectors import check_selection
 from massdpo.store import Cache, build_folder, digest, is_whole, write_json, write_text
 from massdpo.tracking import History, NoLogger, Tracker
 from massdpo.training import Stage, fit
@@ -97,6 +107,9 @@ def train(config: DictConfig) -> Path:
     data, model = load(config, cache)
     key = digest(massdpo.__version__, identity(config), data.key, accelerator.num_processes)
     with holding(folder, accelerator):
+        if accelerator.is_main_process and not config.force:
+            take_over(folder, key)
+        accelerator.wait_for_everyone()
         if not claim(folder, key, config.force, accelerator):
             return folder
         accelerator.wait_for_everyone()
@@ -173,8 +186,7 @@ def compute(
     selector = instantiate(config.selector)
     rows: Sequence[TokenizedExample] = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
     pools = [len(example.response_ids) - 1 for example in rows]
-    if "k" in config.selector:
-        check_pools(pools, config.selector.k, config.selector.short_pool)
+    check_selection(config.selector, pools)
     tracker.start(resolved(config), folder, folder.name, config.sweep, [str(name) for name in config.choices.values()])
     if accelerator.is_main_process:
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
@@ -220,6 +232,7 @@ def compute(
     answers: list[Answer] = []
     if trainer.generate:
         answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
+    weights = gathered(scorer, accelerator) if trainer.save_policy else None
     if not accelerator.is_main_process:
         return
     history.write()
@@ -255,7 +268,7 @@ def compute(
         policy = accelerator.unwrap_model(scorer).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
         card = model_card(resolved(config), metrics, counts, folder.name)
-        build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card))
+        build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
     write_json(folder / "metrics.json", metrics)
     draw_history(position.history, folder / "history.png")
     tracker.table("picks", picks_table(objective, data, rows))
@@ -305,11 +318,11 @@ def sft_start(
         history = History(checkpoints / "history.csv")
         scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
-        trained = accelerator.unwrap_model(scorer).model
+        trained, weights = accelerator.unwrap_model(scorer).model, gathered(scorer, accelerator)
         accelerator.free_memory()
 
         def write(folder: Path) -> None:
-            save_policy(trained, data.tokenizer, folder)
+            save_policy(trained, data.tokenizer, folder, weights=weights)
             write_json(folder / "start.json", {"seconds": position.train_seconds, "history": position.history})
 
         return write
@@ -337,6 +350,15 @@ def shared_folder(
                 cache.build(kind, key, write)
         accelerator.wait_for_everyone()
     return place
+
+
+def gathered(scorer: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
+    """The policy's weights by name, where they are sharded; every process takes part, the main one gets them."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return None
+    names = [name for name, _ in scorer.named_parameters()]  # a tied matrix counts once
+    weights = accelerator.get_state_dict(scorer)
+    return {name.removeprefix("model."): weights[name] for name in names if name in weights}
 
 
 def load_start(folder: Path, config: DictConfig) -> nn.Module:

@@ -110,8 +110,8 @@ def projected_gradients(logp_C: Tensor, parameters: Sequence[Tensor], size: int,
         gradients = torch.autograd.grad(logp_C[candidate], parameters, retain_graph=True, allow_unused=True)
         generator = torch.Generator().manual_seed(seed)
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            bucket = torch.randint(size, (parameter.numel(),), generator=generator)
-            sign = torch.randint(2, (parameter.numel(),), generator=generator) * 2 - 1
+            drawn = torch.randint(2 * size, (parameter.numel(),), generator=generator)
+            bucket, sign = drawn // 2, drawn % 2 * 2 - 1
             if gradient is not None:  # a parameter this response does not touch, an expert say
                 signed = gradient.detach().float().flatten() * sign.to(gradient.device)
                 sketch_CS[candidate].index_add_(0, bucket.to(gradient.device), signed)

@@ -207,7 +207,8 @@ def select_logdet(
     `greedy` is within 1 - 1/e of the best log-det above the empty set's (Nemhauser et al. 1978), `swap` improves it by
     single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. Of candidates that gain alike the first is taken.
     `certify=False` leaves the upper bound out.
-    Raises UserError for an unknown solver, a ridge that is not positive, or too many subsets for `exact`.
+    Raises UserError for an unknown solver, a ridge that is not positive, too many subsets for `exact`, or vectors that
+    are not finite, naming their rows.
     """
     check_name("solver", solver, SOLVERS)
     pool = vectors_BND.shape[1]
@@ -226,7 +227,9 @@ def select_logdet(
         return (vectors @ picked_BD1)[..., 0]
 
     diagonal_BN = vectors.square().sum(-1) * factor_B[:, None]
-    return _greedy(row, diagonal_BN, _selectable(mask_BN, diagonal_BN), k, certify)
+    mask_BN = _selectable(mask_BN, diagonal_BN)
+    _check_finite(diagonal_BN.masked_fill(~mask_BN, 0.0))
+    return _greedy(row, diagonal_BN, mask_BN, k, certify)
 
 
 def select_logdet_gram(
@@ -243,6 +246,7 @@ def select_logdet_gram(
     gram_BNN = gram_BNN.double() * _factor(ridge, scale, gram_BNN)[:, None, None]
     mask_BN = _selectable(mask_BN, gram_BNN[..., 0])
     gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
+    _check_finite(gram_BNN)
     start = _greedy_gram(gram_BNN, mask_BN, k, certify)
     if certify and gram_BNN.shape[1] <= DENSE_POOL:
         start = start._replace(upper_bound_B=torch.minimum(start.upper_bound_B, _eigenvalue_bound(gram_BNN, k)))
@@ -273,6 +277,15 @@ def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
         near = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"unknown {what} '{name}': {hint}it is one of {', '.join(known)}")
+
+
+def _check_finite(gram: Tensor) -> None:
+    if not math.isfinite(float(gram.sum())):  # one pass; only where it is not, look closer
+        rows = (~gram.isfinite().flatten(1).all(-1)).nonzero()[:, 0].tolist()
+        if rows:
+            raise UserError(
+                f"features or rewards that are not finite in {len(rows)} of {len(gram)} prompts: rows {rows[:5]}"
+            )
 
 
 def _factor(ridge: float | Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
@@ -490,6 +503,9 @@ def select_subset_fisher(
     """
     check_name("solver", solver, ("greedy", "exact"))
     mask_BN = _selectable(mask_BN, rewards_BC[:, 1:])
+    real_BC = torch.nn.functional.pad(mask_BN, (1, 0), value=True)
+    _check_finite(gram_BCC.masked_fill(~(real_BC[:, :, None] & real_BC[:, None, :]), 0.0))
+    _check_finite(rewards_BC.masked_fill(~real_BC, 0.0))
     if solver == "exact":
         check_exact(int(mask_BN.sum(-1).max()), k)
         members_BN = _enumerate_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)

@@ -243,22 +243,30 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def save_policy(
-    model: "PreTrainedModel | PeftModel", tokenizer: PreTrainedTokenizerBase, folder: Path, card: str | None = None
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an ordinary Hugging Face folder: safetensors, config, tokenizer and, as README.md, the model's `card`.
 
     An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
+    `weights` are the model's, by name, where it holds only a shard of them.
     """
+    weights = model.state_dict() if weights is None else weights
     if not isinstance(model, PreTrainedModel):
         base: Any = model.get_base_model()
         if base.name_or_path:
             write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
         else:
-            weights = {name.replace(".base_layer.", "."): weight for name, weight in base.state_dict().items()}
-            base.save_pretrained(folder, state_dict={n: weight for n, weight in weights.items() if ".lora_" not in n})
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # "auto" would ask the hub whether they changed
+            plain = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+            names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in plain}
+            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in plain.items()})
+        # save_embedding_layers="auto" would ask the hub whether they changed
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if card is not None:
         write_text(folder / "README.md", card)  # peft has written one of its own there

@@ -125,6 +125,18 @@ def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool
     return True
 
 
+def take_over(folder: Path, key: str) -> None:
+    """Copy the same run from another sweep beside this one, if it is finished there: tables share many runs."""
+    others = sorted(folder.parent.parent.glob(f"*/{folder.name}"))
+    finished = {"status": "finished", "key": key}
+    if not status(folder) and (other := next((path for path in others if status(path) == finished), None)):
+        print(f"{folder}: taken over from {other}")
+        shutil.copytree(
+            other, folder, ignore=shutil.ignore_patterns(".lock", "wandb", "status.json"), dirs_exist_ok=True
+        )
+        write_json(folder / "status.json", finished)  # last: now all of it is there
+
+
 def reset_peak_memory() -> None:
     """Several jobs run in one process: each counts its own peak, where the system allows it."""
     if torch.cuda.is_available():

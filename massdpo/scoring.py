@@ -57,6 +57,7 @@ class PreferenceScorer(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self._no_split_modules = self.causal_lm._no_split_modules  # Accelerate's FSDP asks which layers are units
         if features == "head" and not isinstance(self.causal_lm.get_output_embeddings(), nn.Linear):
             raise UserError("features=head needs an output matrix without an adapter: use mean or last")
         self.features = features

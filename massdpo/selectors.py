@@ -8,8 +8,8 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,14 @@ def check_pools(sizes: Sequence[int] | Tensor, k: int, short_pool: str) -> None:
             f"{short} of {len(sizes)} prompts have fewer than k={k} negatives (the smallest pool: {int(sizes.min())}): "
             "set selector.short_pool=all to train on the whole pool there, or lower k"
         )
+
+
+def check_selection(options: Mapping[str, Any], sizes: Sequence[int]) -> None:
+    """Raise UserError where these pools cannot be selected from with the options of a selector, as far as they tell."""
+    if "k" in options:
+        check_pools(sizes, options["k"], options.get("short_pool", "error"))
+    if options.get("solver") == "exact":
+        fisher.check_exact(max(sizes), options["k"])
 
 
 def check_finite(pool: PoolStatistics, features: Tensor | None = None) -> None:
@@ -234,7 +242,7 @@ class Dynamic:
 
     features: str | None = None
     needs_scores = True
-    rounds = 50  # of Lloyd's algorithm; a pool of 20 settles within ten
+    rounds = 50  # of Lloyd's algorithm at most; a pool of 20 settles within ten
 
     def __init__(self, k: int, short_pool: str = "error"):
         check_options(k, short_pool)
@@ -260,7 +268,9 @@ class Dynamic:
             member_BN3 = torch.nn.functional.one_hot(nearest_BN, 3) * mask_BN[..., None]
             size_B3 = member_BN3.sum(1)
             mean_B3 = (member_BN3 * value_BN[..., None]).sum(1) / size_B3.clamp(min=1)
-            centre_B3 = torch.where(size_B3 > 0, mean_B3, centre_B3)
+            before_B3, centre_B3 = centre_B3, torch.where(size_B3 > 0, mean_B3, centre_B3)
+            if torch.equal(before_B3, centre_B3):
+                break
         top_B1 = nearest_BN.masked_fill(~mask_BN, 0).amax(-1, keepdim=True)  # centres keep their order
         return (nearest_BN == top_B1) & mask_BN
 

@@ -24,7 +24,7 @@ from massdpo.generation import Answer, generate_split, generation_metrics
 from massdpo.models import load_policy
 from massdpo.ranking import policy_in, rank, writing_to
 from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import check_pools
+from massdpo.selectors import check_selection
 from massdpo.stages import Preference
 from massdpo.store import Cache, build_folder, is_whole, write_json, write_text
 from massdpo.tracking import NoLogger, summary_table
@@ -99,8 +99,7 @@ def select(config: DictConfig) -> None:
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = experiment.instantiate(config.selector)
     pools = [len(example.pool) for example in examples]
-    if "k" in config.selector:
-        check_pools(pools, config.selector.k, config.selector.short_pool)
+    check_selection(config.selector, pools)
     score = _scoring(config, accelerator, data.pad_id)
     start = experiment.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
     policy = experiment.load_start(start, config)
@@ -199,7 +198,7 @@ def _study_features(config: DictConfig, out: Path) -> None:
         raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
     data, _ = experiment.load(config, _cache(config))
     rows = list(enumerate(data.train[:PROMPTS]))
-    batches = [collate(rows[at : at + 8], data.pad_id).to(accelerator.device) for at in range(0, len(rows), 8)]
+    batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]  # a backward pass walks all of one
 
     def models(seed: int) -> Mapping[str, nn.Module]:
         run = _run_of(config, seed=seed)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -318,7 +319,7 @@ def _save(stage: Stage, position: Position, accelerator: Accelerator) -> None:
 
 def _write(place: Path, position: Position, stage: Stage, accelerator: Accelerator) -> None:
     def build(folder: Path) -> None:
-        accelerator.save_state(str(folder))
+        _save_state(accelerator, folder)
         (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         if stage.state:
             save_file(stage.state, folder / "objective.safetensors")
@@ -326,6 +327,15 @@ def _write(place: Path, position: Position, stage: Stage, accelerator: Accelerat
     if accelerator.is_main_process:
         with writing(place.parent, "free some room; the last checkpoint is good, and the same command goes on from it"):
             build_folder(place, build)
+    else:
+        _save_state(accelerator, None)
+    accelerator.wait_for_everyone()
+
+
+def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
+    """Every process takes part, as weights may be sharded; the main one says into which folder."""
+    (place,) = broadcast_object_list([str(folder)])
+    accelerator.save_state(place)
     accelerator.wait_for_everyone()
 
 

@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 
+import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from massdpo.data.jsonl import Jsonl
 from massdpo.errors import UserError
@@ -136,6 +138,130 @@ def test_a_folder_saved_by_datasets_equals_the_file(tmp_path):
     assert [row.prompt for row in splits.test] == [row["prompt"] for row in rows[25:]]
 
 
+def parts_of(rows):
+    return {"train": rows[:20], "validation": rows[20:25], "test": rows[25:]}
+
+
+def saved_to_disk(folder, rows):
+    import datasets
+
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part) for name, part in parts_of(rows).items()}
+    ).save_to_disk(folder)
+
+
+def parquet_files(folder, rows):
+    import datasets
+
+    for name, part in parts_of(rows).items():
+        datasets.Dataset.from_list(part).to_parquet(folder / f"{name}-00000-of-00001.parquet")
+
+
+def json_files(folder, rows):
+    for name, part in parts_of(rows).items():
+        write(folder / f"{name}.jsonl", part)
+
+
+def one_of_two_subsets(folder, rows):
+    """As a hub set lays it out: the card names the configurations and their files."""
+    for subset, part in (("wanted", rows), ("other", lines(9))):
+        (folder / subset).mkdir()
+        json_files(folder / subset, part)
+    configs = "".join(
+        f"- config_name: {subset}\n  data_files:\n"
+        + "".join(f"  - split: {name}\n    path: {subset}/{name}.jsonl\n" for name in parts_of(rows))
+        for subset in ("wanted", "other")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+
+@pytest.mark.parametrize("lay_out", [saved_to_disk, parquet_files, json_files, one_of_two_subsets])
+@pytest.mark.parametrize("from_hub", [False, True])
+def test_folders_that_datasets_knows_bring_their_splits(tmp_path, monkeypatch, lay_out, from_hub):
+    rows = lines(30)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    lay_out(folder, rows)
+    options = {"subset": "wanted"} if lay_out is one_of_two_subsets else {}
+    if from_hub:
+        asked = []
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(folder))
+        dataset = Jsonl(hub_id="owner/name", revision="1234", **options)
+    else:
+        dataset = Jsonl(str(folder), **options)
+    splits = dataset.load()
+    assert [row.prompt for row in everything(splits)] == [
+        row["prompt"] for row in (*rows[:20], *rows[20:25], *rows[25:])
+    ]
+    assert {path.parent for path in dataset.files()} <= {folder, *folder.iterdir()} and dataset.files()
+    if from_hub:
+        (((name,), how),) = asked  # once, though files and rows are both asked for
+        assert (name, how["repo_type"], how["revision"]) == ("owner/name", "dataset", "1234")
+        assert not {"*.py", "*.pkl", "*.bin"} & set(how["allow_patterns"])
+    if options:
+        with pytest.raises(UserError, match="wanted"):
+            Jsonl(str(folder)).load()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_single_file_of_datasets(tmp_path, suffix):
+    datasets = pytest.importorskip("datasets")
+    rows = lines(30)
+    if suffix == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "own.parquet")
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        (arrow,) = (tmp_path / "saved").glob("*.arrow")
+        arrow.rename(tmp_path / "own.arrow")
+    splits = Jsonl(str(tmp_path / f"own.{suffix}")).load()
+    assert everything(splits) == everything(Jsonl(write(tmp_path / "own.jsonl", rows)).load())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("own.parquet", b"no parquet"), ("data/a.parquet", b"PAR1"), ("data/data.py", b"1"), ("data/a.json", b"[{]")],
+)
+def test_folders_that_datasets_cannot_read(tmp_path, name, content):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read by `datasets`|holds no file of rows") as error:
+        Jsonl(str(path if path.parent == tmp_path else path.parent)).load()
+    assert "\n" not in str(error.value)
+
+
+def test_a_hub_set_out_of_reach(monkeypatch):
+    def offline(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot find the requested files in the cache, and no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match=r"hub_id=owner/name \(revision main\) cannot be fetched .*set dataset.path"):
+        Jsonl(hub_id="owner/name").load()
+    for both in ({"path": "x", "hub_id": "y"}, {}):
+        with pytest.raises(UserError, match=r"dataset\.path=FILE .*or dataset\.hub_id"):
+            Jsonl(**both)
+
+
+def test_a_prompt_may_stand_in_the_conversations_alone(path):
+    """TRL's implicit prompts: what the conversations share before their last message."""
+    start = [message("be brief", "system"), message("why?")]
+    answers = [[*start, message(text, "assistant")] for text in ("because", "no idea", "who knows")]
+    row = {"chosen": answers[0], "rejected": answers[1:]}
+    spelt_out = {"prompt": start, "chosen": answers[0][-1:], "rejected": [each[-1:] for each in answers[1:]]}
+    others = lines(9)
+    one, other = (Jsonl(write(path, [each, *others])).load() for each in (row, spelt_out))
+    assert everything(one) == everything(other)
+    single = Jsonl(write(path, [row | {"rejected": answers[1]}, *others])).load()
+    assert {each.pool for each in everything(single)} == {("no idea",), ("a", "b")}
+    for bad, told in [
+        (row | {"rejected": [[message("how?"), answers[1][-1]]]}, "do not begin alike"),
+        ({"chosen": answers[0][-1:], "rejected": [answers[1][-1:]]}, 'no "prompt", neither'),
+        (row | {"rejected": "no idea"}, '"rejected" must be a text or a list of messages'),
+    ]:
+        with pytest.raises(UserError, match=told):
+            Jsonl(write(path, [bad, *others])).load()
+
+
 START = b'{"prompt": "p", '
 BAD = {
     "not JSON": b'{"prompt": "p", ',
@@ -192,8 +318,9 @@ def test_files_that_cannot_be_used(tmp_path, path):
     path.write_text("\n \n")
     with pytest.raises(UserError, match=r"own\.jsonl is empty"):
         Jsonl(str(path)).load()
-    with pytest.raises(UserError, match="save_to_disk"):
-        Jsonl(str(tmp_path)).load()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no file of rows"):
+        Jsonl(str(tmp_path / "empty")).load()
     path.write_text("nonsense\n")
     with pytest.raises(UserError, match="no usable row"):
         Jsonl(str(path), bad_rows="skip").load()

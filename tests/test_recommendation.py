@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 
 from massdpo.data.interactions import SPLITS
@@ -18,7 +20,7 @@ from massdpo.data.public_logs import split_titles
 from massdpo.data.recommendation import LastFM, MovieLens1M, MovieLens100K, Recommendation, UserSequences, near
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
-from tests.conftest import SHARED_DATA, needs_shared_data
+from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
 LASTFM = str(SHARED_DATA / "lastfm")
 READY = SHARED_DATA / "lastfm" / "lastfm-sft-cans20"
@@ -95,9 +97,8 @@ def test_ready_made_files_give_their_own_slates_and_the_same_sequences(tmp_path:
     for split in SPLITS:
         assert as_published(getattr(ready, split)) == as_published(getattr(legacy, split))
     chained, sequences = LastFM(raw_dir=str(tmp_path)).load(), LastFM(raw_dir=LASTFM).load()
-    for split in SPLITS:
-        pairs = zip(getattr(chained, split), getattr(sequences, split), strict=True)
-        assert all((one.history, one.chosen) == (other.history, other.chosen) for one, other in pairs)
+    for split in SPLITS:  # whichever of the two was at hand: the same slates
+        assert all(map(operator.eq, getattr(chained, split), getattr(sequences, split)))
     every_tenth = READY / "lastfm-train.every10th.json"
     (tmp_path / "lastfm-train.json").write_bytes(every_tenth.read_bytes())
     assert len(LastFM(raw_dir=str(tmp_path), slate="legacy").load().train) == 4788
@@ -127,6 +128,29 @@ def test_titles_with_colons_at_their_ends_are_told_apart() -> None:
     for titles in (["out", ":in:"], [":in:", "out"], [":in:", ":in:"], ["a: b", ":in:", "out"], ["out", ":", "out"]):
         assert split_titles("::".join(titles), known) == titles
     assert split_titles("new::newer:::newest", known) == ["new", "newer", ":newest"]  # unknown: cut as it stands
+
+
+def test_llaras_pickles_are_refused_and_the_recipe_turns_them_into_sequences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As published: every prefix of a training user from none on, the last one of the others, padded with 4606."""
+    (tmp_path / "id2name.txt").write_text("".join(f"{item}::Artist {item}\n" for item in range(40)))
+    users = {"train_data": [range(13), range(2, 8)], "Val_data": [range(20, 31)], "Test_data": [range(3, 9)]}
+    for name, sequences in users.items():
+        rows = []
+        for items in map(list, sequences):
+            for end in range(len(items)) if name == "train_data" else [len(items) - 1]:
+                history = items[max(0, end - 10) : end]
+                rows.append({"seq": history + [4606] * (10 - len(history)), "len_seq": end, "next": items[end]})
+        pandas.DataFrame(rows).to_pickle(tmp_path / f"{name}.df")
+    with pytest.raises(UserError, match=r"Test_data.df is a pickled table .*conf/dataset/lastfm.yaml"):
+        LastFM(raw_dir=str(tmp_path)).load()
+    lines = (ROOT / "conf" / "dataset" / "lastfm.yaml").read_text().splitlines()
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(line.removeprefix("#     ") for line in lines if line.startswith("#     ")), {})
+    splits = LastFM(raw_dir=str(tmp_path), num_negatives=3).load()
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (10 + 3, 8, 3)
+    assert splits.train[9].history == tuple(f"Artist {item}" for item in range(2, 12))
 
 
 # MovieLens, real

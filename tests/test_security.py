@@ -92,7 +92,7 @@ def test_planted_secrets_are_in_nothing_that_is_written(tmp_path: Path) -> None:
     run(entry, *tiny, *folders, f"logger.project={secret}", "name=good")
     wrong = ["dataset=jsonl", f"dataset.path=https://me:{ADDRESS}@host.invalid/{secret}.jsonl"]
     run(entry, *(option for option in tiny if "dataset" not in option), *folders, *wrong, "logger=none", code=2)
-    run(entry, *tiny, *folders, "name=long", "trainer.max_length=12", code=2)
+    run(entry, *tiny, *folders, "name=long", "trainer.max_length=8", code=2)
     run(entry, f"logger.entity=https://me:{ADDRESS}@host.invalid", "debug=true", code=2)
     run(
         entry,

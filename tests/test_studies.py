@@ -134,7 +134,7 @@ def test_features(tmp_path: Path) -> None:
         for place in range(2)
     ]
     frame = features(tmp_path, models, batches, beta=0.5, k=2, seeds=[0, 1], sketch=512)
-    assert_published(tmp_path, "features", rows=2 * 2 * 5 * 4)
+    assert_published(tmp_path, "features", rows=2 * 2 * 2 * 5 * 4)
     gradient = frame[frame["features"] == "gradient"]
     assert (gradient["overlap"] == 1.0).all()
     assert (frame["logdet_share"] > 0).all() and (frame["logdet_share"] <= 1 + 1e-9).mean() > 0.95

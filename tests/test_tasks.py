@@ -114,7 +114,8 @@ def test_evaluate_runs_nothing_of_a_foreign_folder_and_uses_its_tokenizer(
     (foreign / "policy").symlink_to(trained / "policy")
     mark = tmp_path / "ran"
     node = f"{{_target_: pathlib.Path.touch, self: {mark}}}"
-    bad = f"model: {node}\ntrainer: {{max_length: 512, chat_template: !!python/object/apply:os.mkdir ['{mark}']}}\n"
+    bad = f"model: {node}\ndataset: {{_target_: os.system, command: touch {mark}}}\n"
+    bad += f"trainer: {{max_length: 512, chat_template: !!python/object/apply:os.mkdir ['{mark}']}}\n"
     (foreign / "config.yaml").write_text(bad)
     out = tmp_path / "found.json"
     other = ["dataset.seed=3", "dataset.num_test=12"]
@@ -390,5 +391,5 @@ def test_the_features_study_compares_before_and_after(
     monkeypatch.setattr(tasks, "SEEDS", 2)
     assert call("task=study", "study=features", f"out={tmp_path}", "k=2") == 0
     rows = [line.split(",") for line in (tmp_path / "features.csv").read_text().splitlines()[1:]]
-    assert {(row[0], row[1]) for row in rows} == {(seed, stage) for seed in "01" for stage in ("before", "after")}
-    assert len(rows) == 2 * 2 * 5 * 8  # seeds, stages, kinds of features, prompts
+    assert {(row[1], row[2]) for row in rows} == {(seed, stage) for seed in "01" for stage in ("before", "after")}
+    assert len(rows) == 2 * 2 * 2 * 5 * 8  # ridges, seeds, stages, kinds of features, prompts

@@ -184,17 +184,25 @@ class Table:
 
 
 def tidy(log: Log, same: Callable[[str], str] = normalise) -> Log:
-    """One number for items of the `same` title; items no one met, and a user's repeats, are left out and counted."""
-    first: dict[str, int] = {}
-    canonical = np.array([first.setdefault(same(title), number) for number, title in enumerate(log.titles)])
+    """One number for items of the `same` title; items no one met, and a user's repeats, are left out and counted.
+
+    Numbers go by title, so that slates do not depend on how a source numbers its items.
+    """
+    keys = [same(title) for title in log.titles]
+    title_of: dict[str, str] = {}
+    for key, title in sorted(zip(keys, log.titles, strict=True)):
+        title_of.setdefault(key, title)
+    number_of = {key: number for number, key in enumerate(title_of)}
+    canonical = np.array([number_of[key] for key in keys])
     merged = [canonical[sequence] for sequence in log.sequences]
     met = np.unique(np.concatenate(merged))
     kept = [np.sort(np.unique(sequence, return_index=True)[1]) for sequence in merged]
     sequences = [np.searchsorted(met, sequence[keep]) for sequence, keep in zip(merged, kept, strict=True)]
     times = None if log.times is None else [time[keep] for time, keep in zip(log.times, kept, strict=True)]
     report = log.report | {
-        "items_merged_by_title": len(log.titles) - len(first),
-        "items_without_interactions": len(first) - len(met),
+        "items_merged_by_title": len(log.titles) - len(title_of),
+        "items_without_interactions": len(title_of) - len(met),
         "repeats_left_out": sum(map(len, merged)) - sum(map(len, sequences)),
     }
-    return Log([log.titles[number] for number in met], log.users, sequences, times, log.split_of, report)
+    titles = list(title_of.values())
+    return Log([titles[number] for number in met], log.users, sequences, times, log.split_of, report)

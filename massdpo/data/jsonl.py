@@ -1,4 +1,4 @@
-"""Anyone's own preferences: lines of {"prompt", "chosen", "rejected": [...]}, or a folder saved by `datasets`.
+"""Anyone's own preferences: rows of {"prompt", "chosen", "rejected": [...]} from a file, a folder or the hub.
 
 Texts may also be lists of messages {"role", "content"}, as TRL's conversational format has them. Without a chat
 template a single user message is its content, and several are lines "role: content" that end with "assistant:".
@@ -7,37 +7,39 @@ template a single user message is its content, and several are lines "role: cont
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from massdpo.data.interactions import BadRows
+from massdpo.data.messages import as_text, checked_messages, found, with_prompt
+from massdpo.data.rows import SPLIT_NAMES, Row, hub_folder, read_rows, row_files
 from massdpo.data.schema import PreferenceExample, Splits
-from massdpo.data.text import read_jsonl
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
-Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
-SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "dev"), "test": ("test",)}
 FIELDS = {"prompt", "chosen", "rejected", "candidates", "id"}
-ROLES = {"system", "user", "assistant", "tool"}
 
 
 @dataclass
 class Jsonl:
-    """Preferences from `path`, with the validation and test rows from files of their own or held out by the seed.
+    """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
-    `path`, `val_path` and `test_path` are JSON Lines files or folders written by `datasets.save_to_disk`; a saved
-    dictionary of datasets brings its own splits. A row has `prompt`, `chosen`, `rejected` (one text or a list), and may
-    have `candidates` (the slate: chosen and rejected in the order shown) and `id`. All rows of one prompt are held out
-    together.
+    `path`, `val_path` and `test_path` are JSON Lines files, Parquet or Arrow files, or folders as `datasets` writes and
+    reads them; `hub_id` is `owner/name` on the Hugging Face hub. What has splits brings them. A row has `prompt`,
+    `chosen`, `rejected` (one text or a list), and may have `candidates` (the slate: chosen and rejected in the order
+    shown) and `id`. All rows of one prompt are held out together.
 
     Raises:
         UserError: a file is missing, empty or not UTF-8; a row is not usable (file, line, and what is wrong), unless
-            `bad_rows="skip"`; a split would be empty.
+            `bad_rows="skip"`; a split would be empty; the hub cannot be reached.
     """
 
-    path: str | None
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    subset: str | None = None
     val_path: str | None = None
     test_path: str | None = None
     val_fraction: float = 0.1
@@ -46,12 +48,26 @@ class Jsonl:
     seed: int = 0
     _report: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if bool(self.path) == bool(self.hub_id):
+            raise UserError(
+                "dataset=jsonl needs dataset.path=FILE (lines of prompt, chosen, rejected) or dataset.hub_id"
+            )
+        BadRows(self.bad_rows)
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: training needs rows too")
+
+    @cached_property
+    def _place(self) -> Path:
+        return hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
+
     def files(self) -> list[Path]:
         """The files that `load` reads: their content, with the options, decides the outcome."""
-        paths = [Path(path) for path in (self.path, self.val_path, self.test_path) if path]
-        if missing := [path for path in paths if not path.exists()]:
-            raise UserError(f"{missing[0]} cannot be read: No such file or directory")
-        return [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+        others = [Path(path) for path in (self.val_path, self.test_path) if path]
+        return [file for path in (self._place, *others) for file in row_files(path)]
 
     def load(self) -> Splits:
         self._report = Counter()
@@ -67,24 +83,17 @@ class Jsonl:
         train, val, test = (self._numbered(split, parts[split]) for split in SPLIT_NAMES)
         return Splits(train, val, test, report)
 
-    def __post_init__(self) -> None:
-        if not self.path:
-            raise UserError("dataset=jsonl needs dataset.path=FILE: lines of prompt, chosen, rejected")
-        BadRows(self.bad_rows)
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: training needs rows too")
-
     def _sources(self, bad: BadRows) -> dict[str, Iterator[Row]]:
         """The rows of each split that was given; a later one takes the place of one that `path` brought."""
-        sources = dict(_read(Path(str(self.path)), bad))
+        sources = read_rows(self._place, self.subset, bad)
         if "train" not in sources:
-            raise UserError(f"{self.path} has no split 'train', only {', '.join(sources)}")
+            raise UserError(f"{self.hub_id or self.path} has no split 'train', only {', '.join(sources)}")
         for split, path in (("val", self.val_path), ("test", self.test_path)):
             if path:
-                sources[split] = _read(Path(path), bad).get(split) or _only(path, _read(Path(path), bad), split)
+                given = read_rows(Path(path), None, bad)
+                if split not in given and len(given) > 1:
+                    raise UserError(f"dataset.{split}_path={path} has the splits {', '.join(given)}, but no {split!r}")
+                sources[split] = given.get(split) or next(iter(given.values()))
         return sources
 
     def _examples(self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows) -> list[PreferenceExample]:
@@ -105,6 +114,8 @@ class Jsonl:
         return examples
 
     def _example(self, where: str, row: dict[str, Any]) -> PreferenceExample:
+        if isinstance(row.get("chosen"), list) and row.get("rejected") is not None and row.get("prompt") is None:
+            row = with_prompt(where, row)
         if missing := [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]:
             raise UserError(f'{where}: no "{missing[0]}"; a row needs "prompt", "chosen" and "rejected"')
         for name in row.keys() - FIELDS:
@@ -115,7 +126,7 @@ class Jsonl:
         if isinstance(rejected, str) or (isinstance(rejected, list) and rejected and isinstance(rejected[0], dict)):
             rejected = [rejected]  # one text or one conversation
         if not isinstance(rejected, list) or not rejected:
-            raise UserError(f'{where}: "rejected" must be a text or a list of at least one, found {_found(rejected)}')
+            raise UserError(f'{where}: "rejected" must be a text or a list of at least one, found {found(rejected)}')
         texts = [self._response(where, f"rejected[{place}]", text) for place, text in enumerate(rejected)]
         if chosen in texts:
             raise UserError(f'{where}: "chosen" is also rejected[{texts.index(chosen)}]: remove it from there')
@@ -123,7 +134,7 @@ class Jsonl:
         self._report["rejected_repeats_dropped"] += len(texts) - len(pool)
         identity = row.get("id")
         if isinstance(identity, bool) or not isinstance(identity, str | int | None):
-            raise UserError(f'{where}: "id" must be a text or a whole number, found {_found(identity)}')
+            raise UserError(f'{where}: "id" must be a text or a whole number, found {found(identity)}')
         name = "" if identity is None else str(identity)
         return PreferenceExample(
             name,
@@ -138,16 +149,15 @@ class Jsonl:
         """The prompt as text, and its messages where it was given as messages."""
         if isinstance(value, str):
             return self._text(where, "prompt", value, value.rstrip()), []
-        messages = _messages(where, "prompt", value)
+        messages = checked_messages(where, "prompt", value)
         if len(messages) == 1 and messages[0]["role"] == "user":
             content = messages[0]["content"]
             return self._text(where, "prompt", content, content.rstrip()), messages
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        return "\n".join([*lines, "assistant:"]), messages
+        return as_text(messages), messages
 
     def _response(self, where: str, name: str, value: Any) -> str:
         if not isinstance(value, str):
-            messages = _messages(where, name, value)
+            messages = checked_messages(where, name, value)
             if [message["role"] for message in messages] != ["assistant"]:
                 raise UserError(
                     f'{where}: "{name}" must be one message of the role "assistant"; '
@@ -169,7 +179,7 @@ class Jsonl:
             Random(keyed_seed("jsonl slate", self.seed, prompt, slate)).shuffle(slate)
             return tuple(slate)
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-            raise UserError(f'{where}: "candidates" must be a list of texts, found {_found(value)}')
+            raise UserError(f'{where}: "candidates" must be a list of texts, found {found(value)}')
         given = tuple(dict.fromkeys(text.strip() for text in value))
         if set(given) != {chosen, *pool}:
             other = sorted(set(given) ^ {chosen, *pool})[0]
@@ -200,53 +210,3 @@ class Jsonl:
     def _numbered(self, split: str, rows: list[PreferenceExample]) -> list[PreferenceExample]:
         named = (vars(row) | {"id": row.id or f"{split}/{number}"} for number, row in enumerate(rows))
         return [PreferenceExample(**fields) for fields in named]
-
-
-def _read(path: Path, bad: BadRows) -> dict[str, Iterator[Row]]:
-    """The rows at `path` by split; what has no name of a split is `train`."""
-    if not path.is_dir():
-        return {"train": ((f"{path}:{number}", row) for number, row in read_jsonl(path, bad))}
-    from datasets import Dataset, DatasetDict, load_from_disk  # seconds to import, and only needed here
-
-    try:
-        saved = load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is no folder saved by datasets.save_to_disk ({reason}); give a JSONL file or one"
-        ) from error
-    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-
-    def rows(name: str, part: Dataset) -> Iterator[Row]:
-        return ((f"{path} ({name}, row {number})", dict(row)) for number, row in enumerate(part, start=1))
-
-    known = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-    return {known.get(name, name): rows(name, part) for name, part in splits.items()}
-
-
-def _only(path: str, sources: dict[str, Iterator[Row]], split: str) -> Iterator[Row]:
-    if len(sources) > 1:
-        raise UserError(f"dataset.{split}_path={path} has the splits {', '.join(sources)}, but none named {split!r}")
-    return next(iter(sources.values()))
-
-
-def _messages(where: str, name: str, value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f'{where}: "{name}" must be a text or a list of messages, found {_found(value)}')
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(
-                f'{where}: "{name}" has a message without the texts "role" and "content": {_found(message)}'
-            )
-        if message["role"] not in ROLES:
-            raise UserError(
-                f'{where}: "{name}" has a message of the role {message["role"]!r}: {", ".join(sorted(ROLES))}'
-            )
-        if not message["content"].strip():
-            raise UserError(f'{where}: "{name}" has a message without content')
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _found(value: Any) -> str:
-    kind = {dict: "an object", list: "a list", type(None): "null", bool: "true or false"}.get(type(value), "")
-    return "an empty list" if value == [] else kind or f"{str(value)[:40]!r}"

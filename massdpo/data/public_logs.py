@@ -131,7 +131,7 @@ def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
             history, target = numbers(row.history), numbers([row.target])[0]
             numbers(row.candidates)
             if len(history) == 3:
-                users.append(f"{split}/{len(users)}")
+                users.append(f"{split}/{split_of.count(split)}")
                 chains.append([*history, target])
                 split_of.append(split)
             elif chains and split_of[-1] == split and chains[-1][-10:] == history:

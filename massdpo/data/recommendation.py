@@ -120,7 +120,8 @@ class LastFM(Recommendation):
     """Next artist on Last.fm (HetRec 2011, as cut by LLaRA and S-DPO): 976 / 122 / 122 users as published.
 
     The folder holds either `sequences.jsonl` and `id2name.txt`, or S-DPO's three ready-made `lastfm-*.json`; of the
-    latter, `slate=legacy` takes the candidates as they are and `clean` draws new ones.
+    latter, `slate=legacy` takes the candidates as they are and `clean` draws new ones. LLaRA's tables are pickles,
+    which can run code: they are never loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
     """
 
     noun: ClassVar[str] = "artist"
@@ -141,6 +142,12 @@ class LastFM(Recommendation):
     def files(self) -> list[Path]:
         if self._is_ready_made():
             return list(self._ready().values())
+        folder = Path(self.raw_dir or "")
+        if not (folder / "sequences.jsonl").is_file() and (tables := sorted(folder.glob("*.df"))):
+            raise UserError(
+                f"{tables[0]} is a pickled table of LLaRA's, which can run code: it is never loaded; "
+                "conf/dataset/lastfm.yaml has the lines that turn such tables into sequences.jsonl"
+            )
         return [
             raw_file(self.raw_dir, "sequences.jsonl", "split, user and items of every user, or S-DPO's lastfm-*.json"),
             raw_file(self.raw_dir, "id2name.txt", "lines <id>::<artist>"),

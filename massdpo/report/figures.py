@@ -68,7 +68,7 @@ def _save(figure: Figure, path: Path, title: str) -> Path:
 def _style(labels: Iterable[str]) -> dict[str, dict[str, str]]:
     """Colour and marker of each label; random and the start are grey, whatever else is there."""
     styles = {}
-    others = sorted((label for label in set(labels) if label not in (*BASELINES, *UNTRAINED)), key=label_rank, reverse=True)
+    others = sorted(set(labels) - {*BASELINES, *UNTRAINED}, key=label_rank, reverse=True)
     for place, label in enumerate(others):
         styles[label] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
     greys = zip((*BASELINES, *UNTRAINED), "os|_x", strict=True)

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from massdpo.report.figures import COLOURS, MARKERS, STYLE
 from massdpo.store import replacing, write_text
 
 
-def with_interval(frame: pd.DataFrame, axes: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+def with_interval(frame: pd.DataFrame, axes: Sequence[str], values: Iterable[str]) -> pd.DataFrame:
     """Mean of each value, and beside it the half-width of its 95% t interval, over the rows that share `axes`."""
     groups = frame.groupby(list(axes), sort=False)
     count = groups.size()
