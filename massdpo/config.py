@@ -586,7 +586,7 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 HIDDEN = "(hidden)"
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSW|_KEY$|APIKEY|CREDENTIAL", re.IGNORECASE)
-USER_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
+USER_IN_ADDRESS = re.compile(r"(:/{1,2})[^/@\s]+@")  # a path makes one slash of two
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
@@ -603,7 +603,7 @@ def without_secrets(value: Any, key: str = "") -> Any:
         return value
     if SECRET_KEY.search(key):
         return HIDDEN
-    value = USER_IN_ADDRESS.sub("", value)
+    value = USER_IN_ADDRESS.sub(r"\1", value)
     for name, secret in os.environ.items():
         if SECRET_VARIABLE.search(name) and len(secret) >= 8:
             value = value.replace(secret, HIDDEN)

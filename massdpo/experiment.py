@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ def train(config: DictConfig) -> Path:
         if not claim(folder, key, config.force, accelerator):
             return folder
         accelerator.wait_for_everyone()
-        tracker: Tracker = hydra.utils.instantiate(config.logger) if accelerator.is_main_process else NoLogger()
+        logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
+        tracker: Tracker = hydra.utils.instantiate(logger) if accelerator.is_main_process else NoLogger()
         try:
             with telling(folder, key, accelerator):
                 compute(config, data, model, cache, folder, tracker, accelerator)
@@ -140,6 +141,8 @@ def start(config: DictConfig) -> Accelerator:
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        check_sharding(accelerator)
     if config.trainer.generate and accelerator.distributed_type == DistributedType.FSDP:
         raise UserError(
             "trainer.generate=true cannot decode with sharded weights: leave it out here, and let "
@@ -147,6 +150,23 @@ def start(config: DictConfig) -> Accelerator:
         )
     reset_peak_memory()
     return accelerator
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Hold Accelerate's FSDP settings against what a run needs; log-probs stay in float32 whatever the precision."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate shards weights over several GPUs only: leave its FSDP settings out here")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError("Accelerate's FSDP settings: set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "Accelerate's FSDP settings: set fsdp_cpu_ram_efficient_loading: false, as every process scores the "
+            "reference with whole weights before they are sharded"
+        )
+    if plugin.mixed_precision_policy is not None:
+        in_float32 = {"reduce_dtype": torch.float32, "output_dtype": None}  # None: as the scorer gives them
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **in_float32)
 
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:

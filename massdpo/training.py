@@ -152,6 +152,8 @@ def fit(
                 _write(stage.checkpoints / "best", position, stage, accelerator)
             position.best = max(position.best, value)
     if options.keep == "best" and stage.epochs:
+        if accelerator.is_fsdp2:
+            scorer.reshard()  # an evaluation leaves the outermost weights gathered, where none can be loaded
         accelerator.load_state(str(stage.checkpoints / "best"))
     return scorer, position
 

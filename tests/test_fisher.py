@@ -125,41 +125,43 @@ def test_exact_and_swap_report_greedy_order() -> None:
 # The Fisher information ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_gradient_hessian_and_loewner_order(seed: int) -> None:
-    """Autograd on the pool's Plackett-Luce loss of a log-linear policy; then centered <= Fisher <= relative."""
-    noise = generator(seed)
-    beta, pool, size = 0.3 + 0.2 * seed, 1 + seed % 7, 1 + seed % 5
-    features_CD = torch.randn(pool + 1, size, generator=noise, dtype=torch.float64)
-    offset_C = torch.randn(pool + 1, generator=noise, dtype=torch.float64)  # minus the reference's log-probs
-    theta_D = torch.randn(size, generator=noise, dtype=torch.float64)
+@pytest.mark.parametrize("shape", range(24))
+def test_gradient_hessian_and_loewner_order(shape: int) -> None:
+    """Autograd on the pool's Plackett-Luce loss of a log-linear policy; then centered <= Fisher <= relative.
 
-    def rewards(theta_D: Tensor) -> Tensor:
-        return beta * (features_CD @ theta_D + offset_C)
+    24 shapes of 48 prompts, 1,152 instances; beta from 0.1 to 10, a pool of 1 and one feature among them.
+    """
+    noise, prompts, pool, size = generator(shape), 2 * BATCH, 1 + shape % 7, 1 + shape % 5
+    beta = 10 ** (2 * (shape / 23) - 1)
+    features_BCD = torch.randn(prompts, pool + 1, size, generator=noise, dtype=torch.float64)
+    offset_BC = torch.randn(prompts, pool + 1, generator=noise, dtype=torch.float64)  # minus the reference's log-probs
+    theta_BD = torch.randn(prompts, size, generator=noise, dtype=torch.float64)
 
-    def loss(theta_D: Tensor) -> Tensor:
-        rewards_C = rewards(theta_D)
-        return torch.nn.functional.softplus(torch.logsumexp(rewards_C[1:] - rewards_C[0], dim=0))
+    def loss(theta_D: Tensor, features_CD: Tensor, offset_C: Tensor) -> Tensor:
+        rewards_C = beta * (features_CD @ theta_D + offset_C)
+        return torch.logsumexp(rewards_C - rewards_C[0], dim=0)  # log(1 + sum exp s): softplus is cut off at 20
 
-    rewards_C = rewards(theta_D)
-    advantage_N = rewards_C[1:] - rewards_C[0]
-    share_N = advantage_N.softmax(0)
-    loses = torch.sigmoid(torch.logsumexp(advantage_N, dim=0))  # 1 - sigma(Z)
-    mean_D = share_N @ (features_CD[1:] - features_CD[0])
-    torch.testing.assert_close(torch.func.grad(loss)(theta_D), beta * loses * mean_D)
-    exact_DD = pl_fisher(features_CD, rewards_C, beta)
-    torch.testing.assert_close(torch.func.hessian(loss)(theta_D), exact_DD)
+    gradient_BD = torch.func.vmap(torch.func.grad(loss))(theta_BD, features_BCD, offset_BC)
+    hessian_BDD = torch.func.vmap(torch.func.hessian(loss))(theta_BD, features_BCD, offset_BC)
+    rewards_BC = beta * (torch.einsum("bcd,bd->bc", features_BCD, theta_BD) + offset_BC)
+    advantage_BN = rewards_BC[:, 1:] - rewards_BC[:, :1]
+    loses_B = torch.sigmoid(torch.logsumexp(advantage_BN, dim=-1))  # 1 - sigma(Z)
+    mean_BD = torch.einsum("bn,bnd->bd", advantage_BN.softmax(-1), features_BCD[:, 1:] - features_BCD[:, :1])
+    torch.testing.assert_close(gradient_BD, beta * loses_B[:, None] * mean_BD)
+    exact_BDD = torch.stack([pl_fisher(*case, beta) for case in zip(features_BCD, rewards_BC, strict=True)])
+    torch.testing.assert_close(hessian_BDD, exact_BDD)
 
     def information(variant: str) -> Tensor:
-        vectors, scale = design_vectors(features_CD[None], rewards_C[None], beta, variant, normalize=False)
-        return scale[0] * vectors[0].T @ vectors[0]
+        vectors_BND, scale_B = design_vectors(features_BCD, rewards_BC, beta, variant, normalize=False)
+        return scale_B[:, None, None] * vectors_BND.mT @ vectors_BND
 
-    part_DD = information("centered")
-    assert torch.linalg.eigvalsh(exact_DD - part_DD)[0] >= -1e-10
-    assert torch.linalg.eigvalsh(information("relative") - exact_DD)[0] >= -1e-10
+    part_BDD = information("centered")
+    round_off = 1e-12 * float(exact_BDD.abs().max())
+    assert torch.linalg.eigvalsh(exact_BDD - part_BDD).min() >= -round_off
+    assert torch.linalg.eigvalsh(information("relative") - exact_BDD).min() >= -round_off
     # The remainder of the exact Hessian is the rank-one term sigma(Z) dbar dbar^T.
-    remainder_DD = beta**2 * loses * (1 - loses) * torch.outer(mean_D, mean_D)
-    torch.testing.assert_close(exact_DD, part_DD + remainder_DD)
+    factor_B = beta**2 * loses_B * (1 - loses_B)
+    torch.testing.assert_close(exact_BDD, part_BDD + factor_B[:, None, None] * mean_BD[:, :, None] * mean_BD[:, None])
 
 
 def test_design_vectors_by_hand() -> None:
@@ -217,8 +219,9 @@ def test_same_direction_different_share_is_no_tie() -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_subset_fisher_against_the_explicit_matrix(seed: int) -> None:
+    """12 shapes of 90 prompts: 1,080 instances, each with all of its subsets."""
     noise = generator(seed)
-    batch, pool, size, k, beta, ridge = 5, 3 + seed % 4, 1 + seed % 5, 1 + seed % 3, 0.8, 10.0 ** (seed % 5 - 3)
+    batch, pool, size, k, beta, ridge = 90, 3 + seed % 4, 1 + seed % 5, 1 + seed % 3, 0.8, 10.0 ** (seed % 5 - 3)
     features_BCD = torch.randn(batch, pool + 1, size, generator=noise, dtype=torch.float64)
     rewards_BC = torch.randn(batch, pool + 1, generator=noise, dtype=torch.float64)
     gram_BCC = features_BCD @ features_BCD.mT
@@ -263,6 +266,18 @@ def test_subset_fisher_masks_and_short_rows() -> None:
 
 
 # Edges ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", fisher.SOLVERS)
+def test_uncertified_selection_is_the_same(solver: str) -> None:
+    """`certify=False` leaves out the bound and nothing else; by rows as by the matrix."""
+    vectors_BND = torch.randn(12, 9, 4, generator=generator(20), dtype=torch.float64)
+    full, bare = (select_logdet(vectors_BND, 4, 0.1, solver=solver, certify=certify) for certify in (True, False))
+    for name in ("indices_BK", "gains_BK", "logdet_B", "mask_BK", "ties_B"):
+        assert torch.equal(getattr(full, name), getattr(bare, name)), name
+    assert bool(full.upper_bound_B.isfinite().all())
+    if solver != "exact":  # whose optimum is its own bound
+        assert bool(bare.upper_bound_B.isnan().all())
 
 
 @pytest.mark.parametrize("solver", fisher.SOLVERS)
@@ -448,3 +463,28 @@ def test_bad_names_and_limits() -> None:
         select_logdet(torch.ones(1, 40, 2), 10, 1.0, solver="exact")
     with pytest.raises(UserError, match=r"above its limit of 1,000: use solver=greedy"):
         select_logdet(torch.ones(1, 1_001, 2), 2, 1.0, solver="swap")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_names_its_rows(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    features_BCD = torch.randn(4, 6, 3, generator=generator(21), dtype=torch.float64)
+    rewards_BC = torch.randn(4, 6, generator=generator(22), dtype=torch.float64)
+    mask_BN = torch.ones(4, 5, dtype=torch.bool)
+    mask_BN[1, 4] = False
+    features_BCD[1, 5] = value  # masked: nobody looks there
+    vectors_BND = features_BCD[:, 1:].clone()
+    gram_BCC = features_BCD @ features_BCD.mT
+    assert bool(select_logdet(vectors_BND, 2, 1.0, mask_BN=mask_BN).logdet_B.isfinite().all())
+    assert bool(select_subset_fisher(gram_BCC, rewards_BC, 1.0, 2, 1.0, mask_BN).logdet_B.isfinite().all())
+    vectors_BND[2, 3, 1] = value
+    with pytest.raises(UserError, match=r"not finite in 1 of 4 prompts: rows \[2\]"):
+        select_logdet(vectors_BND, 2, 1.0, mask_BN=mask_BN)
+    gram_BCC[3, 1, 1] = value
+    with pytest.raises(UserError, match=r"rows \[3\]"):
+        select_subset_fisher(gram_BCC, rewards_BC, 1.0, 2, 1.0, mask_BN)
+    rewards_BC[0, 0] = value
+    with pytest.raises(UserError, match=r"rows \[0\]"):
+        select_subset_fisher(torch.eye(6).expand(4, 6, 6), rewards_BC, 1.0, 2, 1.0, mask_BN)
+    monkeypatch.setattr(fisher, "DENSE_POOL", 3)  # by rows, as a pool of 10,000 is
+    with pytest.raises(UserError, match=r"rows \[2\]"):
+        select_logdet(vectors_BND, 2, 1.0, mask_BN=mask_BN)

@@ -239,7 +239,7 @@ def test_a_hub_set_out_of_reach(monkeypatch):
         Jsonl(hub_id="owner/name").load()
     for both in ({"path": "x", "hub_id": "y"}, {}):
         with pytest.raises(UserError, match=r"dataset\.path=FILE .*or dataset\.hub_id"):
-            Jsonl(**both)
+            Jsonl(**both).files()
 
 
 def test_a_prompt_may_stand_in_the_conversations_alone(path):

@@ -3,6 +3,8 @@
 import inspect
 import itertools
 import math
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from massdpo.selectors import (
     Random,
     Sampled,
     check_pools,
+    check_selection,
     hardest_overlap,
     overlap,
     take_best,
@@ -333,10 +336,30 @@ def test_mass_ignores_length_scale_when_normalised() -> None:
     assert Mass(3)(pool).index_BK.tolist() == Mass(3)(scaled).index_BK.tolist()
 
 
-def test_mass_on_ten_thousand_candidates() -> None:
-    pool = make_pool(batch=1, size=10_000, width=16)
-    picks = Mass(4)(pool)
-    assert len(sets(picks)[0]) == 4
+BIG = """
+import torch
+from massdpo.benchmark.measure import peak_bytes
+from massdpo.batch import PoolStatistics, Scores
+from massdpo.selectors import Mass
+
+noise = torch.Generator().manual_seed(0)
+logp_BC, mask_BC = torch.randn(1, 10_001, generator=noise), torch.ones(1, 10_001, dtype=torch.bool)
+features_BCD = torch.randn(1, 10_001, 256, generator=noise)
+scores = Scores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
+pool = PoolStatistics(scores, torch.zeros_like(logp_BC), 0.5, torch.rand(1, 10_000, generator=noise), ["big"])
+assert len(set(Mass(4)(pool).index_BK[0].tolist())) == 4
+print(peak_bytes(lambda: Mass(4)(pool)))
+"""
+
+
+def test_mass_on_ten_thousand_candidates_in_bounded_memory() -> None:
+    """The features are 10 MB, 20 in float64; all inner products would be 800 MB."""
+    done = subprocess.run([sys.executable, "-c", BIG], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 150e6
+
+
+def test_large_pools_are_selected_from_by_rows() -> None:
     small = make_pool(batch=2, size=300, width=16)
     by_matrix = Mass(4)(small)
     limit, fisher.DENSE_POOL = fisher.DENSE_POOL, 100
@@ -350,6 +373,14 @@ def test_mass_on_ten_thousand_candidates() -> None:
             Mass(2, solver="swap")(small)
     finally:
         fisher.DENSE_POOL = limit
+
+
+def test_what_is_only_logged_is_computed_when_it_is_logged() -> None:
+    pool, silent = make_pool(seed=14), make_pool(seed=14)
+    silent.observe = False
+    for selector in (Mass(3), Mass(3, solver="swap"), Adpo(3)):
+        assert selector(silent).index_BK.tolist() == selector(pool).index_BK.tolist()
+        assert "certified_ratio" in selector(pool).info and "certified_ratio" not in selector(silent).info
 
 
 def test_dpp_follows_the_determinant() -> None:
@@ -399,6 +430,16 @@ def test_check_pools() -> None:
     check_pools([1, 4], 3, "all")
     with pytest.raises(UserError, match="1 of 2 prompts"):
         check_pools([1, 4], 3, "error")
+
+
+def test_pools_are_checked_before_training() -> None:
+    check_selection({"k": 3, "short_pool": "all"}, [1, 4])
+    check_selection({"_target_": "massdpo.selectors.Full"}, [1, 4])
+    check_selection({"k": 4, "short_pool": "error", "solver": "exact"}, [20, 20])
+    with pytest.raises(UserError, match="1 of 2 prompts"):
+        check_selection({"k": 3, "short_pool": "error"}, [1, 4])
+    with pytest.raises(UserError, match=r"847,660,528 subsets .10 of 40 candidates.*use solver=swap"):
+        check_selection({"k": 10, "short_pool": "error", "solver": "exact"}, [20, 40])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

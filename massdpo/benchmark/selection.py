@@ -6,10 +6,7 @@ Suffixes: B prompts, N pool negatives, K selected, D features.
 
 import csv
 import io
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+from massdpo.benchmark.measure import alternate, commit, machine, medians
 from massdpo.fisher import design_vectors, select_logdet
 from massdpo.store import replacing, write_json, write_text
 
@@ -42,11 +40,13 @@ def sherman_morrison_batched(vectors_BND: Tensor, k: int, ridge: float) -> Tenso
     rows_B = torch.arange(batch)
     open_BN = torch.ones(vectors_BND.shape[:2], dtype=torch.bool)
     picked = []
-    for _ in range(k):
+    for step in range(k):
         weighted_BND = vectors_BND @ inverse_BDD
         gain_BN = (weighted_BND * vectors_BND).sum(-1)
         index_B = gain_BN.masked_fill(~open_BN, -torch.inf).argmax(-1)
         picked.append(index_B)
+        if step == k - 1:
+            break
         open_BN[rows_B, index_B] = False
         direction_BD1 = weighted_BND[rows_B, index_B][..., None]
         shrink_B11 = 1.0 / (1.0 + gain_BN[rows_B, index_B])[:, None, None]
@@ -63,36 +63,41 @@ def problem(batch: int, pool: int, size: int, seed: int = 0) -> tuple[Tensor, fl
     return vectors_BND, float(vectors_BND.square().sum(-1).mean())
 
 
-def median_ms(action: Callable[[], object], rounds: int) -> float:
-    """Median wall-clock of `rounds` calls after a warm one, in milliseconds."""
+def median_seconds(action: Callable[[], object], rounds: int) -> float:
+    """Median wall-clock of `rounds` calls after a warm one."""
     action()
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(seconds)
+    return statistics.median(seconds)
 
 
 def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, rounds: int = 5) -> dict[str, object]:
-    """Both algorithms on one problem, warm, in float64: milliseconds a prompt, speed-ups, and whether the picks agree.
+    """Both algorithms on one problem, warm, in alternation: milliseconds a prompt, speed-ups, whether the picks agree.
 
-    Ours includes the proved upper bound. The published one is also timed in float32 and with prompts batched by 16 (one
-    inverse of 2,048 x 2,048 is 34 MB).
+    Both in float64, and what is headed `speedup_vs_sherman_morrison` includes the proved upper bound, which the published
+    algorithm has not; it is also timed in float32 and with prompts batched by 16 (one inverse of 2,048 x 2,048 is 34 MB).
     """
     vectors_BND, ridge = problem(batch, pool, size)
     single_BND = vectors_BND.float()
     exact_BND = vectors_BND[:16]
-    times = {
-        "greedy": median_ms(lambda: select_logdet(vectors_BND, k, ridge), 4 * rounds),
-        "greedy_float32_input": median_ms(lambda: select_logdet(single_BND, k, ridge), 4 * rounds),
-        "sherman_morrison": median_ms(lambda: sherman_morrison(vectors_BND, k, ridge), rounds),
-        "sherman_morrison_float32": median_ms(lambda: sherman_morrison(single_BND, k, ridge), rounds),
-        "sherman_morrison_batched": median_ms(
-            lambda: [sherman_morrison_batched(part_BND, k, ridge) for part_BND in vectors_BND.split(16)], rounds
+    sides: dict[str, Callable[[], object]] = {
+        "greedy": lambda: median_seconds(lambda: select_logdet(vectors_BND, k, ridge), 4 * rounds),
+        "greedy_without_bound": lambda: median_seconds(
+            lambda: select_logdet(vectors_BND, k, ridge, certify=False), 4 * rounds
         ),
+        "greedy_float32_input": lambda: median_seconds(lambda: select_logdet(single_BND, k, ridge), 4 * rounds),
+        "exact": lambda: median_seconds(lambda: select_logdet(exact_BND, k, ridge, solver="exact"), rounds),
+        "sherman_morrison": lambda: sherman_morrison(vectors_BND, k, ridge),
+        "sherman_morrison_float32": lambda: sherman_morrison(single_BND, k, ridge),
+        "sherman_morrison_batched": lambda: [
+            sherman_morrison_batched(part_BND, k, ridge) for part_BND in vectors_BND.split(16)
+        ],
     }
-    exact_ms = median_ms(lambda: select_logdet(exact_BND, k, ridge, solver="exact"), rounds)
+    seconds = medians(alternate(sides, rounds))
+    per_prompt = {name: 1e3 * second / (16 if name == "exact" else batch) for name, second in seconds.items()}
     ours_BK = select_logdet(vectors_BND, k, ridge).indices_BK
     return {
         "prompts": batch,
@@ -100,11 +105,10 @@ def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, round
         "dimension": size,
         "k": k,
         "same_picks": bool(torch.equal(ours_BK, sherman_morrison(vectors_BND, k, ridge))),
-        "speedup_vs_sherman_morrison": times["sherman_morrison"] / times["greedy"],
-        "speedup_vs_sherman_morrison_batched": times["sherman_morrison_batched"] / times["greedy"],
-        "speedup_vs_sherman_morrison_float32": times["sherman_morrison_float32"] / times["greedy_float32_input"],
-        "exact_ms_per_prompt": exact_ms / len(exact_BND),
-        **{f"{name}_ms_per_prompt": milliseconds / batch for name, milliseconds in times.items()},
+        "speedup_vs_sherman_morrison": seconds["sherman_morrison"] / seconds["greedy"],
+        "speedup_vs_sherman_morrison_batched": seconds["sherman_morrison_batched"] / seconds["greedy"],
+        "speedup_vs_sherman_morrison_float32": seconds["sherman_morrison_float32"] / seconds["greedy_float32_input"],
+        **{f"{name}_ms_per_prompt": milliseconds for name, milliseconds in per_prompt.items()},
     }
 
 
@@ -124,7 +128,7 @@ def growth(
     for axis, size, pool, k in cases:
         vectors_BND, ridge = problem(batch, pool, size)
         for algorithm, picks_of in (("greedy", select_logdet), ("sherman_morrison", sherman_morrison)):
-            milliseconds = median_ms(partial(picks_of, vectors_BND, k, ridge), rounds) / batch
+            milliseconds = 1e3 * median_seconds(partial(picks_of, vectors_BND, k, ridge), rounds) / batch
             row = {"axis": axis, "d": size, "N": pool, "k": k, "algorithm": algorithm, "ms_per_prompt": milliseconds}
             rows.append(row)
     return rows
@@ -152,20 +156,9 @@ def draw_growth(rows: list[dict[str, object]], out: Path) -> None:
     plt.close(figure)
 
 
-def origin() -> dict[str, object]:
-    """The commit and the machine that a number belongs to."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
-    return {
-        "commit": git.stdout.strip() if git.returncode == 0 else "unknown",
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads",
-    }
-
-
 def run(out: Path) -> None:
     """Measure and write `selection.json` and `selection_growth.csv/png/svg` into the folder `out`."""
-    result = {**measure(), **origin()}
+    result = {**measure(), "commit": commit(), "machine": machine()}
     for key, value in result.items():
         print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}")
     write_json(out / "selection.json", result)

@@ -49,19 +49,19 @@ class Jsonl:
     _report: Counter[str] = field(default_factory=Counter, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if bool(self.path) == bool(self.hub_id):
-            raise UserError(
-                "dataset=jsonl needs dataset.path=FILE (lines of prompt, chosen, rejected) or dataset.hub_id"
-            )
         BadRows(self.bad_rows)
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
         if self.val_fraction + self.test_fraction >= 1:
-            raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: training needs rows too")
+            raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
 
     @cached_property
     def _place(self) -> Path:
+        if bool(self.path) == bool(self.hub_id):
+            raise UserError(
+                "dataset=jsonl needs dataset.path=FILE (lines of prompt, chosen, rejected) or dataset.hub_id"
+            )
         return hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
 
     def files(self) -> list[Path]:

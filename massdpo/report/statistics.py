@@ -5,6 +5,7 @@ Suffixes: S seeds, P test prompts, R resamples.
 
 import csv
 import io
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -84,9 +85,12 @@ class BootstrapCache:
         self._known: dict[str, Difference] = {}
         self._used: dict[str, Difference] = {}
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    self._known[row["key"]] = Difference(*(float(row[name]) for name in Difference._fields))
+            lines = list(csv.reader(path.read_text(encoding="utf-8", errors="replace").splitlines()))[1:]
+            sound = [line for line in lines if len(line) == 6 and line[5] == _checksum(line[:5])]
+            self._known = {key: Difference(*map(float, numbers)) for key, *numbers, _ in sound}
+            if len(sound) < len(lines):
+                told = f"{path}: {len(lines) - len(sound)} damaged line(s) are left out and computed again"
+                print(f"warning: {told}", file=sys.stderr)
 
     def difference(self, difference_SP: Floats) -> Difference:
         key = store.digest("pigeonhole", RESAMPLES, list(difference_SP.shape), difference_SP.tobytes())
@@ -100,6 +104,12 @@ class BootstrapCache:
         """Keep what was used since reading, so that the file holds what its tables need and no more."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["key", *Difference._fields])
-        writer.writerows([key, *difference] for key, difference in sorted(self._used.items()))
+        writer.writerow(["key", *Difference._fields, "checksum"])
+        for key, difference in sorted(self._used.items()):
+            line = [key, *map(repr, difference)]
+            writer.writerow([*line, _checksum(line)])
         store.write_text(self.path, text.getvalue())
+
+
+def _checksum(line: Sequence[str]) -> str:
+    return store.digest(list(line))[:8]
