@@ -135,7 +135,7 @@ def start(config: DictConfig) -> Accelerator:
     logging.getLogger("accelerate.utils.other").setLevel(
         logging.ERROR
     )  # tells of every tied weight at every checkpoint
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
     expected = int(os.environ.get("WORLD_SIZE", 1))

@@ -244,8 +244,9 @@ def select_logdet_gram(
     """`select_logdet` from the inner products `v_i . v_j` alone."""
     check_name("solver", solver, SOLVERS)
     gram_BNN = gram_BNN.double() * _factor(ridge, scale, gram_BNN)[:, None, None]
+    if mask_BN is not None:
+        gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
     mask_BN = _selectable(mask_BN, gram_BNN[..., 0])
-    gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
     _check_finite(gram_BNN)
     start = _greedy_gram(gram_BNN, mask_BN, k, certify)
     if certify and gram_BNN.shape[1] <= DENSE_POOL:
@@ -324,7 +325,7 @@ def _greedy(
         open_BN = excess_BN.masked_fill(taken_BN, -math.inf)
         best_B1 = open_BN.amax(-1, keepdim=True)
         tied_BN = open_BN >= best_B1 * (1 - 1e-10) - round_off_B1
-        index_B1 = tied_BN.to(torch.uint8).argmax(-1, keepdim=True)  # the first of equals
+        index_B1 = tied_BN.view(torch.uint8).argmax(-1, keepdim=True)  # the first of equals
         index_B = index_B1[:, 0]
         picked_B1 = excess_BN.gather(1, index_B1)
         opens.append(open_BN)
@@ -359,8 +360,10 @@ def _greedy(
 
 
 def _greedy_gram(gram_BNN: Tensor, mask_BN: Tensor, k: int, certify: bool) -> LogdetSelection:
+    rows_B = _rows(mask_BN[:, 0])
+
     def row(index_B: Tensor) -> Tensor:
-        return gram_BNN[_rows(index_B), index_B]
+        return gram_BNN[rows_B, index_B]
 
     return _greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k, certify)
 

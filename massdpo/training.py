@@ -176,7 +176,10 @@ def _step(
     for number in range(micro):
         batch = next(loader).to(accelerator.device)
         with accelerator.no_sync(scorer) if number < micro - 1 else nullcontext():
-            loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
+            try:
+                loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
+            except UserError as error:  # log-probs that are not finite: the scorer names the examples
+                raise UserError(f"step {position.step} of {stage.name}: {error}") from error
             real_B = _real(batch, rows, number, size, accelerator)
             # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
             loss = (loss_B * real_B).sum() * world / len(rows)

@@ -65,7 +65,11 @@ def zipped(members: dict[str, bytes]) -> bytes:
 
 
 def test_an_archive_is_fetched_once_checked_unpacked_and_prepared(
-    site: tuple[Path, str], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    site: tuple[Path, str],
+    cache: Cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, address = site
     write_movielens(tmp_path, MovieLens100K)
@@ -75,7 +79,11 @@ def test_an_archive_is_fetched_once_checked_unpacked_and_prepared(
     source = WebFiles(((f"{address}ml-100k.zip", checksum),), inside="ml-100k")
     monkeypatch.setitem(SOURCES, "movielens_100k", source)
     config = node("movielens_100k", num_negatives=5)
-    first, second = prepare(config, cache), prepare(config, cache)
+    first = prepare(config, cache)
+    told = capsys.readouterr().err
+    assert "100%" in told and told.count(config["terms"]) == 1, "a progress bar, and the terms of use once"
+    second = prepare(config, cache)
+    assert capsys.readouterr().err == ""
     assert Quiet.asked == ["/ml-100k.zip"] and first.digest == second.digest and len(first.train) > 0
 
 
@@ -96,8 +104,15 @@ def test_no_file_or_no_network_says_what_to_put_where(
 ) -> None:
     address = site[1] + path if path else "http://127.0.0.1:9/u.json"  # port 9 (discard) is closed
     monkeypatch.setitem(SOURCES, "lastfm", WebFiles(((address, "0" * 64),)))
-    with pytest.raises(UserError, match=r"lastfm could not be fetched .*put \w+.json .*set dataset.raw_dir"):
+    why = "404" if path else "no connection"
+    with pytest.raises(UserError, match=rf"lastfm could not be fetched .*{why}.*: put \w+.json .*set dataset.raw_dir"):
         fetch("lastfm", cache)
+    monkeypatch.setitem(SOURCES, "movielens_100k", WebFiles(((f"{address}.zip", "0" * 64),), inside="ml-100k"))
+    with pytest.raises(
+        UserError, match=r"unpack .*\.zip \(SHA-256 0+\), take its folder ml-100k and set dataset.raw_dir"
+    ):
+        fetch("movielens_100k", cache)
+    assert not list(cache.root.glob("raw/[!.]*/")), "a failed fetch must leave nothing behind"
 
 
 def test_offline_hub(cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

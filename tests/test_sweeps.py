@@ -1,4 +1,4 @@
-"""Every sweep in both sizes: its jobs can be composed and run; what it will make is noted; shared runs are made once."""
+"""Every sweep can be composed and run in both sizes, what it will make is noted, and shared runs are made once."""
 
 import json
 import os
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
 
 from massdpo.config import compose, run_name, validate
 from massdpo.report.rows import expected_runs
@@ -21,84 +21,79 @@ from massdpo.sweeps import jobs_of
 from tests.conftest import ROOT
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
-METHODS = set("sft dpo dmpo mppo sdpo hardest hardest_logp full adpo interleaved mass".split())
-BENCHMARKS = set("synthetic_mcqa synthetic_rec lastfm movielens_100k qasc medmcqa".split())
-TINY = (  # the smallest that goes through every stage
-    "dataset.num_train=8 dataset.num_val=4 dataset.num_test=4 dataset.num_negatives=4 k=2 trainer.sft.epochs=1"
-    " trainer.preference.epochs=1 trainer.preference.limit=8 trainer.threads=1 trainer.save_policy=false logger=none"
-).split()
+SETTINGS = sorted(f"{file.parent.name}/{file.stem}" for file in (ROOT / "conf" / "setting").glob("*/*.yaml"))
+METHODS = {
+    *("sft", "dpo", "dmpo", "mppo", "sdpo", "hardest", "hardest_logp", "full", "adpo", "interleaved", "mass"),
+}
+BENCHMARKS = {"synthetic_mcqa", "synthetic_rec", "lastfm", "movielens_100k", "qasc", "medmcqa"}
+TINY = [  # the smallest that goes through every stage
+    *("dataset.num_train=8", "dataset.num_val=4", "dataset.num_test=4", "dataset.num_negatives=4", "logger=none"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.threads=1", "trainer.save_policy=false"),
+]
 
 
-@pytest.fixture
-def multirun(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """Hydra's own config of `python run.py -m OVERRIDES`, as its callbacks get it."""
-    monkeypatch.setenv("MASSDPO_ROOT", str(ROOT))
-
-    def composed(*overrides: str) -> DictConfig:
-        loader = GlobalHydra.instance().config_loader()
-        return loader.load_configuration("config", [*overrides], RunMode.MULTIRUN)
-
+def jobs(*overrides: str) -> list[list[str]]:
+    """The overrides of each job of `python run.py -m OVERRIDES`."""
+    os.environ["MASSDPO_ROOT"] = str(ROOT)
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        yield composed
+        loader = GlobalHydra.instance().config_loader()
+        return jobs_of(loader.load_configuration("config", [*overrides], RunMode.MULTIRUN))
 
 
 @pytest.mark.parametrize("size", ["mini", "paper"])
 @pytest.mark.parametrize("sweep", SWEEPS)
-def test_a_sweep_has_a_first_line_a_view_and_jobs(sweep: str, size: str, multirun) -> None:  # type: ignore[no-untyped-def]
+def test_a_sweep_has_a_first_line_a_view_and_jobs(sweep: str, size: str) -> None:
     lines = (ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_", "Hydra reads it on the first line alone"
     assert lines[1].startswith(f"# python run.py -m sweeps={sweep}")
-    jobs = jobs_of(multirun(f"sweeps={sweep}", f"size={size}"))
-    assert len(jobs) >= 12 and len({tuple(job) for job in jobs}) == len(jobs)
-    assert VIEWS[sweep].metrics
-    rows_of = VIEWS[sweep].rows_of or sweep
-    seen = set()
-    for job in jobs[:: len(jobs) // 12]:  # composing takes a fifth of a second
-        config = compose(job)
-        assert config.sweep == rows_of
-        if config.trainer.device == "cpu" or size == "mini":  # what it needs of the machine is not ours to have
-            validate(config)
-        seen.add(run_name(config))
-    assert len(seen) >= 12
+    all_jobs = jobs(f"sweeps={sweep}", f"size={size}")
+    assert len(all_jobs) >= 12 and len({tuple(job) for job in all_jobs}) == len(all_jobs)
+    first, last = (compose(job) for job in (all_jobs[0], all_jobs[-1]))
+    assert first.sweep == last.sweep == (VIEWS[sweep].rows_of or sweep)
+    assert run_name(first) != run_name(last)
+    if size == "mini":  # what the other size needs of the machine is not there everywhere
+        validate(first)
+        validate(last)
 
 
-def test_the_main_table_has_all_benchmarks_families_methods_and_five_seeds(multirun) -> None:  # type: ignore[no-untyped-def]
-    jobs = [dict(part.split("=", 1) for part in job) for job in jobs_of(multirun("sweeps=main"))]
-    settings = {job["setting"] for job in jobs}
-    assert {setting.removeprefix("mini/") for setting in settings} >= BENCHMARKS
-    of = {setting: compose([f"setting={setting}"]).choices for setting in settings}
-    models = {choices.model: {c.dataset for c in of.values() if c.model == choices.model} for choices in of.values()}
-    assert models["tiny_llama"] == BENCHMARKS
-    assert sorted(map(len, models.values()), reverse=True)[1:] == [2, 2]
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_is_there_in_both_sizes_and_possible(setting: str) -> None:
+    size, name = setting.split("/")
+    assert f"{'paper' if size == 'mini' else 'mini'}/{name}" in SETTINGS
+    config = compose([f"setting={setting}"])
+    assert name.startswith(config.choices.dataset)
+    if size == "mini":
+        validate(config)
+        assert config.choices.model.startswith("tiny_") and config.trainer.threads == 1
+
+
+def test_the_main_table_has_all_benchmarks_families_methods_and_five_seeds() -> None:
+    options = [dict(part.split("=", 1) for part in job) for job in jobs("sweeps=main")]
+    settings = {job["setting"] for job in options}
+    choices = [compose([f"setting={setting}"]).choices for setting in sorted(settings)]
+    datasets: dict[str, set[str]] = {}
+    for choice in choices:
+        datasets.setdefault(choice.model, set()).add(choice.dataset)
+    assert datasets.pop("tiny_llama") == BENCHMARKS
+    assert [len(of_family) for of_family in datasets.values()] == [2, 2]
     for setting in settings:
-        here = [job for job in jobs if job["setting"] == setting]
+        here = [job for job in options if job["setting"] == setting]
         assert {job["method"] for job in here} == METHODS and {job["seed"] for job in here} == set("01234")
 
 
-def test_options_of_the_command_line_win_over_the_sweep(multirun) -> None:  # type: ignore[no-untyped-def]
-    jobs = jobs_of(multirun("sweeps=main", "setting=mini/lastfm", "method=mass", "seed=7", "beta=0.1,0.2"))
-    config = compose(jobs[0])
-    assert len(jobs) == 2 and (config.seed, config.beta, config.choices.dataset) == (7, 0.1, "lastfm")
+def test_methods_share_every_option_but_their_own() -> None:
+    """One setting for all: a method is a selector, a loss and a k; `sft` is the start, without a preference stage."""
+    for file in sorted((ROOT / "conf" / "method").glob("*.yaml")):
+        node = yaml.safe_load(file.read_text(encoding="utf-8"))
+        assert [next(iter(line)) for line in node.pop("defaults")] == ["override /selector", "override /loss"]
+        node.pop("k", None)
+        assert node == ({"trainer": {"preference": {"epochs": 0}}} if file.stem == "sft" else {})
 
 
-@pytest.mark.parametrize("size", ["mini", "paper"])
-def test_methods_share_every_option_but_their_own(size: str) -> None:
-    """One setting for all: a method differs in selector, loss, k (dpo: 1) and, for the start alone, in its epochs."""
-    settings = sorted((ROOT / "conf" / "setting" / size).glob("*.yaml"))
-    assert settings
-    for file in settings:
-        base = None
-        for method in sorted(METHODS):
-            values = OmegaConf.to_container(compose([f"setting={size}/{file.stem}", f"method={method}"]))
-            assert isinstance(values, dict)
-            for key in ("selector", "loss", "choices", "k"):
-                values.pop(key)
-            if method == "sft":
-                assert values["trainer"]["preference"].pop("epochs") == 0
-            else:
-                assert values["trainer"]["preference"].pop("epochs") > 0
-            base = base or values
-            assert values == base, f"{file.stem} {method}"
+def test_options_of_the_command_line_win_over_the_sweep() -> None:
+    made = jobs("sweeps=main", "setting=mini/lastfm", "method=mass", "seed=7", "beta=0.1,0.2")
+    config = compose(made[0])
+    assert len(made) == 2 and (config.seed, config.beta, config.choices.dataset) == (7, 0.1, "lastfm")
 
 
 def test_raw_data_come_from_data_dir_or_are_fetched() -> None:
@@ -110,22 +105,25 @@ def test_raw_data_come_from_data_dir_or_are_fetched() -> None:
 
 def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MASSDPO_CACHE": str(cwd / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "run.py"), *TINY, *overrides]
+    command = [sys.executable, str(ROOT / "run.py"), "-m", *TINY, *overrides]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow  # three processes that import torch
 def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
-    done = run("-m", "selector=random,mass", "seed=0,1", "sweep=first", "runs_dir=runs", cwd=tmp_path)
+    done = run("selector=random,mass", "seed=0,1", "k=2", "sweep=first", "runs_dir=runs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     expected = expected_runs(tmp_path / "runs" / "first")
     made = {path.parent.name for path in (tmp_path / "runs" / "first").glob("*/metrics.json")}
     assert set(expected) == made and len(made) == 4  # noted before the first job, by the names they then took
-    assert {noted["job"].split()[0] for noted in expected.values()} == {"selector=random", "selector=mass"}
+    asked = {
+        tuple(part for part in noted["job"].split() if part[:4] in ("sele", "seed")) for noted in expected.values()
+    }
+    assert asked == {(f"selector={name}", f"seed={seed}") for name in ("random", "mass") for seed in (0, 1)}
 
     # Another sweep that shares two runs with it and fails in two others; both processes of joblib find their config.
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    again = run("-m", "selector=mass", "seed=0,1", "k=2,9", "sweep=second", "runs_dir=runs", *launcher, cwd=tmp_path)
+    again = run("selector=mass", "seed=0,1", "k=2,9", "sweep=second", "runs_dir=runs", *launcher, cwd=tmp_path)
     assert again.returncode == 2
     assert again.stdout.count("taken over from") == 2 and "k=9 is above dataset.num_negatives=4" in again.stderr
     second = tmp_path / "runs" / "second"

@@ -1,12 +1,7 @@
-"""The training loop: picks are refreshed when asked, and a run stopped at any moment ends with the same numbers."""
+"""The training loop: picks are refreshed when asked, numbers that go wrong are told. Stopped runs: test_interruption.py."""
 
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,17 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from massdpo import experiment, training
-from massdpo.config import compose
+from massdpo import experiment, losses, stages, training
 from massdpo.errors import UserError
-from tests.conftest import ROOT
-from tests.test_experiment import TINY, cache, metrics, places, steps, timeless, train  # noqa: F401  fixtures too
+from massdpo.store import is_whole
+from tests.test_experiment import cache, metrics, places, steps, train  # noqa: F401  fixtures too
 
-LONG = [  # 96 optimiser steps of some 20 ms: long enough to be stopped in the middle
-    *TINY,
-    *("trainer.preference.epochs=6", "trainer.batch_size=4", "trainer.checkpoint_every=3"),
-]
-
+CHANGE = "chosen_mean_logp_change"
 
 # Refresh --------------------------------------------------------------------------------------------------------------
 
@@ -63,68 +53,6 @@ def test_once_and_epoch_agree_in_the_first_epoch(places: list[str]) -> None:  # 
     assert numbers[0] == numbers[1]
 
 
-# Stopped and resumed --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:  # noqa: F811
-    """The same run, never stopped."""
-    return experiment.train(compose([*LONG, f"runs_dir={tmp_path_factory.mktemp('whole')}", f"cache_dir={cache}"]))
-
-
-def stopped(arguments: list[str], runs: Path, number: signal.Signals, moment: random.Random) -> tuple[Path, int, str]:
-    """Start `run.py`, send it a signal at a random moment of the preference stage: its folder, exit code, stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "run.py", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not list(runs.glob("single/*/checkpoints/[0-9]*")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        time.sleep(0.005)
-    time.sleep(moment.uniform(0, 0.6))
-    process.send_signal(number)
-    err = process.communicate(timeout=60)[1]
-    (folder,) = runs.glob("single/*")
-    return folder, process.returncode, err
-
-
-@pytest.mark.parametrize(
-    "number",
-    [signal.SIGKILL, signal.SIGTERM]
-    + [pytest.param(signal.SIGKILL, marks=pytest.mark.slow, id=f"kill-{again}") for again in range(5)]
-    + [pytest.param(signal.SIGINT, marks=pytest.mark.slow, id="ctrl-c")],
-)
-def test_a_stopped_run_ends_with_the_same_numbers(
-    number: signal.Signals,
-    whole: Path,
-    tmp_path: Path,
-    cache: Path,  # noqa: F811
-) -> None:
-    arguments = [*LONG, f"runs_dir={tmp_path}", f"cache_dir={cache}"]
-    moment = random.Random()  # another moment in every test run: any must do; told when it does not
-    seed = moment.randrange(2**32)
-    folder, code, err = stopped(arguments, tmp_path, number, random.Random(seed))
-    before = json.loads((folder / "status.json").read_text())
-    assert not (folder / "metrics.json").exists(), "the run was over before the signal came: make LONG longer"
-    if number == signal.SIGKILL:
-        assert before["status"] == "running"
-    else:
-        assert code == 130
-        assert before["status"] == "interrupted"
-        assert "Traceback" not in err
-    assert experiment.train(compose(arguments)) == folder
-    assert timeless(folder) == timeless(whole), f"moment {seed}"
-    assert steps(folder) == steps(whole), f"moment {seed}"
-    assert (folder / "predictions.jsonl").read_bytes() == (whole / "predictions.jsonl").read_bytes()
-    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
-    assert not (folder / "checkpoints").exists()
-
-
 # Loop -----------------------------------------------------------------------------------------------------------------
 
 
@@ -142,8 +70,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     places: list[str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from massdpo import losses
-
     calls = []
 
     def breaks(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
@@ -153,6 +79,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     monkeypatch.setattr(losses, "pl", breaks)
     with pytest.raises(UserError, match=r"the loss is not finite at step 3 of preference \(examples .*train/\d+"):
         train(*places, "name=broken")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_names_step_and_examples(
+    places: list[str],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loss is 0 and its gradient is not: sqrt at 0. The checkpoint before that step stays, and is gone on from."""
+    calls = []
+
+    def breaks(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+        calls.append(1)
+        return (rewards_BC[:, 0] * 0).abs().sqrt() if len(calls) == 3 else rewards_BC.sum(-1)
+
+    monkeypatch.setattr(losses, "pl", breaks)
+    examples = r"\(examples (train/\d+, ){15}train/\d+\)"  # all 16 of the step: no one knows which it was
+    options = ["name=broken", "trainer.checkpoint_every=1"]
+    with pytest.raises(UserError, match=rf"the gradient is not finite at step 3 of preference {examples}"):
+        train(*places, *options)
+    runs = Path(places[0].removeprefix("runs_dir="))
+    (checkpoint,) = (runs / "single" / "broken" / "checkpoints").iterdir()
+    assert checkpoint.name.endswith("2")
+    assert is_whole(checkpoint)
+
+
+def test_log_probs_that_are_not_finite_are_told_with_the_step(
+    places: list[str],  # noqa: F811
+) -> None:
+    """A learning rate that throws the weights out of float32's range."""
+    with pytest.raises(UserError, match=r"step \d+ of preference: log-probs that are not finite \(train/\d+"):
+        train(*places, "trainer.preference.learning_rate=1e38", "name=thrown")
+
+
+def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
+    places: list[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wild = ["beta=50", "trainer.preference.learning_rate=0.03", "trainer.preference.epochs=3"]
+    folder = train(*places, *wild)
+    said = capsys.readouterr().err
+    assert said.count("rewards run away") == said.count("log-probs collapse") == 1
+    rows = [row for row in json.loads(steps(folder)) if row["stage"] == "preference" and row["loss"]]
+    limits = {
+        "rewards run away": ("rejected_reward", -stages.RUNAWAY),
+        "log-probs collapse": (CHANGE, -stages.COLLAPSE),
+    }
+    for kind, (column, limit) in limits.items():
+        first = next(int(row["step"]) for row in rows if float(row[column]) < limit)
+        assert re.search(rf"warning: preference, step {first}: .*{kind}", said), column
+    train(*places)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_alarms_are_for_numbers_beyond_their_limits_only() -> None:
+    quiet = {"chosen_reward": 15.9, "rejected_reward": -15.9, "chosen_mean_logp_change": -0.99}
+    assert stages.alarms(quiet) == {}
+    assert list(stages.alarms(quiet | {"chosen_reward": -16.1})) == ["rewards"]
+    assert "+16.1" in stages.alarms(quiet | {"rejected_reward": 16.1})["rewards"]
+    assert list(stages.alarms(quiet | {"chosen_mean_logp_change": -1.01})) == ["chosen"]
 
 
 def test_keep_best_ends_with_the_best_epochs_policy(

@@ -77,8 +77,8 @@ def median_seconds(action: Callable[[], object], rounds: int) -> float:
 def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, rounds: int = 5) -> dict[str, object]:
     """Both algorithms on one problem, warm, in alternation: milliseconds a prompt, speed-ups, whether the picks agree.
 
-    Both in float64, and what is headed `speedup_vs_sherman_morrison` includes the proved upper bound, which the published
-    algorithm has not; it is also timed in float32 and with prompts batched by 16 (one inverse of 2,048 x 2,048 is 34 MB).
+    Both in float64; ours (`greedy`) includes the proved upper bound, which the published algorithm has not. That one is
+    also timed in float32, and with prompts batched by 16 (an inverse of 2,048 x 2,048 is 34 MB).
     """
     vectors_BND, ridge = problem(batch, pool, size)
     single_BND = vectors_BND.float()

@@ -24,6 +24,11 @@ class WebFiles:
     files: tuple[tuple[str, str], ...]
     inside: str = ""
 
+    def wanted(self) -> str:
+        """What to do where nothing can be fetched, up to setting dataset.raw_dir."""
+        named = ", ".join(f"{address.rsplit('/', 1)[1]} (SHA-256 {sha256})" for address, sha256 in self.files)
+        return f"unpack {named}, take its folder {self.inside}" if self.inside else f"put {named} into a folder"
+
 
 @dataclass(frozen=True)
 class HubSet:
@@ -130,7 +135,8 @@ def _fetch_files(name: str, source: WebFiles, folder: Path) -> None:
         try:
             pooch.retrieve(address, f"sha256:{sha256}", fname=file_name, path=folder, progressbar=True)
         except (OSError, requests.RequestException) as error:
-            raise _unreachable(name, address, f"{file_name} (SHA-256 {sha256})", error) from error
+            reason = "no connection" if isinstance(error, requests.ConnectionError | requests.Timeout) else str(error)
+            raise _unreachable(name, address, source.wanted(), reason) from error
         except ValueError as error:  # what pooch raises for another checksum
             raise UserError(
                 f"{address} is not the published file (its SHA-256 is not {sha256}): "
@@ -155,9 +161,8 @@ def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
         try:
             local = hf_hub_download(source.repo, remote, repo_type="dataset", revision=source.revision)
         except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
-            raise _unreachable(
-                name, f"{source.repo} (revision {source.revision})", ", ".join(source.files), error
-            ) from error
+            from_hub = f"huggingface.co/datasets/{source.repo} (revision {source.revision})"
+            raise _unreachable(name, from_hub, f"put {', '.join(source.files)} into a folder", str(error)) from error
         with open(folder / file_name, "w", encoding="utf-8", newline="\n") as file:
             for row in pyarrow.parquet.read_table(local).to_pylist():
                 file.write(json.dumps(convert(row), ensure_ascii=False) + "\n")
@@ -178,11 +183,10 @@ def medmcqa_row(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in ("id", "question", "opa", "opb", "opc", "opd", "cop")}
 
 
-def _unreachable(name: str, address: str, files: str, error: Exception) -> UserError:
-    reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+def _unreachable(name: str, address: str, remedy: str, reason: str) -> UserError:
+    why = reason.split(". ")[0].splitlines()[0] if reason else "no answer"
     return UserError(
-        f"dataset={name} could not be fetched from {address} ({reason}): put {files} into a folder "
-        "and set dataset.raw_dir to it"
+        f"dataset={name} could not be fetched from {address} ({why}): {remedy} and set dataset.raw_dir to it"
     )
 
 

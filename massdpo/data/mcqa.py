@@ -32,8 +32,9 @@ WORDINGS = (
 
 @dataclass(frozen=True)
 class Question:
-    """One labelled question; `answer` is the place of the right option."""
+    """One labelled question; `answer` is the place of the right option, `where` the question's file and line."""
 
+    where: str
     id: str
     stem: str
     options: list[str]
@@ -200,7 +201,7 @@ def _unique(questions: Iterator[Question], path: Path, bad: BadRows) -> list[Que
     kept = []
     for question in questions:
         if question.id in ids:
-            bad(UserError(f"{path}: id {question.id!r:.80} occurs twice"))
+            bad(UserError(f"{question.where}: id {question.id!r:.80} has a line already"))
         else:
             ids.add(question.id)
             kept.append(question)
@@ -222,7 +223,7 @@ def _ai2_question(row: dict[str, Any], place: str) -> Question:
         raise UserError(f"{place}: no 'answerKey': an unlabelled split can be neither trained nor tested on")
     if labels.count(row["answerKey"]) != 1:
         raise UserError(f"{place}: answerKey {row['answerKey']!r:.40} is not one of the labels {', '.join(labels)}")
-    return Question(id, stem, options, labels.index(row["answerKey"]))
+    return Question(place, id, stem, options, labels.index(row["answerKey"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,6 @@ class MedMCQA(MultipleChoice):
                 answer = cop - (self.cop_base or 0)
                 if answer not in range(len(options)):
                     raise UserError(f"{place}: cop {cop} with dataset.cop_base={self.cop_base} points at no option")
-                yield Question(str(row.get("id") or f"{path.stem}:{number}"), stem, options, answer)
+                yield Question(place, str(row.get("id") or f"{path.stem}:{number}"), stem, options, answer)
             except UserError as error:
                 bad(error)
