@@ -4,6 +4,9 @@ PYTHON ?= python3# the interpreter that makes the virtual environment, 3.11 or n
 VENV ?= .venv
 PIP_ARGS ?=# for pip, such as an index with CPU builds of PyTorch
 ARGS ?= selector=mass k=4# overrides for `make run`
+SIZE ?= mini# of a sweep: mini (tiny models, CPU) or paper (pretrained models, GPUs)
+JOBS ?= 2# of a sweep, at a time
+DATA ?=# of a sweep: the folder with public data; none: they are fetched
 DEMO ?= outputs/demo# where `make demo` puts its tables and figures
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -14,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 .PHONY: help setup run demo tables bench test test-long lint types clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.runtime ## install Python packages at their pinned versions, into .venv
 
@@ -24,6 +27,11 @@ run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
 demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures
 	$(BIN)/python run.py -m sweeps=demo hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1
 	$(BIN)/python -m massdpo.report demo --out $(DEMO)
+
+sweep-%: setup ## a sweep and its report: make sweep-main DATA=folder SIZE=mini JOBS=2
+	OMP_NUM_THREADS=1 $(BIN)/python run.py -m sweeps=$* size=$(SIZE) $(if $(DATA),data_dir=$(DATA)) logger=none \
+		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
+	$(BIN)/python -m massdpo.report $*
 
 tables: setup ## tables and figures of every sweep in results/
 	$(BIN)/python -m massdpo.report

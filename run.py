@@ -59,7 +59,7 @@ def main() -> int:
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return 130
-    except ValueError as error:  # Hydra's own, for a group that is no name
+    except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
         say(f"error: {explain(error)}")
         return 2
     except Exception:  # a launcher's process told it when it happened

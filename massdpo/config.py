@@ -261,13 +261,22 @@ def _require(values: Mapping[str, Any], key: str) -> None:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    given = dict(_leaves(values))
     for key, rule in RULES.items():  # in this order: where selector.k is ${k}, k is at fault
-        if key not in given:
+        node, last = _node_of(values, key)
+        if last not in node or (key == "trainer.adapter" and isinstance(node[last], dict)):
             continue
-        value = given[key]
+        value = node[last]
         if not rule.holds(value):
             raise UserError(f"{key}={_shown(value)} is not possible: {rule.allowed}{_near(value, rule.names)}")
+
+
+def _node_of(values: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
+    """The mapping that a dotted key stands in (an empty one, where there is none), and the key's last part."""
+    *above, last = key.split(".")
+    for name in above:
+        inside = values.get(name)
+        values = inside if isinstance(inside, dict) else {}
+    return values, last
 
 
 def _check_part(part: str, node: Mapping[str, Any]) -> None:
@@ -510,7 +519,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(_root() / "conf")):
             config = hydra_compose("config", list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # Hydra: a group that is no name
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # a group that is no name
         raise UserError(explain(error)) from error
     return as_composed(config)
 

@@ -223,10 +223,11 @@ def compute(
     policy = load_start(start_folder, config)
     scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     started = time.perf_counter()
-    reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
-    reference_seconds = time.perf_counter() - started
     bfloat16 = trainer.precision == "bfloat16"
-    stages.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
+    with accelerator.autocast():  # as in training, or rewards would not start at 0
+        reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
+        reference_seconds = time.perf_counter() - started
+        stages.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
 
     width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
     loss = hydra.utils.instantiate(config.loss)

@@ -66,7 +66,7 @@ class PreferenceScorer(nn.Module):
             name = f"{type(self.causal_lm).__name__} with {self.causal_lm.config._attn_implementation} attention"
             if layout == "packed":
                 raise UserError(f"{name} cannot share prompts ({misfit}): set layout=auto or layout=repeated")
-            warnings.warn(f"{name} cannot share prompts ({misfit}): each response repeats its prompt", stacklevel=2)
+            warnings.warn(f"{name} cannot share prompts ({misfit}): each response repeats its prompt", stacklevel=1)
             self.packed = False
 
     def forward(self, batch: Batch, select: Select | None = None) -> Scored:

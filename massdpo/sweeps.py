@@ -35,7 +35,8 @@ class NoteExpected(Callback):
         for folder, runs in expected.items():
             file = folder / EXPECTED
             before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            write_json(file, before | runs)
+            asked = {run["job"] for run in runs.values()}  # before an edit of conf/, the same job had another name
+            write_json(file, {name: run for name, run in before.items() if run["job"] not in asked} | runs)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra has kept the command as it was typed, secrets and all."""

@@ -152,8 +152,8 @@ def fit(
                 _write(stage.checkpoints / "best", position, stage, accelerator)
             position.best = max(position.best, value)
     if options.keep == "best" and stage.epochs:
-        if accelerator.is_fsdp2:
-            scorer.reshard()  # an evaluation leaves the outermost weights gathered, where none can be loaded
+        if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
+            scorer.reshard()  # type: ignore[operator]
         accelerator.load_state(str(stage.checkpoints / "best"))
     return scorer, position
 

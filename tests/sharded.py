@@ -1,19 +1,22 @@
 """`run.py` on CPU processes that shard their weights.
 
-Accelerate shards on accelerators alone: `AcceleratorState` passes over its own FSDP settings on a CPU, where PyTorch's
-FSDP works as well. This opens that one gate; the rest is what a GPU runs.
+Accelerate shards over GPUs alone: on a CPU `AcceleratorState` passes over the FSDP settings that it is given, though
+PyTorch's FSDP works there. This opens that one gate; the rest is what GPUs run.
 """
 
+import os
 import runpy
 import sys
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
+from massdpo import training
 from tests.conftest import ROOT
 
-closed = AcceleratorState.__init__
+closed, save = AcceleratorState.__init__, training._save
 
 
 def opened(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
@@ -25,7 +28,16 @@ def opened(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **option
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
+def save_and_die(stage: training.Stage, position: training.Position, accelerator: Accelerator) -> None:
+    save(stage, position, accelerator)
+    accelerator.wait_for_everyone()
+    if stage.name == "preference":
+        os._exit(1)
+
+
 if __name__ == "__main__":
     AcceleratorState.__init__ = opened  # type: ignore[method-assign]
+    if "DIE_AFTER_CHECKPOINT" in os.environ:
+        training._save = save_and_die
     sys.argv[0] = str(ROOT / "run.py")
     runpy.run_path(sys.argv[0], run_name="__main__")

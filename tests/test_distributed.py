@@ -1,38 +1,123 @@
-"""Two CPU processes train as one process with twice the batch does."""
+"""Two CPU processes train as one process with twice the batch does, with whole weights and with sharded ones."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from accelerate.utils import DistributedType
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoModelForCausalLM
 
+from massdpo import experiment
+from massdpo.errors import UserError
 from tests.conftest import ROOT
 
 SMALL = (
     *("dataset.num_train=60", "dataset.num_val=16", "dataset.num_test=32", "selector=full", "logger=none"),
-    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "name=run"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "trainer.checkpoint_every=2"),
+    *("trainer.keep=best", "name=run"),
 )
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node",
+    "2",
+    str(ROOT / "run.py"),
+]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "fsdp.yaml")]
+SHARDED = [*LAUNCH, "--main_process_port", "0", str(ROOT / "tests" / "sharded.py")]  # 0: any port that is free
 
 
-def losses(launcher: list[str], where: Path, *overrides: str) -> list[float]:
-    environment = os.environ | {"MASSDPO_CACHE": str(where / "cache"), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(ROOT / "run.py"), *SMALL, f"runs_dir={where}", *overrides]
-    done = subprocess.run(command, env=environment, cwd=where, capture_output=True, text=True, timeout=300)
+def train(launcher: list[str], where: Path, batch_size: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    where.mkdir(exist_ok=True)
+    variables = {"MASSDPO_CACHE": str(where / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, *SMALL, f"runs_dir={where}", f"trainer.batch_size={batch_size}"]
+    options: dict[str, Any] = {"cwd": where, "capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, env=os.environ | variables | environment, **options)
+
+
+def losses(done: subprocess.CompletedProcess[str], where: Path) -> list[float]:
     assert done.returncode == 0, done.stderr
     with open(where / "single" / "run" / "history.csv", newline="") as file:
         return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
 
 
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Path]:
+    """The losses and the policy of one process."""
+    where = tmp_path_factory.mktemp("one")
+    found = losses(train([sys.executable, str(ROOT / "run.py")], where, batch_size=16), where)
+    # 60 prompts: the last step of each stage has 12, an unequal share of a full batch.
+    assert len(found) == 8
+    return found, where / "single" / "run" / "policy"
+
+
+def check_policy(policy: Path, expected: Path) -> None:
+    """All weights, as `transformers` loads them. Adam's first steps make 1e-5 of a gradient's last digits."""
+    weights, expected_weights = (load_file(folder / "model.safetensors") for folder in (policy, expected))
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-4)
+    model, info = AutoModelForCausalLM.from_pretrained(policy, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.tie_word_embeddings
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one = losses([sys.executable], tmp_path / "one", "trainer.batch_size=16")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = losses(torchrun, tmp_path / "two", "trainer.batch_size=8")
-    # 60 prompts: the last step has 12, an unequal share of a full batch. Sums in another order differ by about 1e-7.
-    assert len(one) == 8
-    assert two == pytest.approx(one, abs=1e-4)
-    assert '"processes": 2' in (tmp_path / "two" / "single" / "run" / "metrics.json").read_text()
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
+    one: tuple[list[float], Path], tmp_path: Path
+) -> None:
+    two = losses(train(TORCHRUN, tmp_path, batch_size=8), tmp_path)
+    assert two == pytest.approx(one[0], abs=1e-4)  # sums in another order differ by about 1e-6
+    assert json.loads((tmp_path / "single" / "run" / "metrics.json").read_text())["processes"] == 2
+    check_policy(tmp_path / "single" / "run" / "policy", one[1])
+
+
+@pytest.mark.slow
+def test_sharded_weights_train_alike_and_go_on_from_a_checkpoint(one: tuple[list[float], Path], tmp_path: Path) -> None:
+    """The first try dies after the second of four preference steps; the second one goes on from the checkpoint."""
+    died = train(SHARDED, tmp_path, batch_size=8, DIE_AFTER_CHECKPOINT="1")
+    assert died.returncode != 0 and not (tmp_path / "single" / "run" / "metrics.json").exists()
+    again = train(SHARDED, tmp_path, batch_size=8)
+    assert losses(again, tmp_path) == pytest.approx(one[0], abs=1e-4)
+    assert "preference: going on from step 2" in again.stdout and "sft" not in again.stdout
+    assert json.loads((tmp_path / "single" / "run" / "metrics.json").read_text())["processes"] == 2
+    check_policy(tmp_path / "single" / "run" / "policy", one[1])
+
+
+def accelerator(**changes: Any) -> Any:
+    """What `check_sharding` looks at."""
+    settings = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "mixed_precision_policy": None} | changes
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**settings))
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, state=state)
+
+
+@pytest.mark.parametrize("changes", [{"fsdp_version": 1}, {"cpu_ram_efficient_loading": True}])
+def test_settings_that_a_sharded_run_cannot_use(changes: dict[str, Any]) -> None:
+    experiment.check_sharding(accelerator())
+    with pytest.raises(UserError, match=f"set (fsdp_)?{next(iter(changes))}: "):
+        experiment.check_sharding(accelerator(**changes))
+
+
+def test_sharded_log_probs_stay_in_float32() -> None:
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    found = accelerator(mixed_precision_policy=policy)
+    experiment.check_sharding(found)
+    policy = found.state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # Accelerate writes into it
+    options = {"device": "cpu", "precision": "float32", "threads": None, "generate": False}
+    with pytest.raises(UserError, match="over several GPUs only"):
+        experiment.start(OmegaConf.create({"trainer": options}))

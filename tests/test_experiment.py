@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -187,18 +188,28 @@ def test_selector_trains_two_steps_with_every_loss(
 # Same numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_repeats_to_the_last_digit_and_workers_change_nothing(finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_same_seed_repeats_to_the_last_byte_and_workers_change_nothing(
+    workers: int, finished: Path, tmp_path: Path
+) -> None:
     """From the start: nothing is shared through the cache."""
-    again = train(f"runs_dir={tmp_path}", f"cache_dir={tmp_path}", "trainer.save_policy=true", "trainer.workers=2")
+    options = ["trainer.save_policy=true", f"trainer.workers={workers}"]
+    again = train(f"runs_dir={tmp_path}", f"cache_dir={tmp_path}", *options)
     assert timeless(again) == timeless(finished)
     assert steps(again) == steps(finished)
-    assert (again / "predictions.jsonl").read_bytes() == (finished / "predictions.jsonl").read_bytes()
+    for name in ("predictions.jsonl", "policy/model.safetensors", "policy/tokenizer.json", "policy/config.json"):
+        assert (again / name).read_bytes() == (finished / name).read_bytes(), name
 
 
 def test_another_seed_gives_other_numbers(finished: Path, places: list[str]) -> None:
+    """Start weights, the order of the data and what is picked: no logged loss of either stage is the same."""
     other = train(*places, "seed=1")
     assert metrics(other)["seed"] == 1
     assert metrics(other)["margin"] != metrics(finished)["margin"]
+    rows = [[row for row in json.loads(steps(run)) if row["loss"]] for run in (finished, other)]
+    pairs = [(first, second) for first, second in zip(*rows, strict=True) if first["loss"] == second["loss"]]
+    # before anything is learned all rewards are 0 and the loss is log(1 + k), whatever the seed
+    assert all(first["stage"] == "preference" and first["step"] == "1" for first, _ in pairs)
     ids = [[json.loads(line)["id"] for line in (run / "predictions.jsonl").open()] for run in (finished, other)]
     assert ids[0] == ids[1]  # the test set is the dataset seed's
 
@@ -274,6 +285,40 @@ def test_bad_data_is_one_line_and_exit_code_2(
     assert [line[:6] for line in errors if not line.startswith("warning:")] == ["error:"]
     assert said in errors[-1]
     assert list((tmp_path / "runs").rglob("metrics.json")) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["dataset.num_train=3190"], "dataset.num_train + num_val + num_test = 3238, but the knowledge base has 3200"),
+        (["dataset.num_test=4000"], "dataset.num_test=4000 is not possible: it must lie between 1 and 3200"),
+        (["dataset.num_negatives=60", "k=4"], "dataset.num_negatives=60 is not possible: it must lie between 1 and 50"),
+        (["trainer.max_length=8"], "exceed max_length=8: raise it to at least"),
+        (
+            ["trainer.max_length=8", "model.config.max_position_embeddings=8"],
+            "exceed max_length=8: raise it to at least",
+        ),
+        (["selector=adpo", "k=1", "loss=dpo", "dataset.near_duplicates=2"], "dataset.near_duplicates=2"),
+    ],
+    ids=["splits", "one split", "pool", "length", "context", "share"],
+)
+def test_what_the_data_does_not_allow_is_told_before_anything_is_trained(
+    options: list[str], said: str, tmp_path: Path, places: list[str], main: Main
+) -> None:
+    code, _, err = main(*TINY, *places, *options)
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ") and said in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pretrained_models_context_is_kept_to(finished: Path, places: list[str], tmp_path: Path) -> None:
+    shutil.copytree(finished / "policy", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    with pytest.raises(UserError, match=r"trainer.max_length=1024: the model's context holds 64 tokens"):
+        train(*places, "model=qwen3_0_6b", f"model.path={tmp_path / 'model'}")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_sweep_goes_on_after_a_failing_job_and_ends_non_zero(tmp_path: Path, places: list[str], main: Main) -> None:

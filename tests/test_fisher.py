@@ -77,6 +77,12 @@ def test_solvers_against_brute_force(shape: int) -> None:
             assert gain >= max(rivals) - 1e-9
             taken.append(index)
         best = max(value(list(subset)) for subset in itertools.combinations(range(pool), k))
+        # The bound is the smaller of two: the k largest gains on top of greedy's set, and the k largest eigenvalues.
+        gains = [value([*taken, other]) - value(taken) for other in range(pool) if other not in taken]
+        spectrum = torch.linalg.svdvals(problem[0]).square() * (problem[2] / problem[1])
+        for bound in (value(taken) + sum(sorted(gains)[-k:]), float(spectrum[:k].log1p().sum())):
+            assert float(greedy.upper_bound_B[row]) <= bound + 1e-9
+        assert float(exact.upper_bound_B[row]) == float(exact.logdet_B[row])
         assert float(exact.logdet_B[row]) == pytest.approx(best, abs=1e-9)
         for solved in (greedy, swap, exact):
             assert len(set(solved.indices_BK[row].tolist())) == k
@@ -310,6 +316,10 @@ def test_masked_candidates_are_never_picked(solver: str) -> None:
     mask_BN = torch.rand(30, 8, generator=noise) < 0.5
     mask_BN[0] = False  # not one candidate
     vectors_BND[~mask_BN] *= 100.0  # the most tempting of all
+    tempting = select_logdet(
+        torch.zeros(1, 4, 3), 2, 1.0, mask_BN=torch.tensor([[False, True, True, True]]), solver=solver
+    )
+    assert tempting.indices_BK.tolist() == [[1, 2]]  # where all tie, the lowest index that may be picked
     solved = select_logdet(vectors_BND, 3, 0.1, mask_BN=mask_BN, solver=solver)
     for row in range(30):
         real = solved.indices_BK[row][solved.mask_BK[row]].tolist()

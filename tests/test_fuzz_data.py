@@ -3,7 +3,7 @@
 import json
 import random
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -177,13 +177,17 @@ def test_damaged_real_files(name: str, tmp_path: Path, seed: int) -> None:
             with open(SHARED_DATA / path, "rb") as lines:
                 file.write_bytes(b"".join(islice(lines, int(count) if count else None)))
         files.append(file)
-    node = compose([f"dataset={name}", f"dataset.raw_dir={tmp_path}", *options]).dataset
-    given_options = {key: value for key, value in node.items() if not key.startswith(("limit_", "name", "terms"))}
 
     def load(folder: Path, **more: Any) -> Any:
         try:
-            return hydra.utils.instantiate(given_options | more).load()
+            return hydra.utils.instantiate(node(name, *options) | {"raw_dir": str(folder)} | more).load()
         except hydra.errors.InstantiationException as error:
             raise error.__cause__ or error from None
 
     tried(tmp_path, files, load, seed)
+
+
+@cache
+def node(name: str, *options: str) -> dict[str, Any]:
+    dataset = compose([f"dataset={name}", *options]).dataset
+    return {key: value for key, value in dataset.items() if not key.startswith(("limit_", "name", "terms"))}

@@ -144,11 +144,22 @@ def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
     for expected in ("train: 216 examples", "val: 27 examples", "pool sizes: 19 (216x)"):
         assert expected in page
     for example in prepared.val[:3]:
-        assert example.prompt in page and f"chosen: {example.chosen}" in page
+        place = example.candidates.index(example.chosen) + 1
+        assert example.prompt in page and f"chosen, number {place} of its slate of 20: {example.chosen}\n" in page
+        assert f"pool (19): {' | '.join(example.pool)}\n" in page + "\n"
     assert "leak check, standard error:" in page and "lookup/accuracy:" in page and "popularity/mrr:" in page
     assert "of a response: 2 to 2, median 2" in page  # "Thing 001" in words
     with pytest.raises(UserError, match="split is train, val or test"):
         inspect(prepared, tokenizer, "dev")
+
+
+def test_what_repeats_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    """All prompts of `splits_of` are equal, and one slate holds a text twice but for its case."""
+    page = inspect(splits_of([("a", "a", "b"), ("a", "a", "A")], [("a", "a", "b")], [("b", "a", "b")] * 3), tokenizer)
+    train, val, test = page.split("\n\n")[1:4]
+    assert "prompts that repeat an earlier one: 1" in train and "slates with equal texts: 1" in train
+    assert "prompts that stand in train too: 1" in val and "slates with equal texts: 0" in val
+    assert "prompts that repeat an earlier one: 2" in test and "prompts that stand in train too: 3" in test
 
 
 def test_the_export(prepared: Splits, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -119,14 +119,14 @@ def test_the_reference_includes_the_sft(trained: tuple[str, Path], stand_in: Pat
     way, run = trained
     with open(run / "history.csv", newline="", encoding="utf-8") as file:
         first = next(row for row in csv.DictReader(file) if row["stage"] == "preference")
-    # beta 0.5 times the summed log-probs of two passes, which differ by rounding: by more in bfloat16
-    tolerance = {"plain": 1e-5, "chat": 0.05}[way]
+    # beta 0.5 times the difference of two passes' summed log-probs: rounding, of which there is more in bfloat16
+    tolerance = {"plain": 1e-5, "chat": 0.01}[way]
     for name in ("chosen_reward", "rejected_reward", "margin"):
         assert float(first[name]) == pytest.approx(0, abs=tolerance)
     (reference,) = (home / way / "reference").glob("*/test.safetensors")
     before = PretrainedModel("a/b", str(stand_in)).model()
     scores = score_split(PreferenceScorer(before), rows_of(way, splits, stand_in), Accelerator(cpu=True), 20, 0, "")
-    assert (SplitScores.load(reference).logp_SC - scores.logp_SC).abs().mean() > 1
+    assert (SplitScores.load(reference).logp_SC - scores.logp_SC).abs().mean() > 0.1
 
 
 def test_the_policy_loads_by_itself_and_scores_the_same(trained: tuple[str, Path], splits: Splits) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import time
@@ -17,12 +18,13 @@ from scipy import stats
 from massdpo.errors import UserError
 from massdpo.report import tables
 from massdpo.report.__main__ import main, render, write_tables
+from massdpo.report.reading import read_history
 from massdpo.report.rows import Rows, collect
 from massdpo.report.statistics import BootstrapCache, holm, paired_bootstrap
 from massdpo.report.status import sweep_status
 from massdpo.report.summary import Summary, summarise
 from massdpo.report.views import VIEWS, view_of
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
 PROMPTS = 60
 SKILL = {"mass": 0.75, "random": 0.5, "hardest": 0.7, "full": 0.6, "sdpo": 0.5}  # probability of a better rank
@@ -88,9 +90,13 @@ def make_run(
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "status.json").write_text(json.dumps({"status": "finished"}))
-    steps = range(0, 50, 10)
-    history = pd.DataFrame({"step": steps, "margin": [SKILL[selector] * step / 50 for step in steps]})
-    history.to_csv(folder / "history.csv", index=False)
+    history: list[dict[str, Any]] = [
+        {"stage": "sft", "step": 90, "loss": 1.0},
+        {"stage": "sft", "step": 100, "val/accuracy": 0.3},
+        {"stage": "preference", "step": 10, "margin": 0.2},
+        *({"stage": "preference", "step": 20 * at, "val/accuracy": 0.3, "val/margin": 0.1 * at} for at in (1, 2)),
+    ]
+    pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
     return folder
 
 
@@ -161,8 +167,11 @@ def test_bootstrap_over_seeds_and_prompts_has_the_known_variance() -> None:
     assert (result.high - result.low) / 2 == pytest.approx(1.96 * math.sqrt(variance), rel=0.04)
 
 
-def test_p_values_are_never_zero_and_near_uniform_without_a_difference() -> None:
-    assert paired_bootstrap(np.ones((3, 50)), seed=0, resamples=1000).p == pytest.approx(2 / 1001)
+def test_p_values_are_near_uniform_without_a_difference_and_small_with_one() -> None:
+    assert paired_bootstrap(np.ones((3, 50)), seed=0, resamples=1000).p == 1 / 1000
+    assert paired_bootstrap(np.zeros((3, 50)), seed=0, resamples=1000).p == 1
+    clear = np.random.default_rng(6).normal(1, 1, (1, 100))
+    assert 0 < paired_bootstrap(clear, seed=0, resamples=1000).p < 1e-9  # some ten standard errors from 0
     generator = np.random.default_rng(5)
     p = [paired_bootstrap(generator.normal(0, 1, (1, 60)), seed, 500).p for seed in range(200)]
     rejected = np.mean(np.array(p) < 0.05)
@@ -208,7 +217,8 @@ def test_rows_hold_the_metrics_and_ranks_of_each_run(demo: Path) -> None:
         lines = map(json.loads, (demo / row["name"] / "predictions.jsonl").read_text().splitlines())
         by_id = {line["id"]: line for line in lines}
         assert ranks.tolist() == [by_id[name]["rank"] for name in sorted(by_id)]
-        assert margins.tolist() == [by_id[name]["margin"] for name in sorted(by_id)]
+        margin = [by_id[name]["margin"] for name in sorted(by_id)]
+        assert margins.tolist() == pytest.approx(margin, rel=2**-11, abs=1e-6)  # half precision: 11 bits
 
 
 def test_options_that_a_sweep_varies_are_axes_and_followers_are_not(tmp_path: Path) -> None:
@@ -448,16 +458,67 @@ def test_every_view_renders(sweep: str, tmp_path: Path) -> None:
     assert view_of(sweep).metrics
 
 
+RESULTS = ROOT / "results"
+COMMITTED = [path for path in sorted(RESULTS.rglob("*")) if path.is_file() and "runs" not in path.parts]
+
+
 def test_committed_tables_come_from_committed_rows(tmp_path: Path) -> None:
-    """Every table under results/ again from the rows beside it, byte for byte."""
-    for rows in sorted((ROOT / "results").glob("*/rows.csv")):
-        folder = tmp_path / rows.parent.name
-        shutil.copytree(rows.parent, folder)
+    """Every table under results/ again from the rows alone, byte for byte."""
+    for path in COMMITTED:
+        if path.parent != RESULTS:
+            (tmp_path / path.relative_to(RESULTS)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, tmp_path / path.relative_to(RESULTS))
+    kinds = ("means.md", "differences.md", "means.tex", "differences.tex", "tables.csv")
+    before = {name: data for name, data in tree(tmp_path).items() if name.endswith(kinds)}
+    for folder in {(tmp_path / name).parent for name in before}:
+        for name in kinds:
+            (folder / name).unlink()
         write_tables(folder)
-        kinds = (".md", ".tex", ".csv")
-        assert {name: data for name, data in tree(folder).items() if name.endswith(kinds)} == {
-            name: data for name, data in tree(rows.parent).items() if name.endswith(kinds)
-        }
+    assert {name: data for name, data in tree(tmp_path).items() if name.endswith(kinds)} == before
+    linked = re.findall(r"\]\(([\w./-]+)\)", (RESULTS / "README.md").read_text(encoding="utf-8"))
+    assert all((RESULTS / link).exists() for link in linked)
+    assert before or not any(link.endswith("means.md") for link in linked)
+
+
+def dataset_texts() -> set[str]:
+    """Titles, names, questions and options of the public data, but for short ones, which any page might hold."""
+    items = (SHARED_DATA / "movielens_100k" / "u.item").read_text(encoding="latin-1").splitlines()
+    titles = {line.split("|")[1] for line in items}
+    titles |= {title.rsplit(" (", 1)[0] for title in titles}
+    names = (SHARED_DATA / "lastfm" / "id2name.txt").read_text(encoding="utf-8").splitlines()
+    titles |= {line.split("::", 1)[1] for line in names}
+    texts = set(titles)
+    for line in (SHARED_DATA / "qasc" / "dev.jsonl").read_text(encoding="utf-8").splitlines():
+        question = json.loads(line)["question"]
+        texts |= {question["stem"], *(choice["text"] for choice in question["choices"])}
+    for line in (SHARED_DATA / "medmcqa" / "validation.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        texts |= {row[key] for key in ("question", "opa", "opb", "opc", "opd")}
+    return {text for text in texts if len(text) >= (10 if text in titles else 20)}
+
+
+@needs_shared_data
+def test_nothing_committed_holds_texts_of_the_data() -> None:
+    texts = dataset_texts()
+    assert len(texts) > 10_000
+    words = {text.split()[0] for text in texts}
+    for path in COMMITTED:
+        if path.suffix == ".npz":  # numbers
+            with np.load(path, allow_pickle=False) as data:
+                assert all(data[name].dtype.kind in "fbu" for name in data.files)
+        elif path.suffix != ".png":
+            content = re.sub(r"base64,[A-Za-z0-9+/=]+", "", path.read_text(encoding="utf-8"))
+            held = words & set(re.findall(r"\S+", re.sub(r"[,|<>&\"]", " ", content)))
+            found = [text for text in texts if text.split()[0] in held and text in content]
+            assert not found, f"{path.relative_to(ROOT)}: {found[:3]}"
+
+
+def test_curves_begin_with_the_start_and_leave_the_sft_stage_out(demo: Path) -> None:
+    path = next(demo.glob("*/history.csv"))
+    history = read_history(path, ("val/accuracy", "val/margin", "val/nowhere"))
+    assert list(history.columns) == ["step", "val/accuracy", "val/margin"]
+    assert history["step"].tolist() == [0, 20, 40] and history["val/accuracy"].tolist() == [0.3] * 3
+    assert history["val/margin"].tolist()[1:] == pytest.approx([0.1, 0.2]) and math.isnan(history["val/margin"][0])
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -494,7 +555,7 @@ def test_ten_thousand_rows_are_quick(tmp_path: Path) -> None:
         for seed in range(50)
     ]
     frame = pd.DataFrame(rows).assign(status="finished", why="", prompts="set")
-    frame = frame.assign(k=4, beta=0.5, refresh="step")
+    frame = frame.assign(k=4, beta=0.5, refresh="step", selector="mass", loss="pl", method=frame["label"])
     frame["name"] = [f"run{place}" for place in range(len(frame))]
     ranks = generator.integers(1, 21, (len(frame), 200)).astype(np.uint16)
     prompts = {

@@ -24,6 +24,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     OPTConfig,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -63,9 +64,14 @@ def prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiny(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    with torch.random.fork_rng():
+    """A model with random weights; biases and norms too, which would start at 0 and 1 and hide."""
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+        for weight in model.parameters():
+            if weight.ndim == 1:
+                weight += 0.1 * torch.randn_like(weight)
+        return model
 
 
 def make_batch(
@@ -151,17 +157,21 @@ def test_all_ways_agree_in_float32() -> None:
 def test_all_ways_agree_in_float64() -> None:
     # GPT-2's norms stay in float64; `transformers`' loss is computed in float32, hence a plain log-softmax here.
     model = tiny(GPT2).double()
-    expected_BC = torch.zeros(RAGGED.mask_BC.shape, dtype=torch.float64)
+    expected_BCT = torch.zeros(RAGGED.response_mask_BCT.shape, dtype=torch.float64)
     for b, c, ids, start in rows(RAGGED):
         logp_LV = model(ids[None]).logits[0].log_softmax(-1)
-        expected_BC[b, c] = logp_LV[torch.arange(start - 1, len(ids) - 1), ids[start:]].sum()
-    expected = gradient_of(model, pl_loss(expected_BC, RAGGED.mask_BC))
+        expected_BCT[b, c, : len(ids) - start] = logp_LV[torch.arange(start - 1, len(ids) - 1), ids[start:]]
+    expected_loss = pl_loss(expected_BCT.sum(-1), RAGGED.mask_BC)
+    expected = gradient_of(model, expected_loss)
     ways = itertools.product(("packed", "repeated"), (None, pick_all), (0, ALL_SHORT))
     for layout, select, short in ways:
         with patch.object(scoring, "SHORT_TOKENS", short):
             scores = PreferenceScorer(model, layout=layout)(RAGGED, select).scores
-        gradient = gradient_of(model, pl_loss(scores.logp_BC, scores.mask_BC))
-        assert (scores.logp_BC - expected_BC).abs().max() < 1e-10
+        loss = pl_loss(scores.logp_BC, scores.mask_BC)
+        gradient = gradient_of(model, loss)
+        assert (scores.token_logp_BCT - expected_BCT).abs().max() < 1e-10
+        assert (scores.logp_BC - expected_BCT.sum(-1)).abs().max() < 1e-10
+        assert abs(loss - expected_loss) < 1e-10
         assert (gradient - expected).norm() < 1e-10 * expected.norm()
 
 
@@ -273,10 +283,14 @@ def test_lora() -> None:
     assert_all_ways_agree(model, RAGGED, 1e-5)
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("layout", ["packed", "repeated"])
-def test_autocast_gives_float32(layout: str) -> None:
+def test_autocast_gives_float32(layout: str, checkpoints: bool) -> None:
     model = tiny(LLAMA)
     scorer = PreferenceScorer(model, "mean", layout)
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
     with torch.autocast("cpu", torch.bfloat16):
         scored = scorer(RAGGED, pick_all)
     assert scored.pool is not None and scored.pool.features_BCD is not None
@@ -299,9 +313,12 @@ def test_gradients_accumulate() -> None:
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
-@pytest.mark.parametrize("layout", ["packed", "repeated"])
+@pytest.mark.parametrize(("layout", "short"), [("packed", 0), ("packed", ALL_SHORT), ("repeated", 0)])
 @pytest.mark.parametrize("features", ["mean", "last"])
-def test_features_are_the_states_that_predict_the_response(layout: str, features: str) -> None:
+def test_features_are_the_states_that_predict_the_response(
+    layout: str, short: int, features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "SHORT_TOKENS", short)
     scorer = PreferenceScorer(tiny(LLAMA), features, layout)
     with torch.no_grad():
         one_pass = scorer(RAGGED).scores.features_BCD
@@ -318,6 +335,7 @@ def test_features_are_the_states_that_predict_the_response(layout: str, features
 
 HEADS = {
     "plain": LLAMA,
+    "biased": PhiConfig(**{k: getattr(LLAMA, k) for k in SHAPE}),
     "scaled": GraniteConfig(**{k: getattr(LLAMA, k) for k in SHAPE}, logits_scaling=3.0, tie_word_embeddings=False),
     "capped": Gemma2Config(
         **{k: getattr(LLAMA, k) for k in SHAPE}, final_logit_softcapping=2.0, head_dim=8, tie_word_embeddings=False

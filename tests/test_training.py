@@ -1,4 +1,4 @@
-"""The training loop: picks are refreshed when asked, numbers that go wrong are told. Stopped runs: test_interruption.py."""
+"""The training loop: picks are refreshed when asked, and numbers that go wrong are told."""
 
 import json
 import re
@@ -115,7 +115,7 @@ def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
     places: list[str],  # noqa: F811
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    wild = ["beta=50", "trainer.preference.learning_rate=0.03", "trainer.preference.epochs=3"]
+    wild = ["beta=50", "trainer.preference.learning_rate=0.3", "trainer.preference.epochs=2"]
     folder = train(*places, *wild)
     said = capsys.readouterr().err
     assert said.count("rewards run away") == said.count("log-probs collapse") == 1

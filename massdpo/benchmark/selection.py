@@ -137,7 +137,7 @@ def growth(
 def draw_growth(rows: list[dict[str, object]], out: Path) -> None:
     """One panel an axis, both algorithms, logarithmic, as PNG and SVG."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    names = {"sherman_morrison": "published (d x d inverse)", "greedy": "Gram form (here)"}
+    names = {"sherman_morrison": "published (d x d inverse)", "greedy": "Gram form (here), certified"}
     titles = {"d": "features d (N=20, k=4)", "N": "pool N (k=4)", "k": "picked k (N=20)"}
     for panel, (axis, title) in zip(panels, titles.items(), strict=True):
         for algorithm, name in names.items():

@@ -29,14 +29,20 @@ def inspect(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "tr
         raise UserError(f"split is train, val or test, not {split!r}")
     lines = [f"digest {splits.digest}"]
     lines += [f"  {name}: {value}" for name, value in splits.report.items()]
+    trained_on = {hash(example.prompt) for example in splits.train}
     for name in SPLITS:
         lines += _about(name, getattr(splits, name), tokenizer)
+        if name != "train":
+            also = sum(hash(example.prompt) in trained_on for example in getattr(splits, name))
+            lines.append(f"  prompts that stand in train too: {also}")
     leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(splits).items()}
     lines += ["", "without a model, on the test split, equals guessed evenly:"]
     lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(splits)).items()]
     for example in getattr(splits, split)[:SHOWN]:
         lines += ["", f"{example.id}  {json.dumps(example.meta, ensure_ascii=False)}", f"prompt: {example.prompt}"]
-        lines += [f"chosen: {example.chosen}", f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]
+        place = example.candidates.index(example.chosen) + 1
+        lines += [f"chosen, number {place} of its slate of {len(example.candidates)}: {example.chosen}"]
+        lines += [f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]
     if out is not None:
         lines += ["", f"{export(getattr(splits, split), split, out)} examples of {split} written to {out}"]
     return "\n".join(lines)
@@ -60,11 +66,11 @@ def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> int:
 
 def _about(split: str, examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     pools: Counter[int] = Counter()
-    prompts: Counter[str] = Counter()
+    prompts: set[int] = set()  # their hashes: the texts of a large split would not fit
     repeated = 0
     for example in examples:
         pools[len(example.pool)] += 1
-        prompts[example.prompt] += 1
+        prompts.add(hash(example.prompt))
         texts = {normalise(text) for text in example.candidates}
         repeated += len(texts) < len(example.candidates)
     some = [examples[row] for row in np.linspace(0, len(examples) - 1, min(MEASURED, len(examples))).astype(int)]

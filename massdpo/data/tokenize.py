@@ -90,9 +90,9 @@ def tokenize_split(
         return Ragged.of(rows) if folder is None else Ragged.written(rows, folder, "prompts")
 
     prompts = kept(encoder.prompts(rendered(), ids))
-    candidates = Ragged(np.array(place_X, np.int32), np.array(offsets))
+    candidates = Ragged(np.frombuffer(place_X, np.int32), np.frombuffer(offsets, np.int64))
     responses = Ragged.of(encoder.responses(list(texts), owner))
-    longest_B, in_pool = _responses_of(candidates, responses)
+    longest_B, tokens, in_pool = _responses_of(candidates, responses)
 
     long = np.flatnonzero(prompts.lengths + longest_B > max_length)
     shorter, items_cut = _shortened([examples[row] for row in long.tolist()], encoder, longest_B[long], max_length)
@@ -107,30 +107,34 @@ def tokenize_split(
         "examples": len(ids),
         "prompts_truncated": len(long),
         "history_items_cut": items_cut,
-        "boundary_differences": encoder.boundary_differences(joints, np.array(joint_B), texts, candidates),
+        "boundary_differences": encoder.boundary_differences(
+            joints, np.frombuffer(joint_B, np.int32), texts, candidates
+        ),
         "chosen_tokens_in_pool": in_pool,
         "longest_prompt": int(prompts.lengths.max(initial=0)),
         "longest_response": int(longest_B.max(initial=0)),
         "longest_total": int((prompts.lengths + longest_B).max(initial=0)),
         "prompt_tokens": int(prompts.lengths.sum()),
-        "response_tokens": int((np.bincount(place_X, minlength=len(texts)) * responses.lengths).sum()),
+        "response_tokens": tokens,
     }
     return TokenizedSplit(ids, prompts, responses, candidates, report)
 
 
-def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int64], int]:
-    """Tokens of each row's longest response; how many rows have a negative whose tokens are the chosen response's."""
-    length, in_pool = responses.lengths, 0
+def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int64], int, int]:
+    """Tokens of each row's longest response; of all; in how many rows a negative has the chosen response's tokens."""
+    length, tokens, in_pool = responses.lengths, 0, 0
     kinds: dict[bytes, int] = {}
     kind = np.array([kinds.setdefault(responses[row].tobytes(), row) for row in range(len(responses))], np.int64)
     longest_B = np.zeros(len(candidates), np.int64)
     for rows, block in candidates.blocks():
         start_B = block.offsets[:-1]
-        longest_B[rows] = np.maximum.reduceat(length[block.flat], start_B)
+        length_X = length[block.flat]
+        tokens += int(length_X.sum())
+        longest_B[rows] = np.maximum.reduceat(length_X, start_B)
         kind_X = kind[block.flat]
         as_chosen_X = kind_X == np.repeat(kind_X[start_B], block.lengths)
         in_pool += int((np.add.reduceat(as_chosen_X, start_B, dtype=np.int64) > 1).sum())
-    return longest_B, in_pool
+    return longest_B, tokens, in_pool
 
 
 def _shortened(

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from massdpo import store
 from massdpo.report.summary import UNTRAINED, Summary
-from massdpo.report.views import BASELINES, LOWER_IS_BETTER, View, label_rank, metric_name
+from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, label_rank, metric_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000")
 MARKERS = "osD^vP<X>*hp"
@@ -44,6 +44,11 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
             figures = {"dots": _dots, "lines": _lines, "front": _front, "curves": _dots}
             figure = figures[view.figure](known, summary, view)
             written.append(_save(figure, folder / f"{sweep}_{dataset}", f"{view.title.format(sweep=sweep)}: {dataset}"))
+            compared = known.dropna(subset=["difference", "low", "high"])
+            if figures[view.figure] is _dots and len(compared):
+                title = f"{view.title.format(sweep=sweep)}, against random: {dataset}"
+                differences = _dots(compared, summary, view, differences=True)
+                written.append(_save(differences, folder / f"{sweep}_{dataset}_differences", title))
             if view.figure == "curves" and histories is not None:
                 curves = _curves(histories[histories["dataset"] == dataset], view)
                 written.append(_save(curves, folder / f"{sweep}_{dataset}_curves", f"Over steps: {dataset}"))
@@ -102,32 +107,37 @@ def _bars(cells: pd.DataFrame) -> np.ndarray:
     return cells["half"].fillna(0).to_numpy()
 
 
-def _dots(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
+def _dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = False) -> Figure:
+    """A line a method: means and intervals, or paired differences to random and theirs."""
+    metrics = [metric for metric in summary.metrics if metric in set(cells["metric"])]
     models = sorted(cells["model"].unique())
     lines = cells[["label", *summary.axes]].drop_duplicates()
     names = _names(lines, summary.axes)
     style = _style(lines["label"])
     place_of = {name: len(names) - place for place, name in enumerate(names)}
     # Margins by hand: fitting them takes most of the time of a figure with many panels.
-    left, panel, gap = 0.25 + 0.08 * max(map(len, names)), 0.22 * len(names) + 0.15, 0.65
-    width, height = left + 2.2 * len(summary.metrics), 0.5 + (panel + gap) * len(models)
-    figure, axes = plt.subplots(len(models), len(summary.metrics), figsize=(width, height), squeeze=False)
+    left, panel, gap, top = 0.25 + 0.08 * max(map(len, names)), 0.22 * len(names) + 0.15, 0.7, 0.6
+    width, height = left + 2.2 * len(metrics), 0.5 + top + (panel + gap) * len(models) - gap
+    figure, axes = plt.subplots(len(models), len(metrics), figsize=(width, height), squeeze=False)
     figure.subplots_adjust(
-        left / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.5 / height, wspace=0.12, hspace=gap / panel
+        left / width, 0.5 / height, 1 - 0.15 / width, 1 - top / height, wspace=0.12, hspace=gap / panel
     )
     for model, row in zip(models, axes, strict=True):
-        for metric, axis in zip(summary.metrics, row, strict=True):
+        for metric, axis in zip(metrics, row, strict=True):
             part = cells[(cells["model"] == model) & (cells["metric"] == metric)]
             places = [place_of[name] for name in _names(part, summary.axes)]
             colours = [style[label]["color"] for label in part["label"]]
-            mean, half = part["mean"].to_numpy(), _bars(part)
-            axis.hlines(places, mean - half, mean + half, colors=colours, linewidth=1.4)
+            mean = part["difference" if differences else "mean"].to_numpy()
+            low = part["low"] if differences else mean - _bars(part)
+            high = part["high"] if differences else mean + _bars(part)
+            axis.hlines(places, low, high, colors=colours, linewidth=1.4)
             for x, y, label in zip(mean, places, part["label"], strict=True):
                 axis.plot(x, y, markersize=5, **style[label])
-            random = part[part["label"].isin(BASELINES)]
-            if len(random) == 1:
-                axis.axvline(random["mean"].iloc[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            axis.set_xlabel(metric_name(metric) + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
+            random = part[part["label"].isin(BASELINES)]["mean"].tolist()
+            if differences or len(random) == 1:
+                axis.axvline(0 if differences else random[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+            name = f"Δ {metric_name(metric)}" if differences else metric_name(metric)
+            axis.set_xlabel(name + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
             axis.set_ylim(0.4, len(names) + 0.6)
             if axis is row[0]:
                 axis.set_yticks(list(place_of.values()), list(place_of))
@@ -214,10 +224,12 @@ def _curves(histories: pd.DataFrame, view: View) -> Figure:
     figure, axes = _panels(len(models), max(len(columns), 1), 2.9, 2.3)
     for model, row in zip(models, axes, strict=True):
         for column, axis in zip(columns, row, strict=True):
-            part = histories[(histories["model"] == model) & histories[column].notna()]
-            for label, line in part.groupby("label"):
+            part = histories[histories["model"] == model]
+            if column.removeprefix("val/") in ZERO_AT_START:
+                part = part.assign(**{column: part[column].mask(part["step"] == 0, 0.0)})
+            for label, line in part.dropna(subset=column).groupby("label"):
                 over = line.groupby("step")[column].agg(["mean", "min", "max"])
-                axis.plot(over.index, over["mean"], label=label, color=style[label]["color"], linewidth=1.4)
+                axis.plot(over.index, over["mean"], label=label, linewidth=1.4, markersize=4, **style[label])
                 axis.fill_between(
                     over.index, over["min"], over["max"], color=style[label]["color"], alpha=0.15, linewidth=0
                 )

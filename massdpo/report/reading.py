@@ -22,7 +22,7 @@ from massdpo.errors import UserError
 
 GROUPS = ["dataset", "model", "selector", "loss", "method"]
 STATES = ("running", "finished", "interrupted", "failed")
-FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float32, "reward_correct": np.bool_}  # of a prompt
+FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float16, "reward_correct": np.bool_}  # of a prompt
 TEXTS = ["name", "status", "why", *GROUPS, "label", "refresh", "prompts", "git_commit", "machine", "command"]
 IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -96,12 +96,15 @@ def read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """The column `step` and those asked for that are there, all of them numbers."""
+    """Steps of the preference stage and the columns asked for, all of them numbers; step 0 is where the SFT stage ended."""
     with reading(path):
         frame = pd.read_csv(path)
-        frame = frame[["step", *(column for column in columns if column in frame)]]
-        _only_numbers(frame, list(frame.columns))
-        return frame
+        columns = tuple(column for column in columns if column in frame)
+        _only_numbers(frame, ["step", *columns])
+        measured = frame[frame[list(columns)].notna().any(axis=1)]
+        start = measured[measured["stage"] == "sft"].tail(1).assign(step=0)
+        frame = pd.concat([start, measured[measured["stage"] == "preference"]], ignore_index=True)
+        return frame[["step", *columns]]
 
 
 def read_histories(path: Path) -> pd.DataFrame:

@@ -6,6 +6,7 @@ prompts (column `prompts` of the rows), the arrays `<set>/<field>` of shape (run
 
 import io
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 import pandas as pd
 
 from massdpo import store
-from massdpo.config import EXPECTED
+from massdpo.config import EXPECTED, NOT_IDENTITY
 from massdpo.errors import UserError
 from massdpo.report import reading
 from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts
 
-NO_AXIS = {"name", "sweep", "seed", "in", "out", "force", "debug", "size", "runs_dir", "cache_dir"}
+NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
+PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.path=")  # of one machine alone
 
 
 @dataclass
@@ -66,6 +68,8 @@ def collect(folder: Path) -> Rows:
     for row, _, _ in runs:
         if row["name"] in expected:
             row["command"] = expected[row["name"]]["command"]  # the one that a user typed, not that of the single job
+        if "command" in row:
+            row["command"] = shlex.join(part for part in shlex.split(row["command"]) if not part.startswith(PLACES))
     started = {row["name"] for row, _, _ in runs}
     for name, noted in expected.items():
         if name not in started:
@@ -154,7 +158,7 @@ def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
         for path, value in options.items():
             group.setdefault(path, set()).add(value)
     paths = sorted({path for group in seen.values() for path, values in group.items() if len(values) > 1})
-    paths = [path for path in paths if path not in NO_AXIS and not path.startswith(("choices.", "hydra.", "logger."))]
+    paths = [path for path in paths if not f"{path}.".startswith(NO_AXIS)]
     known = {tuple(options.get(path) for options in runs) for path in ("k", "beta", "refresh", "seed", "name")}
     axes: dict[str, str] = {}
     for path in paths:

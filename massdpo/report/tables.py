@@ -13,6 +13,7 @@ from massdpo.report.summary import BLOCK, UNTRAINED, Summary
 from massdpo.report.views import LOWER_IS_BETTER, metric_name
 
 MISSING = "missing"
+NAMED = 5  # runs without numbers that a table names
 QUIET = ("baseline", "start", "not kept per prompt")  # no test to be expected
 
 
@@ -44,14 +45,14 @@ def means_table(summary: Summary, title: str) -> Table:
     if len(summary.unfinished):
         counts = summary.unfinished["status"].value_counts().sort_index()
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
-        notes.append(f"Without numbers here: {told} ({', '.join(summary.unfinished['name'][:20])}{_more(summary)}).")
+        notes.append(f"Without numbers here: {told} ({', '.join(summary.unfinished['name'][:NAMED])}{_more(summary)}).")
     arrows = {metric: "↓" if metric in LOWER_IS_BETTER else "" for metric in summary.metrics}
     head = [f"{metric_name(metric)} {arrows[metric]}".strip() for metric in summary.metrics]
     return _table(summary, title, notes, head, _mean_cell, seeds=True)
 
 
 def _more(summary: Summary) -> str:
-    more = len(summary.unfinished) - 20
+    more = len(summary.unfinished) - NAMED
     return f" and {more} more" if more > 0 else ""
 
 

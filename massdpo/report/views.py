@@ -29,6 +29,8 @@ NO_BEST = {"chosen_logp_change"}  # a diagnosis, not a goal
 
 
 def metric_name(metric: str) -> str:
+    if metric.startswith("val/"):
+        return f"{metric_name(metric.removeprefix('val/'))} (validation)"
     if metric in NAMES:
         return NAMES[metric]
     name = metric.removesuffix("_sum").replace("ndcg", "NDCG").replace("_", " ")
@@ -93,7 +95,7 @@ VIEWS = {
         "Training dynamics",
         QUALITY,
         "curves",
-        curves=("margin", "reward_accuracy", "chosen_logp"),
+        curves=("val/accuracy", "val/reward_accuracy", "val/margin", "val/chosen_logp_change"),
         rows_of="main",
         labels=FEW_LABELS,
         datasets=FEW_DATASETS,
