@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, is_whole
+from tests.conftest import ROOT
 from tests.processes import start
 from tests.test_experiment import TINY, Main, main, steps, timeless  # noqa: F401  a fixture too
 from tests.test_recommendation import write_interactions
@@ -488,3 +490,30 @@ def test_a_job_that_waits_takes_over_from_one_that_is_killed(
     assert [count(name) for name in ("tokenizer", "sft", "preference")] == [1, 2, 1]
     assert wait(place.start()) == 0
     assert place.result()["metrics"] == whole["metrics"]
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_run_stop_at_the_same_step(tmp_path: Path) -> None:
+    """torchrun hands SIGTERM on, and each hears it at a time of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+    def launch(place: Place) -> subprocess.Popen[bytes]:
+        place.root.mkdir(exist_ok=True)
+        with open(place.log, "ab") as log:
+            command = [*launcher, str(ROOT / "run.py"), *place.arguments]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(command, env=environment, cwd=place.root, stdout=log, stderr=log)
+
+    whole, stopped = Place(tmp_path / "whole"), Place(tmp_path / "stopped")
+    assert launch(whole).wait(300) == 0, whole.log.read_text()
+    process = launch(stopped)
+    while not list(stopped.run.glob("checkpoints/0*")):
+        assert process.poll() is None, stopped.log.read_text()
+        time.sleep(0.003)
+    process.terminate()
+    assert process.wait(120) != 0
+    assert not (stopped.run / "metrics.json").exists(), "the run was over before the signal came: make SHORT longer"
+    assert stopped.status()["status"] == "interrupted", stopped.log.read_text()
+    assert launch(stopped).wait(300) == 0, stopped.log.read_text()
+    assert "preference: going on from step" in stopped.log.read_text()
+    same(stopped.result(), whole.result())

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from massdpo.data.jsonl import Jsonl
 from massdpo.data.mcqa import MedMCQA, MultipleChoice
 from massdpo.data.recommendation import LastFM, MovieLens1M, MovieLens100K, UserSequences
 from massdpo.errors import UserError
@@ -87,6 +88,13 @@ def sequences(kind: str) -> Callable[..., Any]:
     return load
 
 
+def write_preferences(folder: Path) -> None:
+    rows = [
+        {"prompt": f"question {row}", "chosen": f"right {row}", "rejected": ["a", f"wrong {row}"]} for row in range(20)
+    ]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, ...]]] = {
     "ai2": (write_questions, ai2, ("train.jsonl", "test.jsonl")),
     "medmcqa": (write_medmcqa, medmcqa, ("train.jsonl", "test.jsonl")),
@@ -116,6 +124,11 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
         ("interactions.csv", "items.csv"),
     ),
     "jsonl": (write_jsonl_interactions, sequences("jsonl"), ("interactions.jsonl", "items.jsonl")),
+    "preferences": (
+        write_preferences,
+        lambda folder, **options: Jsonl(str(folder / "own.jsonl"), **options).load(),
+        ("own.jsonl",),
+    ),
 }
 
 
@@ -182,8 +195,17 @@ BAD = {
         ("test.jsonl", json.dumps(question("x", ["a", " ", "b"]))),
         ("test.jsonl", json.dumps(question("x", ["a", "b"]) | {"answerKey": "H"})),
         ("train.jsonl", b'{"id": "\xff"}'),
+        ("train.jsonl", json.dumps(question("q0", ["a", "b"]))),
     ],
-    "medmcqa": [("train.jsonl", '{"question": "x?", "opa": "a", "cop": 0}'), ("test.jsonl", '{"cop": "1"}')],
+    "medmcqa": [
+        ("train.jsonl", '{"question": "x?", "opa": "a", "cop": 0}'),
+        ("test.jsonl", '{"cop": "1"}'),
+        ("train.jsonl", '{"question": "x?", "opa": "a", "opb": "b", "opc": " ", "opd": "d", "cop": 0}'),
+        ("train.jsonl", '{"question": "x?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 4}'),
+        ("train.jsonl", '{"id": "m0", "question": "x?", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 3}'),
+        ("test.jsonl", b'{"question": "\xff?"}'),
+        ("test.jsonl", '{"question": "x?", "opa": "a"'),
+    ],
     "lastfm": [
         ("sequences.jsonl", '{"split": "train", "user": 77, "items": [1, 99]}'),
         ("sequences.jsonl", '{"split": "train", "user": 0, "items": [1, 2]}'),
@@ -191,6 +213,7 @@ BAD = {
         ("sequences.jsonl", '{"user": 0, "items": [1, 2]}'),
         ("sequences.jsonl", '{"split": "train", "user": 78, "items": [true]}'),
         ("sequences.jsonl", '{"split": "train", "user": 78'),
+        ("sequences.jsonl", b'{"split": "train", "user": "\xe9", "items": [1, 2]}'),
     ],
     "movielens_100k": [
         ("u.data", "1\t2\t3"),
@@ -199,7 +222,13 @@ BAD = {
         ("u.item", "77||rest"),
         ("u.item", "5|Invented again|rest"),
     ],
-    "movielens_1m": [("ratings.dat", "1::2::3"), ("movies.dat", "x::y::z")],
+    "movielens_1m": [
+        ("ratings.dat", "1::2::3"),
+        ("ratings.dat", "1::2::3::"),
+        ("movies.dat", "x::y::z"),
+        ("movies.dat", "77:: ::rest"),
+        ("movies.dat", "5::Invented again::rest"),
+    ],
     "csv": [
         ("interactions.csv", "u1,5"),
         ("interactions.csv", "u1,5,1,2"),
@@ -217,7 +246,12 @@ BAD = {
         ("interactions.jsonl", '{"user": "u1", "item": "5", "time": "now"}'),
         ("items.jsonl", '{"item": "900", "title": 3}'),
         ("items.jsonl", '{"item": "900", "title": "\\ud800"}'),
+        ("items.jsonl", '{"item": "900", "title": " "}'),
+        ("items.jsonl", '{"item": "5", "title": "Another title"}'),
+        ("items.jsonl", '{"item": "900"'),
+        ("interactions.jsonl", b'{"user": "u1", "item": "5", "time": "\xe9"}'),
     ],
+    "preferences": [("own.jsonl", '{"prompt": "p", "chosen": "c"}'), ("own.jsonl", b'{"prompt": "\xe9"')],
 }
 
 
@@ -238,22 +272,41 @@ def test_a_bad_row_is_told_by_file_and_line_or_counted(tmp_path: Path, name: str
     assert [list(split) for split in (after.train, after.val, after.test)] == before_rows
 
 
-def test_a_gap_in_the_names_is_never_skipped(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("bad", "told"), [("", "9: expected '7::"), ("7:: \n", "8: expected"), ("7::\xe9\n", "8: not UTF-8")]
+)
+def test_a_gap_in_the_names_is_never_skipped(tmp_path: Path, bad: str, told: str) -> None:
+    """Ids are places in the file: a line left out would give every later artist another's name."""
     write_lastfm(tmp_path)
     path = tmp_path / "id2name.txt"
-    path.write_text(path.read_text().replace("7::Artist 7\n", "", 1))
+    path.write_bytes(path.read_text().replace("7::Artist 7\n", bad or "\n", 1).encode("iso-8859-1"))
     for policy in ("error", "skip"):
-        with pytest.raises(UserError, match=r"id2name.txt:8: expected '7::<name>'"):
+        with pytest.raises(UserError, match=rf"id2name.txt:{told}"):
             LastFM(raw_dir=str(tmp_path), bad_rows=policy).load()
 
 
-def test_a_very_long_title_is_kept_whole(tmp_path: Path) -> None:
-    write_interactions(tmp_path)
-    path = tmp_path / "items.csv"
-    path.write_text(path.read_text().replace("Thing 007", LONG))
-    splits = UserSequences(raw_dir=str(tmp_path)).load()
-    assert any(LONG.strip() in example.candidates for example in splits.train)
-    write_questions(tmp_path)
-    with open(tmp_path / "train.jsonl", "a") as file:
-        file.write(json.dumps(question("long", [LONG, "short"])) + "\n")
-    assert LONG.strip() in {example.chosen for split in ("train", "val") for example in getattr(ai2(tmp_path), split)}
+TITLES = {
+    "ai2": ("train.jsonl", "train 3 1"),
+    "medmcqa": ("train.jsonl", "opb train 3"),
+    "lastfm": ("id2name.txt", "Artist 5"),
+    "ready": ("lastfm-train.json", "Artist 5"),
+    "movielens_100k": ("u.item", "Invented Film 20 (1920)"),
+    "movielens_1m": ("movies.dat", "Invented Film 20 (1920)"),
+    "csv": ("items.csv", "Thing 007"),
+    "jsonl": ("items.jsonl", "Thing 007"),
+    "preferences": ("own.jsonl", "wrong 3"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_very_long_title_is_kept_whole(tmp_path: Path, name: str) -> None:
+    write, load, _ = READERS[name]
+    write(tmp_path)
+    file, title = TITLES[name]
+    path = tmp_path / file
+    content = path.read_bytes()
+    path.write_bytes(content.replace(title.encode(), LONG.strip().encode()))
+    assert path.read_bytes() != content
+    splits = load(tmp_path)
+    check(splits)
+    assert any(LONG.strip() in example.candidates for split in (splits.train, splits.val) for example in split)

@@ -442,7 +442,7 @@ def test_page_needs_no_other_file(demo: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     main(["--runs", str(results / "runs"), "--out", str(results)])
     page = (results / "index.html").read_text()
-    assert 'src="data:image/png;base64,' in page and "Demonstration" in page
+    assert 'src="data:image/svg+xml;base64,' in page and "Demonstration" in page
     assert "http" not in page and "<link" not in page and "<script" not in page and 'src="data' in page
 
 

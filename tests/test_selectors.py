@@ -151,6 +151,8 @@ def test_padding_and_neighbours_change_nothing(kind: type) -> None:
     picks = kind(k=3)(alone)
     assert picks.index_BK[0].tolist() == together.index_BK[row].tolist()
     assert picks.mask_BK[0].tolist() == together.mask_BK[row].tolist()
+    for name, value_B in picks.info.items():  # the relative ridge among what they depend on
+        torch.testing.assert_close(value_B[0], together.info[name][row])
 
 
 @pytest.mark.parametrize("kind", [Mass, Adpo, Farthest, Hardest, HardestLogp, Interleaved, Random, Sampled])

@@ -118,10 +118,13 @@ class Guessed:
     def metrics(self) -> dict[str, float]:
         """Expected ranking metrics, every order of equals being as likely."""
         row_R = np.repeat(np.arange(len(self.equal_S)), self.equal_S)  # R: each rank that each target can have
-        rank_R = 1 + self.above_S[row_R] + np.arange(len(row_R)) - (np.cumsum(self.equal_S) - self.equal_S)[row_R]
-        weight_R = torch.from_numpy(1 / self.equal_S[row_R] / len(self.equal_S))
+        first_S = np.cumsum(self.equal_S) - self.equal_S
+        rank_R = 1 + self.above_S[row_R] + np.arange(len(row_R)) - first_S[row_R]
         values = ranking_values(torch.from_numpy(rank_R))
-        return {name: float((value_R * weight_R).sum()) for name, value_R in values.items()}
+        return {
+            name: float((np.add.reduceat(value_R.numpy(), first_S) / self.equal_S).mean())
+            for name, value_R in values.items()
+        }
 
 
 def guessed(guess: Guess, examples: Iterable[PreferenceExample]) -> Guessed:

@@ -18,7 +18,7 @@ from massdpo.errors import UserError
 def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
     """`sequences.jsonl` (split, user, items) and `id2name.txt` (`<id>::<name>`, ids from 0 without a gap)."""
     titles: list[str] = []
-    for number, line in read_lines(names, bad):
+    for number, line in read_lines(names):
         item, _, title = line.partition("::")
         if item != str(len(titles)) or not title.strip():  # a line left out would shift every later id: never skipped
             raise UserError(f"{names}:{number}: expected '{len(titles)}::<name>', found {line!r:.80}")

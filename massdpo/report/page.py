@@ -42,8 +42,8 @@ def write_page(path: Path, sections: list[Section]) -> None:
 
 def _section(part: Section) -> str:
     figures = "".join(
-        f'<p><img alt="{html.escape(figure.stem)}" src="data:image/png;base64,'
-        f'{base64.b64encode(figure.read_bytes()).decode()}"></p>\n'
+        f'<p><img alt="{html.escape(figure.stem)}" src="data:image/svg+xml;base64,'
+        f'{base64.b64encode(figure.with_suffix(".svg").read_bytes()).decode()}"></p>\n'
         for figure in part.figures
     )
     tables = "".join(to_html(table) for table in part.tables)
