@@ -25,7 +25,7 @@ run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
 	$(BIN)/python run.py $(ARGS)
 
 demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures
-	$(BIN)/python run.py -m sweeps=demo hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1
+	$(BIN)/python run.py -m sweeps=demo hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1 logger=none
 	$(BIN)/python -m massdpo.report demo --out $(DEMO)
 
 sweep-%: setup ## a sweep and its report: make sweep-main DATA=folder SIZE=mini JOBS=2

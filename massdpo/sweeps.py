@@ -64,6 +64,7 @@ def runs_of(config: DictConfig) -> dict[Path, dict[str, Any]]:
     for job in jobs:
         composed = as_composed(loader.load_configuration("config", job, RunMode.RUN))
         if composed.task == "train":
-            run = {"job": shlex.join(job), "command": command, "config": resolved(composed)}
+            told = without_secrets({"job": shlex.join(job), "command": command})
+            run = {**told, "config": resolved(composed)}
             expected.setdefault(Path(composed.runs_dir) / composed.sweep, {})[composed.name or run_name(composed)] = run
     return expected

@@ -54,11 +54,12 @@ def test_legacy_slates_give_the_target_away() -> None:
     assert leak_check(LastFM(raw_dir=LASTFM, slate="legacy").load())["accuracy"] > 0.5
 
 
-def test_the_look_up_by_hand() -> None:
+def test_the_look_up_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("massdpo.data.baselines.crc32", lambda text: 0)  # who was never a target is judged as a is
     train = [("a", "a", "x", "y"), ("a", "a", "y", "z"), ("a", "z", "a", "x"), ("b", "x", "y", "b")]
     test = [
         ("a", "a", "x", "q"),  # a at its usual place beside a remembered x: found
-        ("q", "q", "r", "s"),  # nothing known: one of three
+        ("r", "b", "r", "s"),  # nobody at their place or beside those remembered: one of three
         ("x", "a", "x", "q"),  # a again matches best: wrong
         ("b", "a", "q", "b"),  # a and b at their places, equally good: one of two
     ]
@@ -67,6 +68,23 @@ def test_the_look_up_by_hand() -> None:
     assert found["chance"] == pytest.approx(1 / 3)
     assert found["standard_error"] == pytest.approx((1 / 3 * 2 / 3 / 4) ** 0.5)
     assert found["matched"] == 0.75
+
+
+def test_popularity_is_no_leak(tmp_path: Path) -> None:
+    """Few training rows, so that only popular items were ever targets; clean slates still leave the look-up at chance.
+
+    Judging unknown candidates as matching nothing would find 0.11 of the targets here, 7 standard errors above chance.
+    """
+    rng = np.random.default_rng(0)
+    weights = 1 / np.arange(1, 401)
+    picks = [rng.choice(400, 12, replace=False, p=weights / weights.sum()) for _ in range(600)]
+    rows = [f"u{user},{item},{time}" for user, items in enumerate(picks) for time, item in enumerate(items)]
+    (tmp_path / "interactions.csv").write_text("\n".join(["user,item,time", *rows]))
+    (tmp_path / "items.csv").write_text("item,title\n" + "".join(f"{item},Thing {item}\n" for item in range(400)))
+    whole = UserSequences(raw_dir=str(tmp_path)).load()
+    found = leak_check(Splits(whole.train[:200], whole.val[:1], whole.test))
+    assert len(whole.test) == 540 and abs(found["accuracy"] - 0.05) < 4 * found["standard_error"]
+    assert compute(whole)["popularity/accuracy"] > 0.3
 
 
 def test_the_split_in_question_teaches_the_look_up_nothing() -> None:

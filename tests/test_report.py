@@ -536,7 +536,7 @@ def test_status_tells_what_is_left(demo: Path) -> None:
     assert states["never-made"] == "missing" and sorted(states.values()).count("finished") == 9
     (failed,) = (line for line in lines if line["state"] == "failed")
     assert failed["note"] == "loss is not finite at step 7"
-    assert sentence.startswith("9 finished, 1 running, 1 failed, 1 missing; about ")
+    assert sentence.startswith("9 finished, 1 missing, 1 failed, 1 running; about ")
 
 
 @pytest.mark.slow

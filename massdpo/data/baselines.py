@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -78,14 +79,17 @@ def popularity(splits: Splits) -> Guess:
 def lookup(splits: Splits, split: str) -> Guess:
     """The table keeps, of each target, the place where it stood most often and the negatives beside it there first.
 
-    A candidate matches as far as it stands at its own remembered place and among its own remembered negatives.
+    A candidate matches as far as it stands at its own remembered place and among its own remembered negatives. One
+    that was never a target is judged by the memory of another one, so that being known is no hint: how often it is a
+    target is for popularity to tell.
     """
     table = _remember(example for name in SPLITS if name != split for example in getattr(splits, name))
+    memories = list(table.values()) or [(-1, frozenset())]
 
     def guess(example: PreferenceExample) -> list[float]:
         slate, scores = set(example.candidates), []
         for place, candidate in enumerate(example.candidates):
-            usual, beside = table.get(candidate, (-1, frozenset()))
+            usual, beside = table.get(candidate) or memories[crc32(candidate.encode()) % len(memories)]
             scores.append((usual == place) + len(slate & beside) / (len(slate) - 1))
         return scores
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sweeps = options.sweeps or _all_sweeps(options.runs, options.out)
         if options.status:
-            for sweep in sweeps:
+            for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
                 _tell_status(options.runs / sweep)
             return 0
         if not options.render:

@@ -46,7 +46,7 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
             figure = figures[view.figure](known, summary, view)
             written.append(_save(figure, folder / f"{sweep}_{dataset}", f"{view.title.format(sweep=sweep)}: {dataset}"))
             compared = known.dropna(subset=["difference", "low", "high"])
-            if figures[view.figure] is _dots and len(compared):
+            if view.differences and len(compared):
                 title = f"{view.title.format(sweep=sweep)}, against random: {dataset}"
                 differences = _dots(compared, summary, view, differences=True)
                 written.append(_save(differences, folder / f"{sweep}_{dataset}_differences", title))

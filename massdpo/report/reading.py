@@ -96,7 +96,7 @@ def read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Steps of the preference stage and the columns asked for, all of them numbers; step 0: where the SFT stage ended."""
+    """Steps of the preference stage and the columns asked for, all of them numbers; step 0 is the SFT start."""
     with reading(path):
         frame = pd.read_csv(path)
         columns = tuple(column for column in columns if column in frame)

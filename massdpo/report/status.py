@@ -7,6 +7,8 @@ from typing import Any
 from massdpo.errors import UserError
 from massdpo.report.rows import expected_runs, read_status
 
+STATES = ("finished", "missing", "interrupted", "failed", "running")  # what there is to do stands last, at the prompt
+
 
 def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """A line a run (run, state, seconds, note), and one sentence with counts and the time left."""
@@ -15,12 +17,12 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     if not names:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     lines = [_line(folder / name, expected[name]["job"] if name in expected else "") for name in names]
-    counts = {
-        state: sum(line["state"] == state for line in lines) for state in ("finished", "running", "failed", "missing")
-    }
+    lines.sort(key=lambda line: STATES.index(line["state"]))
+    counts = {state: sum(line["state"] == state for line in lines) for state in STATES}
     took = [line["seconds"] for line in lines if line["state"] == "finished"]
-    left = counts["running"] + counts["failed"] + counts["missing"]
-    sentence = ", ".join(f"{count} {state}" for state, count in counts.items())
+    left = len(lines) - counts["finished"]
+    told = {state: count for state, count in counts.items() if count or state != "interrupted"}
+    sentence = ", ".join(f"{count} {state}" for state, count in told.items())
     if left and took:
         side_by_side = max(1, counts["running"])
         seconds = left * sum(took) / len(took) / side_by_side

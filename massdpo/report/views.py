@@ -46,7 +46,8 @@ class View:
     """Tables show `metrics`; `figure` is `dots` (a mean and interval a method), `lines` (over the option that the sweep
     varies), `front` (pairs of metrics against each other) or `curves` (columns of `history.csv` over steps).
     `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
-    `rows_of`: the sweep whose runs are shown, where it is another one; `labels` and `datasets`: only these of them.
+    `differences`: a further figure, of the paired differences to random. `rows_of`: the sweep whose runs are shown,
+    where it is another one; `labels` and `datasets`: only these of them.
     """
 
     title: str
@@ -55,6 +56,7 @@ class View:
     pairs: tuple[tuple[str, str], ...] = ()
     curves: tuple[str, ...] = ()
     best_on: str | None = None
+    differences: bool = False
     rows_of: str | None = None
     labels: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
@@ -67,7 +69,11 @@ DEFAULT = View("{sweep}", QUALITY)
 
 VIEWS = {
     "demo": View("Demonstration: selectors on the embedded default", QUALITY),
-    "main": View("Main comparison", ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change")),
+    "main": View(
+        "Main comparison",
+        ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change"),
+        differences=True,
+    ),
     "ranking": View(
         "Ranking",
         (
