@@ -259,6 +259,7 @@ def test_what_failed_is_shown_as_missing(demo: Path, tmp_path: Path) -> None:
         "missing"
     ] * 3
     assert any("1 failed, 1 missing" in note and "never-made" in note for note in table.notes)
+    assert cell(summary, "sampled", "accuracy").n == 0  # a method of which no run was ever started has its line too
 
 
 def test_a_block_with_no_finished_run_is_shown(tmp_path: Path) -> None:
@@ -325,6 +326,22 @@ def test_runs_of_the_start_are_compared_but_not_by_rewards(tmp_path: Path) -> No
     assert cell(summary, "sft", "accuracy").low < cell(summary, "sft", "accuracy").high
     margin = cell(summary, "sft", "margin")
     assert margin.note == "start" and math.isnan(margin.mean) and math.isnan(margin.p)
+
+
+def test_guesses_without_a_model_have_a_line_where_there_are_any(demo: Path, tmp_path: Path) -> None:
+    make_run(demo, "mass", 0, dataset="qasc")
+    for path in demo.glob("synthetic_mcqa*/metrics.json"):
+        metrics = json.loads(path.read_text()) | {"popularity/accuracy": 0.2, "lookup/accuracy": 0.05}
+        path.write_text(json.dumps(metrics))
+    summary = cells_of(collect(demo), tmp_path / "b.csv")
+    line = cell(summary, "popularity", "accuracy", dataset="synthetic_mcqa")
+    assert (line.mean, line.half, line.n) == (pytest.approx(0.2), pytest.approx(0, abs=1e-12), 3)
+    assert cell(summary, "lookup", "accuracy", dataset="synthetic_mcqa").mean == pytest.approx(0.05)
+    assert math.isnan(cell(summary, "popularity", "margin", dataset="synthetic_mcqa").mean)
+    there = summary.cells[summary.cells["dataset"] == "qasc"]["label"]
+    assert "sft" in set(there) and not {"popularity", "lookup"} & set(there)  # nothing is missing there
+    shown = {line[2].text: [cell.text for cell in line] for line in tables.means_table(summary, "t").lines}
+    assert shown["popularity"][3:] == ["0.200 ± 0.000", "–", "–", "3"]
 
 
 def test_two_runs_for_one_cell_are_refused(tmp_path: Path) -> None:
@@ -511,6 +528,33 @@ def test_nothing_committed_holds_texts_of_the_data() -> None:
             held = words & set(re.findall(r"\S+", re.sub(r"[,|<>&\"]", " ", content)))
             found = [text for text in texts if text.split()[0] in held and text in content]
             assert not found, f"{path.relative_to(ROOT)}: {found[:3]}"
+
+
+def test_views_of_another_sweep_show_its_rows(tmp_path: Path) -> None:
+    runs, out = tmp_path / "results" / "runs", tmp_path / "results"
+    for dataset in ("synthetic_mcqa", "qasc"):
+        for selector, method in (("mass", "mass"), ("random", "sdpo"), ("random", "dmpo")):
+            for seed in range(2):
+                make_run(runs / "main", selector, seed, dataset=dataset, method=method)
+    assert main(["--runs", str(runs), "--out", str(out)]) == 0
+    assert {path.parent.name for path in out.glob("*/means.md")} == {"main", "ranking", "dynamics", "cost"}
+    assert [path.parent.name for path in out.glob("*/rows.csv")] == ["main"]  # kept once
+    cost = (out / "cost" / "means.md").read_text()
+    assert "mass" in cost and "dmpo" not in cost and "qasc" not in cost and "runs of sweep main" in cost
+    page = (out / "index.html").read_bytes()
+    shutil.rmtree(runs)
+    assert main(["--render", "--runs", str(runs), "--out", str(out)]) == 0
+    assert (out / "index.html").read_bytes() == page
+
+
+def test_the_command_is_the_users_without_places_of_the_machine(demo: Path) -> None:
+    note_expected(demo, "sampled", "never-made")
+    noted = json.loads((demo / "expected.json").read_text())
+    for run in noted.values():
+        run["command"] = "python run.py -m sweeps=demo 'data_dir=/home/me/my data' runs_dir=/scratch seed=0"
+    (demo / "expected.json").write_text(json.dumps(noted))
+    finished = collect(demo).frame.query("status == 'finished'")
+    assert set(finished["command"]) == {"python run.py -m sweeps=demo seed=0"}
 
 
 def test_curves_begin_with_the_start_and_leave_the_sft_stage_out(demo: Path) -> None:

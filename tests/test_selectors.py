@@ -254,6 +254,24 @@ def test_dynamic_takes_the_boundary() -> None:
     assert picks.info["boundary_size"].tolist() == [3.0, 2.0, 6.0]
 
 
+def test_dynamic_clusters_until_nothing_changes() -> None:
+    """Where no negative is above the chosen response: the top cluster of Lloyd's algorithm in one dimension."""
+    pool = make_pool(batch=60, size=20, seed=15)
+    pool.scores.logp_BC[:, 0] = 0.0
+    pool.scores.logp_BC[:, 1:] = -1 - pool.scores.logp_BC[:, 1:].abs()
+    most = 0
+    for row, members in enumerate(sets(Dynamic(20, short_pool="all")(pool))):
+        values = pool.scores.logp_BC[row, 1:].tolist()
+        centres, nearest, rounds = [min(values), (min(values) + max(values)) / 2, max(values)], [-1], 0
+        while nearest != (again := [min(range(3), key=lambda c, v=v, at=centres: abs(v - at[c])) for v in values]):
+            nearest, rounds = again, rounds + 1
+            clusters = [[v for v, place in zip(values, nearest, strict=True) if place == c] for c in range(3)]
+            centres = [sum(c) / len(c) if c else old for c, old in zip(clusters, centres, strict=True)]
+        assert members == {index for index, place in enumerate(nearest) if place == 2}
+        most = max(most, rounds)
+    assert most > 2  # more rounds than one are needed
+
+
 def test_farthest_against_a_loop() -> None:
     pool = make_pool(seed=6)
     features = pool.scores.features_BCD
@@ -386,16 +404,16 @@ def test_what_is_only_logged_is_computed_when_it_is_logged() -> None:
 
 
 def test_dpp_follows_the_determinant() -> None:
-    """Over 6,000 draws the subsets of 2 out of 5 appear in proportion to det(I + A_S)."""
+    """Over 6,000 draws the subsets of 3 out of 5 appear in proportion to det(I + A_S)."""
     draws = 6_000
     pool = make_pool(batch=1, size=5, width=3, seed=11)
     features_BCD = pool.scores.features_BCD
     assert features_BCD is not None
     vectors_BND, _ = fisher.design_vectors(features_BCD, pool.rewards_BC, pool.beta)
     ridge = 0.1 * float(vectors_BND.square().sum(-1).mean())
-    subsets = list(itertools.combinations(range(5), 2))
+    subsets = list(itertools.combinations(range(5), 3))
     weights = [
-        float(torch.linalg.det(torch.eye(2) + vectors_BND[0, list(s)] @ vectors_BND[0, list(s)].T / ridge))
+        float(torch.linalg.det(torch.eye(3) + vectors_BND[0, list(s)] @ vectors_BND[0, list(s)].T / ridge))
         for s in subsets
     ]
     pool.scores.features_BCD = features_BCD.expand(draws, -1, -1)
@@ -403,7 +421,7 @@ def test_dpp_follows_the_determinant() -> None:
         setattr(pool.scores, name, getattr(pool.scores, name).expand(draws, -1))
     pool.ref_logp_BC = pool.ref_logp_BC.expand(draws, -1)
     pool.noise_BN = torch.rand(draws, 5, generator=torch.Generator().manual_seed(12))
-    counts = Counter(tuple(sorted(members)) for members in sets(Dpp(2, ridge=0.1)(pool)))
+    counts = Counter(tuple(sorted(members)) for members in sets(Dpp(3, ridge=0.1)(pool)))
     for subset, weight in zip(subsets, weights, strict=True):
         expected = weight / sum(weights)
         assert abs(counts[subset] / draws - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)

@@ -17,7 +17,7 @@ from massdpo.report.rows import expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
 from massdpo.runs import take_over
-from massdpo.sweeps import jobs_of
+from massdpo.sweeps import NoteExpected, jobs_of
 from tests.conftest import ROOT
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
@@ -101,6 +101,24 @@ def test_raw_data_come_from_data_dir_or_are_fetched() -> None:
     assert compose([setting]).dataset.raw_dir is None
     assert compose([setting, "data_dir=some/where"]).dataset.raw_dir == "some/where/lastfm"
     assert run_name(compose([setting])) == run_name(compose([setting, "data_dir=some/where"]))
+
+
+def test_a_job_that_got_another_name_is_expected_once(tmp_path: Path) -> None:
+    """After an edit of conf/ the same job makes another run; what other commands asked for is still expected."""
+    os.environ["MASSDPO_ROOT"] = str(ROOT)
+    before = {"old": {"job": f"k=1 runs_dir={tmp_path}"}, "other": {"job": "k=9"}}
+    folder = tmp_path / "single"
+    folder.mkdir()
+    (folder / "expected.json").write_text(json.dumps(before))
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        loader = GlobalHydra.instance().config_loader()
+        config = loader.load_configuration("config", ["k=1,2", f"runs_dir={tmp_path}"], RunMode.MULTIRUN)
+        NoteExpected().on_multirun_start(config)
+    after = json.loads((folder / "expected.json").read_text())
+    assert sorted(run["job"].split()[0] for run in after.values()) == ["k=1", "k=2", "k=9"] and "old" not in after
+    assert {name for name, run in after.items() if run["job"].startswith("k=2")} == {
+        run_name(compose(["k=2", f"runs_dir={tmp_path}"]))
+    }
 
 
 def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:

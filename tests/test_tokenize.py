@@ -1,5 +1,9 @@
 """One tokeniser for all stages: joined texts come back, BOS once, EOS always, history cut as little as can be."""
 
+import tempfile
+import unittest.mock
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from massdpo.data import ragged
 from massdpo.data import tokenize as tokenize_module
+from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.tokenize import tokenize_split, tokenize_splits
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit, collate
@@ -241,6 +246,22 @@ def test_collate_pads_and_nothing_else(given_items, pad_id):
     assert (np.diff(batch.prompt_mask_BP.int().numpy()) <= 0).all()  # padding on the right only
     assert (np.diff(batch.response_mask_BCT.int().numpy()) <= 0).all()
     assert batch.prompt_mask_BP.any(0).all() and batch.response_mask_BCT.any((0, 1)).all()  # no column of padding alone
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4), max_size=9), block=st.integers(1, 4))
+def test_ragged_rows_in_memory_on_disk_and_by_the_block(rows, block):
+    arrays = [np.array(row, np.int32) for row in rows]
+    with tempfile.TemporaryDirectory() as name, unittest.mock.patch.object(ragged, "BLOCK", block):
+        folder = Path(name)
+        memory, written = Ragged.of(arrays), Ragged.written(iter(arrays), folder, "written")
+        memory.save(folder, "saved")
+        for each in (memory, written, Ragged.load(folder, "saved")):
+            assert [each[row].tolist() for row in range(len(each))] == rows
+            assert each.lengths.tolist() == list(map(len, rows))
+            places, blocks = zip(*each.blocks(), strict=True) if rows else ((), ())
+            assert [row for place in places for row in range(len(rows))[place]] == list(range(len(rows)))
+            assert [part[row].tolist() for part in blocks for row in range(len(part))] == rows
 
 
 @pytest.mark.parametrize("max_length", [1000, 28])

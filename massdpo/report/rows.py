@@ -66,7 +66,7 @@ def collect(folder: Path) -> Rows:
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     expected = expected_runs(folder)
     for row, _, _ in runs:
-        if row["name"] in expected:
+        if row["name"] in expected and row["status"] == "finished":
             row["command"] = expected[row["name"]]["command"]  # the one that a user typed, not that of the single job
         if "command" in row:
             row["command"] = shlex.join(part for part in shlex.split(row["command"]) if not part.startswith(PLACES))

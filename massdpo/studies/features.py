@@ -70,7 +70,8 @@ def features(
         panel.set(
             xlabel="features that the picks are made with", ylabel=MEASURED[value], title=f"ridge {ridge:g}, k={k}"
         )
-    grid[0].legend(fontsize=7)
+    handles = grid[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
     note = (
         f"k={k}; {frame['prompt'].nunique()} prompts under the policy of each of {len(seeds)} training seeds: mean ± "
         "half-width of the 95% t interval over the seeds. `overlap`: Jaccard, with the picks that full gradients make. "

@@ -50,7 +50,7 @@ def style(place: int) -> dict[str, Any]:
 def publish(out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figure: Figure, note: str) -> None:
     """Write `rows` (.csv), `table` (.md, below `note`; a column `x ±` joins its `x`) and the figure (.png, .svg)."""
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n"))
+    write_text(out / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     head = [column for column in table.columns if not column.endswith(" ±")]
     lines = [head, ["---"] * len(head)]
     for row in table.to_dict("records"):

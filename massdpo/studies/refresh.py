@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -30,11 +31,15 @@ def refresh(
     for panel, name in zip(grid, measured, strict=True):
         for kind in KINDS:
             values_S = frame[frame["refresh"] == kind][name]
-            panel.plot([kind] * len(values_S), values_S, "o", color=GREY, alpha=0.4, markersize=3)
+            label = "one seed" if kind == KINDS[0] else None
+            panel.plot([kind] * len(values_S), values_S, "o", color=GREY, alpha=0.4, markersize=3, label=label)
         means = table[table["refresh"].isin(KINDS)]
-        panel.errorbar(means["refresh"], means[name], means[f"{name} ±"], fmt="D", color=COLOURS[0], capsize=3)
+        line: dict[str, Any] = {"fmt": "D", "color": COLOURS[0], "capsize": 3, "label": "mean, 95% interval"}
+        panel.errorbar(means["refresh"], means[name], means[f"{name} ±"], **line)
         panel.set(xlabel="negatives selected again", ylabel=labels[name])
         panel.margins(x=0.2)
+    handles = grid[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
     note = (
         f"Mean over {len(seeds)} training seeds ± half-width of the 95% t interval; differences are paired by seed. "
         + "; ".join(f"`{name}`: {label}" for name, label in labels.items())
