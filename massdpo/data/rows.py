@@ -14,6 +14,8 @@ from massdpo.errors import UserError
 Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
 SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "dev", "eval"), "test": ("test",)}
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
+# What `datasets` raises of damaged files beside its own errors: it trusts that its JSON holds what it wrote.
+DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
 
 
 def row_files(path: Path) -> list[Path]:
@@ -47,7 +49,7 @@ def read_rows(path: Path, subset: str | None, bad: BadRows) -> dict[str, Iterato
 
     try:
         parts = _opened(path.resolve(), subset)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (*DAMAGED, DatasetsError) as error:
         raise _unreadable(path, error) from error
     known = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     return {known.get(name, name): _numbered(path, name, part) for name, part in parts.items()}
@@ -99,7 +101,7 @@ def _numbered(path: Path, name: str, part: Any) -> Iterator[Row]:
             row = next(rows)
         except StopIteration:
             return
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        except (*DAMAGED, DatasetsError) as error:
             raise _unreadable(path, error) from error
         number += 1
         yield f"{path} ({name}, row {number})", dict(row)
