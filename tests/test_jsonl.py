@@ -1,6 +1,7 @@
 """Anyone's own preferences: what is read, what is refused (by file and line), and what is held out together."""
 
 import json
+import struct
 from collections import Counter
 
 import huggingface_hub
@@ -215,6 +216,21 @@ def test_a_single_file_of_datasets(tmp_path, suffix):
         arrow.rename(tmp_path / "own.arrow")
     splits = Jsonl(str(tmp_path / f"own.{suffix}")).load()
     assert everything(splits) == everything(Jsonl(write(tmp_path / "own.jsonl", rows)).load())
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_offsets_that_arrow_would_follow_blindly(tmp_path, in_folder):
+    """A text's length that became negative: read as it lies, it ends in a SystemError or in another's memory."""
+    rows = [{"prompt": "Which bird?", "chosen": "wren", "rejected": ["owl", "kite"]} for _ in range(3)]
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    content, offsets = arrow.read_bytes(), struct.pack("<4i", 0, 11, 22, 33)
+    assert content.count(offsets) == 1
+    arrow.write_bytes(content.replace(offsets, struct.pack("<4i", 0, 11, 5, 33)))
+    with pytest.raises(UserError, match="cannot be read by `datasets`") as error:
+        Jsonl(str(tmp_path / "saved" if in_folder else arrow)).load()
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

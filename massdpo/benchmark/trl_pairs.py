@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from massdpo.batch import Batch
@@ -59,11 +60,13 @@ def trl_trainer(model: PreTrainedModel, batch: Batch, beta: float, steps: int, f
         max_grad_norm=1.0,
         lr_scheduler_type="constant",
         save_strategy="no",
-        logging_steps=steps,
+        logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
     )
+    disable_progress_bar()
     trainer = DPOTrainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # it prints each training's summary
 
     def train() -> float:
         watch = _Stopwatch()

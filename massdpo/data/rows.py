@@ -42,12 +42,15 @@ def read_rows(path: Path, subset: str | None, bad: BadRows) -> dict[str, Iterato
     A folder is one written by `datasets.save_to_disk`, or one of data files as `datasets.load_dataset` takes it, where
     `subset` names one of several configurations.
     """
-    row_files(path)  # is there anything?
+    files = row_files(path)
     if path.is_file() and path.suffix not in (".parquet", ".arrow"):
         return {"train": ((f"{path}:{number}", row) for number, row in read_jsonl(path, bad))}
     from datasets.exceptions import DatasetsError  # seconds to import, and only needed here
 
     try:
+        for file in files:
+            if file.suffix == ".arrow":
+                _check_arrow(file)
         parts = _opened(path.resolve(), subset)
     except (*DAMAGED, DatasetsError) as error:
         raise _unreadable(path, error) from error
@@ -90,6 +93,19 @@ def _opened(path: Path, subset: str | None) -> dict[str, Any]:
     if not isinstance(builder, Json | Parquet | Arrow | Csv):
         raise ValueError("its files are neither JSON, Parquet, Arrow nor CSV")
     return dict(builder.as_streaming_dataset())
+
+
+def _check_arrow(file: Path) -> None:
+    """Raises ValueError where offsets or texts are damaged: Arrow's memory is read as it lies, unchecked, by others."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as source:
+        try:
+            reader = pa.ipc.open_stream(source)  # what `datasets` writes
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_file(source)
+        reader.read_all().validate(full=True)
 
 
 def _numbered(path: Path, name: str, part: Any) -> Iterator[Row]:
