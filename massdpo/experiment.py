@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import massdpo
 from massdpo import stages
-from massdpo.benchmark.measure import commit, machine
+from massdpo.benchmark.measure import commit, in_words, machine
 from massdpo.card import model_card
 from massdpo.config import identity, resolved, run_name, validate, without_secrets
 from massdpo.data.baselines import baselines
@@ -277,7 +277,7 @@ def compute(
         "packed": int(accelerator.unwrap_model(scorer).packed),
         "seed": config.seed,
         "git_commit": commit(),
-        "machine": ", ".join(str(value) for value in machine().values()),
+        "machine": in_words(machine()),
         "command": command_line(),
     }
     ids = [example.id for example in data.test]

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo import experiment
-from massdpo.benchmark.measure import commit, machine
+from massdpo.benchmark.measure import commit, in_words, machine
 from massdpo.data.inspect import inspect as inspect_data
 from massdpo.data.prepare import limited, prepare
 from massdpo.data.tokenize import tokenize_split
@@ -161,8 +161,7 @@ def study(config: DictConfig) -> None:
     STUDIES[config.study](config, out)
     page = out / f"{config.study}.md"
     source = f"`{experiment.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
-    on = ", ".join(f"{name} {value}" for name, value in machine().items() if value is not None)
-    write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {on}.\n")
+    write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
     print(page.read_text(encoding="utf-8"))
     print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
 

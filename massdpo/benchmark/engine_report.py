@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from massdpo.benchmark.measure import in_words
 from massdpo.store import replacing, write_text
 
 # Goals of a quiet machine: at least, or at most.
@@ -46,8 +47,8 @@ def markdown(report: dict[str, Any]) -> str:
         times = " | ".join(f"{row[side]:.3f}" for side in ("full_packed", "mass", "random_packed", "random_lean"))
         lines.append(f"| {row['axis']} | {row['value']} | {times} |")
     setting = ", ".join(f"{name} {value}" for name, value in report["setting"].items())
-    machine = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    return "\n".join([*lines, "", f"Setting: {setting}.", f"Machine: {machine}.", f"Commit: {report['commit']}.", ""])
+    where = [f"Setting: {setting}.", f"Machine: {in_words(report['machine'])}.", f"Commit: {report['commit']}.", ""]
+    return "\n".join([*lines, "", *where])
 
 
 def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:

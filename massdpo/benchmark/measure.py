@@ -98,3 +98,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
     }
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
