@@ -15,7 +15,6 @@ import inspect
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -27,12 +26,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from massdpo.batch import Batch, Picks, Scored, Scores
 from massdpo.errors import UserError
 from massdpo.features import head_kernel, last_features, mean_features
+from massdpo.packing import Prompt, Row, attention_mask
 
 CHUNK_ELEMENTS = 2**24  # at most this many logits exist at a time: 64 MB in float32
 STORED_ELEMENTS = 2**22  # so many are kept for backward, 16 MB, which is cheaper than to make them anew
 SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
 PROBE_ELEMENTS = 2**22  # gradients of at most this many weights are compared when a scorer is built
-PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 
 Select = Callable[[Scores], Picks]
 
@@ -94,7 +93,7 @@ class PreferenceScorer(nn.Module):
         """The `transformers` model itself, under the adapter where there is one."""
         return self.model if isinstance(self.model, PreTrainedModel) else cast(Any, self.model).get_base_model()
 
-    def _score(self, batch: Batch, features: str | None, prompt: "_Prompt | None") -> Scores:
+    def _score(self, batch: Batch, features: str | None, prompt: Prompt | None) -> Scores:
         if self.packed:
             end_BD, rest_MD = self._one_row(batch) if prompt is None else self._continued(batch, prompt)
             token_logp_BCT = self._token_logp(batch, end_BD, rest_MD)
@@ -130,27 +129,27 @@ class PreferenceScorer(nn.Module):
     # Three ways to lay out tokens. The packed ones give the hidden states that predict a response's first token (the
     # prompt's last state, shared by all of a prompt's candidates) and its other tokens.
 
-    def _encode(self, batch: Batch) -> "_Prompt":
+    def _encode(self, batch: Batch) -> Prompt:
         """The prompts alone, with their cache. Their padding is on the right, where a causal mask alone hides it."""
-        row = _Row.of(batch, prompt=True, responses=False)
+        row = Row.of(batch, prompt=True, responses=False)
         cache = DynamicCache()  # made without a config, it keeps every token in every layer: the masks do the windowing
         hidden_BPD = self._decode(row, None, cache)
-        return _Prompt(row, _prompt_end(batch, hidden_BPD), cache)
+        return Prompt(row, _prompt_end(batch, hidden_BPD), cache)
 
-    def _continued(self, batch: Batch, prompt: "_Prompt") -> tuple[Tensor, Tensor]:
+    def _continued(self, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """All responses in one row, off the prompts' cache."""
-        row = _Row.of(batch, prompt=False, responses=True)
-        hidden_BLD = self._decode(row, _mask(self.causal_lm, row, prompt.row, row), prompt.branch())
+        row = Row.of(batch, prompt=False, responses=True)
+        hidden_BLD = self._decode(row, attention_mask(self.causal_lm, row, prompt.row, row), prompt.branch())
         return prompt.end_BD, hidden_BLD[row.fed_BL]
 
     def _one_row(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Prompt and all responses in one row, which asks for no cache. One response alone makes plain text."""
-        row = _Row.of(batch, prompt=True, responses=True)
-        mask = None if batch.response_ids_BCT.shape[1] == 1 else _mask(self.causal_lm, row, row)
+        row = Row.of(batch, prompt=True, responses=True)
+        mask = None if batch.response_ids_BCT.shape[1] == 1 else attention_mask(self.causal_lm, row, row)
         hidden_BLD = self._decode(row, mask, None)
         return _prompt_end(batch, hidden_BLD), hidden_BLD[row.fed_BL]
 
-    def _decode(self, row: "_Row", mask: Tensor | dict[str, Tensor] | None, cache: DynamicCache | None) -> Tensor:
+    def _decode(self, row: Row, mask: Tensor | dict[str, Tensor] | None, cache: DynamicCache | None) -> Tensor:
         """The last hidden states of a row. Without a mask it is plain text, which the model masks and counts itself."""
         positions = {"position_ids": None if mask is None else row.position_BL}
         options = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}
@@ -223,83 +222,6 @@ def _worth_a_pass(batch: Batch) -> bool:
         return False
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS
-
-
-@dataclass
-class _Row:
-    """One row of tokens a prompt: what each is, where it stands in its text and to which segment it belongs."""
-
-    ids_BL: Tensor
-    position_BL: Tensor
-    segment_BL: Tensor
-
-    @property
-    def fed_BL(self) -> Tensor:
-        """The response tokens, which lie in the order (prompt, candidate, token)."""
-        return self.segment_BL > PROMPT
-
-    @classmethod
-    def of(cls, batch: Batch, prompt: bool, responses: bool) -> "_Row":
-        """The prompt, the responses end to end without their last tokens, or the prompt and then the responses."""
-        prompt_mask_BP, device = batch.prompt_mask_BP, batch.prompt_mask_BP.device
-        fed_BCT = batch.response_mask_BCT[..., 1:] & responses
-        there_BU = torch.cat([prompt_mask_BP & prompt, fed_BCT.flatten(1)], dim=1)
-        ids_BU = torch.cat([batch.prompt_ids_BP, batch.response_ids_BCT[..., :-1].flatten(1)], dim=1)
-        sizes = prompt_mask_BP.shape[1], *fed_BCT.shape[1:]
-        prompt_P, candidate_C, fed_T = (torch.arange(size, device=device) for size in sizes)
-        segment_U = torch.cat([torch.full_like(prompt_P, PROMPT), (candidate_C + 1).repeat_interleave(len(fed_T))])
-        offset_U = torch.cat([prompt_P, fed_T.repeat(len(candidate_C))])
-        # At least one token: one-token responses leave nothing to feed, and no model takes an empty row.
-        length = max(1, int(there_BU.sum(-1).max()))
-        column_BL = there_BU.long().argsort(dim=1, descending=True, stable=True)[:, :length]  # what is there goes first
-        there_BL = there_BU.gather(1, column_BL)
-        segment_BL = segment_U[column_BL].masked_fill(~there_BL, PADDING)
-        start_BL = prompt_mask_BP.sum(-1, keepdim=True) * (segment_BL > PROMPT)
-        position_BL = (start_BL + offset_U[column_BL]) * there_BL
-        # A prompt's own first token pads it: `transformers` warns of padding tokens that no mask tells it of.
-        ids_BL = torch.where(there_BL, ids_BU.gather(1, column_BL), batch.prompt_ids_BP[:, :1])
-        return cls(ids_BL, position_BL, segment_BL)
-
-
-@dataclass
-class _Prompt:
-    """Encoded prompts: their last hidden states and the cache that responses continue from."""
-
-    row: _Row
-    end_BD: Tensor
-    cache: DynamicCache
-
-    def branch(self) -> DynamicCache:
-        """A forward grows the cache it is given, by new tensors: each gets layers of its own over the same tensors."""
-        branch = copy.copy(self.cache)
-        branch.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return branch
-
-
-def _mask(causal_lm: PreTrainedModel, query: _Row, *keys: _Row) -> Tensor | dict[str, Tensor]:
-    """Who sees whom, in the form in which the model's layers want it: one mask, or one a layer type.
-
-    A token sees its prompt and its own response up to itself. Padding sees padding: no row of a softmax may be empty.
-    """
-    config = causal_lm.config.get_text_config()
-    position_BK = torch.cat([key.position_BL for key in keys], dim=1)[:, None, None, :]
-    segment_BK = torch.cat([key.segment_BL for key in keys], dim=1)[:, None, None, :]
-    position_BQ, segment_BQ = query.position_BL[:, None, :, None], query.segment_BL[:, None, :, None]
-    distance_BQK = position_BQ - position_BK
-    seen_BQK = ((segment_BK == PROMPT) | (segment_BK == segment_BQ)) & (distance_BQK >= 0)
-
-    def shaped(visible_BQK: Tensor) -> Tensor:
-        if causal_lm.config._attn_implementation != "eager":
-            return visible_BQK
-        additive_BQK = torch.zeros(visible_BQK.shape, dtype=causal_lm.dtype, device=visible_BQK.device)
-        return additive_BQK.masked_fill(~visible_BQK, torch.finfo(causal_lm.dtype).min)
-
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    full = shaped(seen_BQK)
-    windowed = full if window is None else shaped(seen_BQK & (distance_BQK < window))
-    if kinds is None:
-        return windowed
-    return {kind: {"full_attention": full, "sliding_attention": windowed}[kind] for kind in set(kinds)}
 
 
 class _Given(nn.Module):

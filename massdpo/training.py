@@ -5,16 +5,13 @@ stopped at any moment goes on from the newest one and ends with the same numbers
 stage, epoch), and no dropout is used, so that weights, optimiser and position are all there is to remember.
 """
 
-import json
 import math
-import re
-import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,39 +19,22 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from omegaconf import DictConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
+from massdpo import checkpoints
 from massdpo.batch import Batch
+from massdpo.checkpoints import Position
 from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import Validate
-from massdpo.store import build_folder, is_whole, keyed_seed, remove_unfinished, set_aside, writing
+from massdpo.store import keyed_seed
 from massdpo.tracking import History, Tracker, progress
 
 # (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
 Objective = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
-
-NUMBERED = re.compile(r"\d+-\d+")  # the name of a checkpoint: epoch and step
-
-
-@dataclass
-class Position:
-    """How far a stage is: what a checkpoint holds beside weights and optimiser."""
-
-    epoch: int = 0
-    batch: int = 0  # optimiser steps done in this epoch; all of them: what is left of it is its validation
-    step: int = 0
-    tokens: int = 0
-    train_seconds: float = 0.0  # steps, selection included, without what only the log needs
-    select_seconds: float = 0.0
-    best: float = -math.inf  # of `keep_metric` on the validation split
-    history: list[dict[str, Any]] = field(default_factory=list)
-    validation: dict[str, float] = field(default_factory=dict)  # of the policy that is kept
 
 
 @dataclass
@@ -106,7 +86,9 @@ def fit(
     rise = int(options.warmup * total)  # the schedule of transformers, whose module imports its Trainer and peft
     schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (total - step) / max(1, total - rise))
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    position = _resume(stage, options.keep, accelerator, schedule)
+    position = checkpoints.resume(stage.checkpoints, stage.state, options.keep, accelerator, schedule)
+    if position.step:
+        accelerator.print(f"{stage.name}: going on from step {position.step}")
     warned: set[str] = set()
     history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + position.history
     scorer.train()
@@ -137,7 +119,7 @@ def fit(
                     advance(1, f"loss {row['loss']:.3f}")
                     asked, last = stop(), position.batch == len(steps)
                     if asked or last or position.step % options.checkpoint_every == 0:
-                        _save(stage, position, accelerator)
+                        checkpoints.save(stage.checkpoints, position, stage.state, accelerator)
                     if asked or (last and stop()):
                         where = f"step {position.step} of {total} of {stage.name}"
                         raise Stopped(f"stopped at {where}; the same command goes on")
@@ -149,7 +131,7 @@ def fit(
             if options.keep == "last" or value > position.best:
                 position.validation = validation
             if options.keep == "best" and value > position.best:
-                _write(stage.checkpoints / "best", position, stage, accelerator)
+                checkpoints.write(stage.checkpoints / "best", position, stage.state, accelerator)
             position.best = max(position.best, value)
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
@@ -308,82 +290,6 @@ def _warn(stage: Stage, row: dict[str, Any], warned: set[str], accelerator: Acce
 
 def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-# Checkpoints ----------------------------------------------------------------------------------------------------------
-
-
-def _save(stage: Stage, position: Position, accelerator: Accelerator) -> None:
-    """Write the newest checkpoint, then drop older ones: once there is one, there is a whole one at every moment."""
-    place = stage.checkpoints / f"{position.epoch:04d}-{position.step:08d}"
-    _write(place, position, stage, accelerator)
-    if accelerator.is_main_process:
-        for old in _all(stage.checkpoints)[:-1]:
-            shutil.rmtree(old)
-
-
-def _write(place: Path, position: Position, stage: Stage, accelerator: Accelerator) -> None:
-    def build(folder: Path) -> None:
-        _save_state(accelerator, folder)
-        (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-        if stage.state:
-            save_file(stage.state, folder / "objective.safetensors")
-
-    if accelerator.is_main_process:
-        with writing(place.parent, "free some room; the last checkpoint is good, and the same command goes on from it"):
-            build_folder(place, build)
-    else:
-        _save_state(accelerator, None)
-    accelerator.wait_for_everyone()
-
-
-def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
-    """Every process takes part, as weights may be sharded; the main one says into which folder."""
-    (place,) = broadcast_object_list([str(folder)])
-    accelerator.save_state(place)
-    accelerator.wait_for_everyone()
-
-
-def _resume(stage: Stage, keep: str, accelerator: Accelerator, schedule: Any) -> Position:
-    """Load the newest whole checkpoint, if any; a damaged one is told, set aside and done without."""
-    if accelerator.is_main_process:
-        _keep_newest(stage.checkpoints, keep)
-    accelerator.wait_for_everyone()
-    if not (places := _all(stage.checkpoints)):
-        return Position()
-    (place,) = places
-    position = _position(place)
-    accelerator.load_state(str(place))
-    if stage.state:
-        for name, value in load_file(place / "objective.safetensors").items():
-            stage.state[name].copy_(value)
-    rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer
-    schedule.last_epoch, schedule._last_lr = position.step, rates  # step() here would warn of a wrong order
-    accelerator.print(f"{stage.name}: going on from step {position.step}")
-    return position
-
-
-def _keep_newest(checkpoints: Path, keep: str) -> None:
-    """Leave the newest whole checkpoint alone; without the best policy so far, that one cannot be gone on from."""
-    remove_unfinished(checkpoints)
-    places = _all(checkpoints)
-    while places and not is_whole(places[-1]):
-        set_aside(places.pop())
-    for old in places[:-1]:  # the end came while they were removed
-        shutil.rmtree(old)
-    best = checkpoints / "best"
-    if places and keep == "best" and _position(places[-1]).best > -math.inf and not is_whole(best):
-        set_aside(best if best.exists() else places[-1])
-        shutil.rmtree(places[-1], ignore_errors=True)
-
-
-def _position(place: Path) -> Position:
-    return Position(**json.loads((place / "position.json").read_text(encoding="utf-8")))
-
-
-def _all(checkpoints: Path) -> list[Path]:
-    """The numbered checkpoints, oldest first."""
-    return sorted(place for place in checkpoints.glob("*") if NUMBERED.fullmatch(place.name))
 
 
 @contextmanager

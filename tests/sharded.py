@@ -7,16 +7,18 @@ PyTorch's FSDP works there. This opens that one gate; the rest is what GPUs run.
 import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from massdpo import training
+from massdpo import checkpoints
+from massdpo.runs import CHECKPOINTS
 from tests.conftest import ROOT
 
-closed, save = AcceleratorState.__init__, training._save
+closed, save = AcceleratorState.__init__, checkpoints.save
 
 
 def opened(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
@@ -28,16 +30,16 @@ def opened(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **option
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
-def save_and_die(stage: training.Stage, position: training.Position, accelerator: Accelerator) -> None:
-    save(stage, position, accelerator)
+def save_and_die(folder: Path, position: checkpoints.Position, state: Any, accelerator: Accelerator) -> None:
+    save(folder, position, state, accelerator)
     accelerator.wait_for_everyone()
-    if stage.name == "preference":
+    if folder.name == CHECKPOINTS:  # of the run itself, the preference stage's
         os._exit(1)
 
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = opened  # type: ignore[method-assign]
     if "DIE_AFTER_CHECKPOINT" in os.environ:
-        training._save = save_and_die
+        checkpoints.save = save_and_die
     sys.argv[0] = str(ROOT / "run.py")
     runpy.run_path(sys.argv[0], run_name="__main__")

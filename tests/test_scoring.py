@@ -462,12 +462,12 @@ def test_the_probe_sees_a_mask_that_is_silently_wrong(monkeypatch: pytest.Monkey
     """Eager attention adds whatever mask it is given, so a boolean one raises nothing and hides nothing."""
     model = tiny(LLAMA, "eager")
     assert PreferenceScorer(model).packed
-    right = scoring._mask
+    right = scoring.attention_mask
 
     def boolean(causal_lm: PreTrainedModel, *rows: object) -> Tensor:
         return right(causal_lm, *rows) == 0
 
-    monkeypatch.setattr(scoring, "_mask", boolean)
+    monkeypatch.setattr(scoring, "attention_mask", boolean)
     with pytest.warns(UserWarning, match="relative error"):
         assert not PreferenceScorer(model).packed
 

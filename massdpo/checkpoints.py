@@ -1,0 +1,109 @@
+"""Checkpoints of a stage: folders that appear whole; a run stopped at any moment goes on from the newest one."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from massdpo.store import build_folder, is_whole, remove_unfinished, set_aside, writing
+
+NUMBERED = re.compile(r"\d+-\d+")  # the name of a checkpoint: epoch and step
+
+
+@dataclass
+class Position:
+    """How far a stage is: what a checkpoint holds beside weights and optimiser."""
+
+    epoch: int = 0
+    batch: int = 0  # optimiser steps done in this epoch; all of them: what is left of it is its validation
+    step: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0  # steps, selection included, without what only the log needs
+    select_seconds: float = 0.0
+    best: float = -math.inf  # of `keep_metric` on the validation split
+    history: list[dict[str, Any]] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)  # of the policy that is kept
+
+
+def save(checkpoints: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """Write the newest checkpoint, then drop older ones: once there is one, there is a whole one at every moment."""
+    write(checkpoints / f"{position.epoch:04d}-{position.step:08d}", position, state, accelerator)
+    if accelerator.is_main_process:
+        for old in _all(checkpoints)[:-1]:
+            shutil.rmtree(old)
+
+
+def write(place: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator) -> None:
+    """One checkpoint, written by the main process with what the others hold."""
+
+    def build(folder: Path) -> None:
+        _save_state(accelerator, folder)
+        (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        if state:
+            save_file(state, folder / "objective.safetensors")
+
+    if accelerator.is_main_process:
+        with writing(place.parent, "free some room; the last checkpoint is good, and the same command goes on from it"):
+            build_folder(place, build)
+    else:
+        _save_state(accelerator, None)
+    accelerator.wait_for_everyone()
+
+
+def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
+    """Every process takes part, as weights may be sharded; the main one says into which folder."""
+    (place,) = broadcast_object_list([str(folder)])
+    accelerator.save_state(place)
+    accelerator.wait_for_everyone()
+
+
+def resume(
+    checkpoints: Path, state: dict[str, Tensor], keep: str, accelerator: Accelerator, schedule: LambdaLR
+) -> Position:
+    """Load the newest whole checkpoint, if any; a damaged one is told, set aside and done without."""
+    if accelerator.is_main_process:
+        _keep_newest(checkpoints, keep)
+    accelerator.wait_for_everyone()
+    if not (places := _all(checkpoints)):
+        return Position()
+    (place,) = places
+    position = _position(place)
+    accelerator.load_state(str(place))
+    if state:
+        for name, value in load_file(place / "objective.safetensors").items():
+            state[name].copy_(value)
+    rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer
+    schedule.last_epoch, schedule._last_lr = position.step, rates  # step() here would warn of a wrong order
+    return position
+
+
+def _keep_newest(checkpoints: Path, keep: str) -> None:
+    """Leave the newest whole checkpoint alone; without the best policy so far, that one cannot be gone on from."""
+    remove_unfinished(checkpoints)
+    places = _all(checkpoints)
+    while places and not is_whole(places[-1]):
+        set_aside(places.pop())
+    for old in places[:-1]:  # the end came while they were removed
+        shutil.rmtree(old)
+    best = checkpoints / "best"
+    if places and keep == "best" and _position(places[-1]).best > -math.inf and not is_whole(best):
+        set_aside(best if best.exists() else places[-1])
+        shutil.rmtree(places[-1], ignore_errors=True)
+
+
+def _position(place: Path) -> Position:
+    return Position(**json.loads((place / "position.json").read_text(encoding="utf-8")))
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    """The numbered checkpoints, oldest first."""
+    return sorted(place for place in checkpoints.glob("*") if NUMBERED.fullmatch(place.name))
