@@ -1,6 +1,6 @@
 """The log-det maximisers against brute force in float64, the Fisher information against autograd.
 
-Suffixes as in massdpo/fisher.py.
+Suffixes as in massdpo/fisher/.
 """
 
 import itertools
@@ -15,6 +15,8 @@ from massdpo.errors import UserError
 from massdpo.fisher import (
     design_gram,
     design_vectors,
+    limits,
+    logdet,
     pl_fisher,
     select_logdet,
     select_logdet_gram,
@@ -424,12 +426,12 @@ def test_permutation_equivariance(solver: str) -> None:
 
 def test_large_pool_needs_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """10,000 candidates from the picked rows alone; the same picks as from the matrix where that is still possible."""
-    vectors_BND = torch.randn(2, fisher.DENSE_POOL + 200, 16, generator=generator(16), dtype=torch.float64)
+    vectors_BND = torch.randn(2, limits.DENSE_POOL + 200, 16, generator=generator(16), dtype=torch.float64)
     by_rows = select_logdet(vectors_BND, 5, 0.1)
     by_matrix = select_logdet_gram(vectors_BND @ vectors_BND.mT, 5, 0.1)
     assert by_rows.indices_BK.tolist() == by_matrix.indices_BK.tolist()
     torch.testing.assert_close(by_rows.gains_BK, by_matrix.gains_BK)
-    monkeypatch.setattr(fisher, "select_logdet_gram", None)  # would hold 800 MB a prompt
+    monkeypatch.setattr(logdet, "select_logdet_gram", None)  # would hold 800 MB a prompt
     large_BND = torch.randn(2, 10_000, 64, generator=generator(17))
     solved = select_logdet(large_BND, 4, 1.0)
     for row in range(2):
@@ -446,7 +448,7 @@ def test_exact_in_chunks_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     rewards_BC = torch.randn(5, 10, generator=generator(19), dtype=torch.float64)
     whole = select_logdet(vectors_BND, 4, 0.1, solver="exact")
     whole_subset = select_subset_fisher(gram_BCC, rewards_BC, 1.0, 4, 0.1, solver="exact")
-    monkeypatch.setattr(fisher, "CHUNK_NUMBERS", 1)  # one subset at a time
+    monkeypatch.setattr(limits, "CHUNK_NUMBERS", 1)  # one subset at a time
     assert select_logdet(vectors_BND, 4, 0.1, solver="exact").indices_BK.tolist() == whole.indices_BK.tolist()
     again = select_subset_fisher(gram_BCC, rewards_BC, 1.0, 4, 0.1, solver="exact")
     assert again.indices_BK.tolist() == whole_subset.indices_BK.tolist()
@@ -495,6 +497,6 @@ def test_what_is_not_finite_names_its_rows(value: float, monkeypatch: pytest.Mon
     rewards_BC[0, 0] = value
     with pytest.raises(UserError, match=r"rows \[0\]"):
         select_subset_fisher(torch.eye(6).expand(4, 6, 6), rewards_BC, 1.0, 2, 1.0, mask_BN)
-    monkeypatch.setattr(fisher, "DENSE_POOL", 3)  # by rows, as a pool of 10,000 is
+    monkeypatch.setattr(limits, "DENSE_POOL", 3)  # by rows, as a pool of 10,000 is
     with pytest.raises(UserError, match=r"rows \[2\]"):
         select_logdet(vectors_BND, 2, 1.0, mask_BN=mask_BN)

@@ -382,7 +382,7 @@ def test_mass_on_ten_thousand_candidates_in_bounded_memory() -> None:
 def test_large_pools_are_selected_from_by_rows() -> None:
     small = make_pool(batch=2, size=300, width=16)
     by_matrix = Mass(4)(small)
-    limit, fisher.DENSE_POOL = fisher.DENSE_POOL, 100
+    limit, fisher.limits.DENSE_POOL = fisher.limits.DENSE_POOL, 100
     try:
         assert Mass(4)(small).index_BK.tolist() == by_matrix.index_BK.tolist()
         with pytest.raises(UserError, match="needs all inner products"):
@@ -392,7 +392,7 @@ def test_large_pools_are_selected_from_by_rows() -> None:
         with pytest.raises(UserError, match="use solver=greedy"):
             Mass(2, solver="swap")(small)
     finally:
-        fisher.DENSE_POOL = limit
+        fisher.limits.DENSE_POOL = limit
 
 
 def test_what_is_only_logged_is_computed_when_it_is_logged() -> None:

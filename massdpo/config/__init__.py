@@ -1,0 +1,23 @@
+"""What the options are and may be: mistakes in a configuration are told in one line, before anything is computed."""
+
+from massdpo.config.composition import as_composed, compose
+from massdpo.config.messages import explain
+from massdpo.config.naming import EXPECTED, NOT_IDENTITY, identity, resolved, run_name
+from massdpo.config.rules import RULES, Rule
+from massdpo.config.secrets import without_secrets
+from massdpo.config.validation import validate
+
+__all__ = [
+    "EXPECTED",
+    "NOT_IDENTITY",
+    "RULES",
+    "Rule",
+    "as_composed",
+    "compose",
+    "explain",
+    "identity",
+    "resolved",
+    "run_name",
+    "validate",
+    "without_secrets",
+]

@@ -1,0 +1,71 @@
+"""How mistakes are told: in one line, with the nearest right name."""
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.errors import MissingConfigException, OverrideParseException
+from omegaconf.errors import InterpolationKeyError
+
+from massdpo.config.options import known_keys, options_of
+
+
+def explain(error: Exception) -> str:
+    """One line for what Hydra or OmegaConf say in several: what is wrong, and the nearest right name."""
+    said = str(error)
+    if isinstance(error, MissingConfigException) and (found := re.search(r"Could not find '(\w+)/([^']*)'", said)):
+        group, option = found.groups()
+        return f"unknown {group} '{option}'{nearest(option, options_of(group))}"
+    if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", said):
+        return f"unknown key '{found[1]}'{nearest(found[1], known_keys())}"
+    if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", said):
+        return f"the key '{found[1]}' is there already: write {found[1]}=VALUE, without the +"
+    if found := re.search(r"Multiple values for (\S+)\. ", said):
+        return f"the group '{found[1]}' is there already: write {found[1]}=NAME, without the +"
+    if found := re.search(r"Ambiguous value for argument '([^']+)'", said):
+        return f"'{found[1]}' has several values: add -m to run one after the other, or write a list as key=[a,b]"
+    if isinstance(error, OverrideParseException):
+        given = f" '{error.override}'" if getattr(error, "override", None) else ""
+        reason = said.split("\nSee https")[0].splitlines()[-1].strip(" ^") if said else ""
+        return f"cannot read the argument{given}: write KEY=VALUE, with quotes around special characters ({reason})"
+    if found := re.search(r"Missing mandatory value: (\S+)", said):
+        return f"the key '{found[1]}' has no value: write {found[1]}=VALUE"
+    if isinstance(error, InterpolationKeyError) and (found := re.search(r"Interpolation key '([^']+)'", said)):
+        if found[1] in known_keys():
+            return f"the key '{found[1]}' is missing: it was removed or overwritten"
+        return f"the reference ${{{found[1]}}} leads nowhere{nearest(found[1], known_keys())}"
+    if said.startswith("Config group override must be"):
+        return "a group needs the name of an option: write GROUP=NAME, as in selector=mass"
+    if found := re.search(r"hydra:runtime\.choices\.(\w+)|runtime\.choices\.(\w+)", said):
+        return f"the group '{found[1] or found[2]}' needs one option: write {found[1] or found[2]}=NAME"
+    if found := re.search(r"Environment variable '(\w+)' not found", said):
+        return f"the environment variable {found[1]} that the configuration refers to is not set"
+    return " ".join(said.split())
+
+
+def nearest(word: str, names: Sequence[str]) -> str:
+    """'; did you mean NAME?', or all names where none is near and they are not many."""
+    return near(word, names) or (f"; there are {', '.join(names)}" if 0 < len(names) <= 20 else "")
+
+
+OTHER_WORDS = {"lr": "learning_rate", "gamma": "ridge", "lora": "adapter", "lora_alpha": "alpha"}  # people's for ours
+
+
+def near(word: Any, names: Sequence[str]) -> str:
+    """'; did you mean NAME?' for a word near a name, or near the last part of a dotted one; else nothing."""
+    if not isinstance(word, str):
+        return ""
+    last = word.lower().split(".")[-1]
+    last, last_parts = OTHER_WORDS.get(last, last), [name.lower().split(".")[-1] for name in names]
+    if found := difflib.get_close_matches(last, last_parts, n=1, cutoff=0.6):
+        alike = [name for name, part in zip(names, last_parts, strict=True) if part == found[0]]
+        return f"; did you mean '{difflib.get_close_matches(word, alike, n=1, cutoff=0.0)[0]}'?"
+    return ""
+
+
+def shown(value: Any) -> str:
+    """A value as a message quotes it, cut where it is long."""
+    said = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return said if len(said) <= 80 else said[:77] + "..."

@@ -1,0 +1,57 @@
+"""What makes a run the same, the name that follows from it, and its options as its folder keeps them."""
+
+import hashlib
+import json
+import re
+from typing import Any
+
+from omegaconf import DictConfig
+
+from massdpo.config.composition import plain
+from massdpo.config.secrets import without_secrets
+
+# Options that cannot change what a run computes; content (weights, data) has digests of its own.
+NOT_IDENTITY = (
+    *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "policy", "out", "size", "logger"),
+    *("choices", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
+    *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
+)
+
+EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
+
+
+def identity(config: DictConfig) -> dict[str, Any]:
+    """The resolved options that can change what a run computes or writes, as plain values for json.
+
+    Data and package version belong to a run's identity too, but are not options: pass them to `run_name` beside this.
+    """
+    values = plain(config)
+    for key in NOT_IDENTITY:
+        *above, last = key.split(".")
+        node = values
+        for name in above:
+            node = node[name]
+        node.pop(last, None)
+    if not values["trainer"]["generate"]:
+        del values["trainer"]["generate"]  # it came after the first runs: off, it changes none of their names
+    return values
+
+
+def run_name(config: DictConfig, *content: str) -> str:
+    """A folder name: `<dataset>-<model>-<selector>-<loss>-k<k>-b<beta>-s<seed>-<hash>`.
+
+    The hash is of the identity and of `content`: what else the numbers depend on (the data's digest, the version).
+    """
+    values, choices = plain(config), plain(config)["choices"]
+    key = json.dumps([identity(config), *content], sort_keys=True)
+    parts = [choices[group] for group in ("dataset", "model", "selector", "loss")]
+    parts += [f"k{values['k']}", f"b{values['beta']:g}", f"s{values['seed']}"]
+    name = "-".join([*parts, hashlib.blake2b(key.encode(), digest_size=4).hexdigest()])
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The resolved configuration for `config.yaml`, with secrets taken out of keys, addresses and values."""
+    cleaned = without_secrets(plain(config))
+    assert isinstance(cleaned, dict)
+    return cleaned

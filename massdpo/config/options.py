@@ -1,0 +1,40 @@
+"""Which options there are: the files of each group in conf/, and every key in them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from massdpo.config.rules import PARTS, RULES
+
+
+def root() -> Path:
+    """The folder that conf/ and sweeps/ are in."""
+    return Path(os.environ.get("MASSDPO_ROOT") or Path(__file__).resolve().parents[2])
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group: files in conf/, or beside it (sweeps/)."""
+    return sorted(file.stem for place in ("conf", ".") for file in (root() / place / group).glob("*.yaml"))
+
+
+def known_keys() -> list[str]:
+    """Every dotted key and group that conf/ knows."""
+    keys = dict.fromkeys([*RULES, *PARTS, "trainer", "method", "setting", "sweeps"])
+    for file in sorted((root() / "conf").glob("*/*.yaml")):
+        if file.parent.name in (*PARTS, "trainer"):
+            node = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            node.pop("defaults", None)
+            keys |= dict.fromkeys(key for key, _ in leaves({file.parent.name: node}) if not key.endswith("_"))
+    return list(keys)
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values; an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

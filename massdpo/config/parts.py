@@ -1,0 +1,80 @@
+"""Does the part that a group's node builds exist, and take the options given: by its signature and type hints."""
+
+import importlib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from massdpo.config.messages import nearest, shown
+from massdpo.errors import UserError
+
+HANDLED = {"dataset": ("name", "terms", "limit_train", "limit_val", "limit_test")}  # options no class ever sees
+
+
+def check_part(part: str, node: Mapping[str, Any]) -> None:
+    """The object that a group's node builds exists and takes its options, by name and type."""
+    target = node.get("_target_")
+    try:
+        module, _, name = str(target).rpartition(".")
+        built = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a module may fail in any way while it is imported
+        raise UserError(f"{part}._target_={shown(target)} cannot be imported: {str(error).splitlines()[0]}") from error
+    hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
+    parameters = dict(inspect.signature(built).parameters)
+    if node.get("_partial_"):  # training fills in the positional ones
+        parameters = {key: value for key, value in parameters.items() if value.default is not inspect.Parameter.empty}
+    known = [*parameters, *HANDLED.get(part, ())]
+    for key, value in node.items():
+        if key in ("_target_", "_partial_"):
+            continue
+        if key not in known and not any(given.kind is given.VAR_KEYWORD for given in parameters.values()):
+            names = [f"{part}.{name}" for name in known]
+            raise UserError(f"unknown key '{part}.{key}'{nearest(f'{part}.{key}', names)}")
+        if key in hints and not _is_a(value, hints[key]):
+            raise UserError(f"{part}.{key}={shown(value)} is not possible: {_type_name(hints[key])}")
+    for key, parameter in parameters.items():
+        if key not in node and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            raise UserError(f"the key '{part}.{key}' is missing: it was removed or overwritten")
+    if part in ("dataset", "model", "selector"):  # their constructors compute nothing, but check what is theirs
+        built(**{key: value for key, value in node.items() if key in parameters})
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Is a plain value of the type that a parameter names? Whole numbers are floats too, true and false no numbers."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (types.UnionType, typing.Union):
+        return any(_is_a(value, option) for option in inside)
+    if origin is typing.Literal:
+        return value in inside
+    if hint in (None, types.NoneType):
+        return value is None
+    if hint is float:
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    if hint is int:
+        return type(value) is int
+    if hint in (str, bool):
+        return isinstance(value, hint)
+    if origin in (list, tuple, Sequence):
+        return isinstance(value, list) and all(_is_a(item, inside[0]) for item in value)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return isinstance(value, dict)
+    return True  # a class of the user's own: theirs to check
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true | false", types.NoneType: "null"}
+
+
+def _type_name(hint: Any) -> str:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return ", or ".join(_type_name(option) for option in inside)
+    if origin is typing.Literal:
+        return " | ".join(map(str, inside))
+    if origin in (list, tuple, Sequence):
+        return "a list"
+    return _TYPE_NAMES.get(hint, "a mapping of names to values")

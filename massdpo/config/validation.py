@@ -1,0 +1,165 @@
+"""What cannot be run as it stands is refused, before anything is computed.
+
+`validate` works through four questions: is the value one that the option takes (`RULES`), does the part it configures
+know the option (its signature), do the options make sense together, and can this machine do it.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from massdpo.config.composition import plain
+from massdpo.config.messages import explain, near, nearest, shown
+from massdpo.config.options import leaves, options_of
+from massdpo.config.parts import check_part
+from massdpo.config.rules import CHOICES, PARTS, RULES
+from massdpo.errors import UserError
+
+TASKS_OF = {"study": ("study",), "split": ("inspect",), "in": ("evaluate", "rank"), "policy": ("rank",)}
+
+
+def validate(config: DictConfig) -> None:
+    """Refuse a configuration that cannot be run as it stands.
+
+    Raises:
+        UserError: one line that names the key, its value, what is allowed, and the nearest right name.
+    """
+    try:
+        values = plain(config)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
+    _check_keys(values)
+    _check_values(values)
+    for part in PARTS:
+        check_part(part, values[part])
+    _check_together(values)
+    _check_model(values["model"], values["trainer"]["max_length"])
+    _check_machine(values["trainer"])
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    """Every top-level and trainer key is one of ours, and none was removed."""
+    top = {key.split(".")[0] for key in RULES} | set(PARTS) | {"choices"}
+    for key in values:
+        if key not in top:
+            raise UserError(f"unknown key '{key}'{nearest(str(key), sorted(top))}")
+    for key in (*sorted(top), *(f"choices.{group}" for group in CHOICES)):
+        _require(values, key)
+    for group, choice in values["choices"].items():
+        if not isinstance(choice, str) and not (group == "method" and choice is None):
+            raise UserError(f"the group '{group}' needs one option: {group}=NAME{nearest('', options_of(group))}")
+    for part in (*PARTS, "trainer"):
+        if not isinstance(values[part], dict):
+            raise UserError(f"unknown {part} {shown(values[part])}{nearest(str(values[part]), options_of(part))}")
+    _check_trainer(values)
+
+
+def _check_trainer(values: Mapping[str, Any]) -> None:
+    known = [key for key in RULES if key.startswith("trainer.")]
+    if values["trainer"].get("adapter") is None:
+        known = [key for key in known if not key.startswith("trainer.adapter.")]
+    else:
+        known.remove("trainer.adapter")
+    for node in ("sft", "preference", "adapter"):
+        given = values["trainer"].get(node, {})
+        if not isinstance(given, dict) and f"trainer.{node}" not in known:
+            inside = [key.split(".")[-1] for key in RULES if key.startswith(f"trainer.{node}.")]
+            raise UserError(f"trainer.{node}={shown(given)} is not possible: {{{', '.join(inside)}}}")
+    for key, _ in leaves({"trainer": values["trainer"]}):
+        if key not in known:
+            raise UserError(f"unknown key '{key}'{nearest(key, known)}")
+    for key in known:
+        _require(values, key)
+
+
+def _require(values: Mapping[str, Any], key: str) -> None:
+    for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            raise UserError(f"the key '{key}' is missing: it was removed or overwritten")
+        values = values[name]
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    for key, rule in RULES.items():  # in this order: where selector.k is ${k}, k is at fault
+        node, last = _node_of(values, key)
+        if last not in node or (key == "trainer.adapter" and isinstance(node[last], dict)):
+            continue
+        value = node[last]
+        if not rule.holds(value):
+            raise UserError(f"{key}={shown(value)} is not possible: {rule.allowed}{near(value, rule.names)}")
+
+
+def _node_of(values: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
+    """The mapping that a dotted key stands in (an empty one, where there is none), and the key's last part."""
+    *above, last = key.split(".")
+    for name in above:
+        inside = values.get(name)
+        values = inside if isinstance(inside, dict) else {}
+    return values, last
+
+
+def _check_together(values: Mapping[str, Any]) -> None:
+    """What is meaningless in combination."""
+    task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
+    needed = {"evaluate": ("in",), "rank": ("in", "policy", "out"), "select": ("out",), "study": ("study",)}
+    meaning = {
+        "in": "a run's folder" if task == "evaluate" else "a file",
+        "policy": "the folder of a trained policy",
+        "out": "a folder" if task == "select" else "a file",
+        "study": RULES["study"].names,
+    }
+    for key in needed.get(task, ()):
+        if values[key] is None:
+            said = meaning[key] if isinstance(meaning[key], str) else " | ".join(meaning[key])
+            raise UserError(f"task={task} needs {key}={said}")
+    for key, tasks in TASKS_OF.items():
+        if values[key] is not None and task not in tasks:
+            raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
+    if dataset.get("val_fraction", 0) + dataset.get("test_fraction", 0) >= 1:
+        raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
+    if task == "select" or (task == "train" and trainer["preference"]["epochs"] > 0):
+        _check_slate(values["k"], values["loss"], selector, dataset)
+
+
+def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+    takes_k = "k" in selector  # selector=full trains on the whole pool
+    if loss["_target_"] == "massdpo.losses.dpo" and not takes_k:
+        raise UserError("loss=dpo takes one negative, but this selector takes the whole pool: use loss=pl or pairwise")
+    if loss["_target_"] == "massdpo.losses.dpo" and selector["k"] != 1:
+        raise UserError(f"loss=dpo takes one negative, but k={selector['k']}: use k=1, or loss=pl or pairwise")
+    pool = dataset.get("num_negatives")
+    if takes_k and type(pool) is int and selector["k"] > pool and selector.get("short_pool", "error") == "error":
+        raise UserError(
+            f"k={selector['k']} is above dataset.num_negatives={pool}: use a smaller k, a larger pool,"
+            " or selector.short_pool=all to train on the whole pool"
+        )
+
+
+def _check_model(model: Mapping[str, Any], max_length: int) -> None:
+    """A model from scratch holds the texts, and its sizes divide; a pretrained one brings its own."""
+    options = model.get("config") or {}
+    context = options.get("max_position_embeddings", math.inf)
+    if max_length > context:
+        raise UserError(f"trainer.max_length={max_length} is above model.config.max_position_embeddings={context}")
+    for size, parts in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        if "head_dim" in options and size == "hidden_size":
+            continue
+        if size in options and parts in options and options[size] % options[parts]:
+            raise UserError(
+                f"model.config.{parts}={options[parts]} does not divide model.config.{size}={options[size]}"
+            )
+
+
+def _check_machine(trainer: Mapping[str, Any]) -> None:
+    if trainer["device"] == "cpu":
+        return  # PyTorch computes bfloat16 on every CPU
+    import torch  # seconds
+
+    if trainer["device"] == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but PyTorch finds no GPU here: use trainer.device=cpu or auto")
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and trainer["precision"] == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("trainer.precision=bfloat16, but this GPU has none: use trainer.precision=float32")
