@@ -158,9 +158,6 @@ RULES: dict[str, Rule] = {
     "logger.mode": one_of("offline", "online"),
     "logger.timeout": positive,
 }
-OWN_POOL = Rule(
-    "own", lambda value: value == "own", ("own",)
-)  # a question's own wrong options, where the class knows it
 
 PARTS = ("dataset", "model", "selector", "loss", "logger")  # groups whose node builds an object, by `_target_`
 CHOICES = ("dataset", "model", "selector", "loss", "method")  # what `choices` holds

@@ -63,6 +63,8 @@ def greedy(
         ties.append(tied_BN)
         picks.append(index_B1)
         excesses.append(picked_B1)
+        if step == k - 1 and not certify:
+            break  # what the last pick leaves to the others matters to the bound alone
         new_BN = row(index_B)
         if step:  # not by baddbmm: starting threads costs more than these few products
             seen_BJ1 = factor_BJN[rows_B, :step, index_B][..., None]
@@ -71,11 +73,11 @@ def greedy(
         factor_BJN[:, step] = new_BN
         excess_BN = torch.addcmul(excess_BN, new_BN, new_BN, value=-1).clamp_(min=0.0)
         taken_BN = taken_BN.scatter(1, index_B1, True)
-    opens.append(excess_BN.masked_fill(taken_BN, -math.inf))
     mask_BK = torch.arange(k, device=mask_BN.device) < mask_BN.sum(-1, keepdim=True)
     gains_BK = torch.cat(excesses, dim=1).log1p() * mask_BK
     upper_bound_B = torch.full_like(gains_BK[:, 0], math.nan)
     if certify:  # submodularity at every greedy prefix: best <= f(prefix) + the k largest marginal gains there
+        opens.append(excess_BN.masked_fill(taken_BN, -math.inf))
         prospects_JB = torch.stack(opens).topk(min(k, pool)).values.clamp(min=0.0).log1p().sum(-1)
         reached_BJ = torch.nn.functional.pad(gains_BK.cumsum(-1), (1, 0))
         upper_bound_B = (reached_BJ + prospects_JB.T).amin(-1)
