@@ -38,7 +38,7 @@ from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics
-from massdpo.models import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.runs import (
     CHECKPOINTS,
     claim,

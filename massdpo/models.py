@@ -1,15 +1,14 @@
-"""Language models to train: from scratch in a family's own classes, or pretrained; LoRA adapters; saved policies.
+"""Language models to train: from scratch in a family's own classes, or pretrained.
 
 Each node of conf/model/ builds a `TinyModel` or a `PretrainedModel`; both `load` to a model and its tokenizer. Weights
 are read from safetensors only, and no code that comes with a model is ever run.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tokenizers
 import torch
@@ -36,16 +35,12 @@ from transformers import (
 )
 
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest, keyed_seed, write_json, write_text
-
-if TYPE_CHECKING:
-    from peft import PeftModel  # at run time only where there is an adapter: importing it takes seconds
+from massdpo.store import Cache, digest, keyed_seed, write_json
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
 TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
 ADAPTER = "adapter_config.json"
-BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # no pickles, no code
 
 
@@ -61,7 +56,7 @@ class TinyModel:
     """
 
     def __init__(self, config: Mapping[str, Any], vocab_size: int):
-        self.options = _plain(config)
+        self.options = plain(config)
         self.vocab_size = vocab_size
         if vocab_size < 256 + len(SPECIAL):
             raise UserError(f"model.vocab_size={vocab_size}: a byte-level vocabulary has at least {256 + len(SPECIAL)}")
@@ -83,7 +78,7 @@ class TinyModel:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model with weights drawn from `seed` (float32, on the CPU) and the tokenizer learned from `texts`."""
         tokenizer = self.tokenizer(texts, cache, texts_key)
-        with _seeded(keyed_seed(seed, "weights")):
+        with seeded(keyed_seed(seed, "weights")):
             model = _from_config(self.model_config(tokenizer))
         disable_dropout(model)
         return model, tokenizer
@@ -117,7 +112,7 @@ class TinyModel:
         try:
             return AutoConfig.for_model(**options)
         except (StrictDataclassError, ValueError, TypeError) as error:
-            raise UserError(f"model.config: {_one_line(error)}") from error
+            raise UserError(f"model.config: {one_line(error)}") from error
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -170,12 +165,12 @@ class PretrainedModel:
         self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer; neither depends on the training texts or the seed."""
-        return self.model(), _load_tokenizer(self.folder())
+        return self.model(), load_tokenizer(self.folder())
 
     def model(self) -> PreTrainedModel:
         """The model alone, on the CPU; a saved adapter names its base by the `name_or_path` and the commit set here."""
         folder = self.folder()
-        model = _load_model(folder, getattr(torch, self.dtype))
+        model = load_model(folder, getattr(torch, self.dtype))
         model.name_or_path = self.hub_id if self.path is None else str(folder)
         model.config._commit_hash = folder.name if self.path is None else None
         return model
@@ -207,112 +202,13 @@ def _zero_dropout(holder: Any) -> None:
             setattr(holder, name, 0.0)
 
 
-def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> "PeftModel":
-    """Freeze `model` and put a LoRA adapter (Hu et al. 2021) on it, trained in float32, that changes nothing yet.
-
-    `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    options = _plain(adapter)
-    config = LoraConfig(
-        r=options["r"],
-        lora_alpha=options["alpha"],
-        target_modules=options["targets"],
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with _seeded(keyed_seed(seed, "adapter")):
-            adapted = get_peft_model(model, config, revision=getattr(model.config, "_commit_hash", None))
-    except ValueError as error:
-        raise UserError(f"trainer.adapter: {_one_line(error)}") from error
-    return adapted
-
-
-def merge_adapter(model: "PeftModel") -> PreTrainedModel:
-    """The plain model with the adapter's update added to its weights, in place."""
-    merged = model.merge_and_unload()
-    merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
-    return merged
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A key of all parameters' names and values, adapters included, one tensor in memory at a time."""
-    return digest([[name, digest(weight)] for name, weight in sorted(model.named_parameters())])
-
-
-def save_policy(
-    model: "PreTrainedModel | PeftModel",
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    card: str | None = None,
-    weights: dict[str, torch.Tensor] | None = None,
-) -> None:
-    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer and, as README.md, the model's `card`.
-
-    An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
-    `weights` are the model's, by name, where it holds only a shard of them.
-    """
-    weights = model.state_dict() if weights is None else weights
-    if not isinstance(model, PreTrainedModel):
-        base: Any = model.get_base_model()
-        if base.name_or_path:
-            write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
-        else:
-            plain = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-            names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in plain}
-            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in plain.items()})
-        # save_embedding_layers="auto" would ask the hub whether they changed
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-    else:
-        model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-    if card is not None:
-        write_text(folder / "README.md", card)  # peft has written one of its own there
-
-
-def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
-    """A policy that `save_policy` wrote, in the type that its weights had; an adapter is ready to be trained further.
-
-    Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
-    """
-    tokenizer = _load_tokenizer(folder)
-    if not (folder / ADAPTER).is_file():
-        return _load_model(folder, "auto"), tokenizer
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
-    adapter = _read_json(folder / ADAPTER)
-    if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
-        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
-    from peft import PeftModel
-
-    base = _load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
-    try:
-        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{folder} holds an adapter that cannot be loaded: {_one_line(error)}") from error
-    disable_dropout(adapted)
-    return adapted, tokenizer
-
-
-def _load_base(folder: Path) -> PreTrainedModel:
-    """The model that the adapter in `folder` was trained on, from where it was then."""
-    adapter = _read_json(folder / ADAPTER)
-    name = str(adapter.get("base_model_name_or_path"))
-    path = name if Path(name).is_absolute() else None
-    if path and not Path(path).is_dir():
-        raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
-    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
-
-
 def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(
             config, attn_implementation=_attention(config), dtype=torch.float32, trust_remote_code=False
         )
     except ValueError as error:
-        raise UserError(f"model.config: {_one_line(error)}") from error
+        raise UserError(f"model.config: {one_line(error)}") from error
 
 
 def _attention(config: PreTrainedConfig) -> str:
@@ -320,7 +216,7 @@ def _attention(config: PreTrainedConfig) -> str:
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else "sdpa"
 
 
-def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """The causal language model that the folder holds, without the adapter that may lie beside it."""
     _check_folder(folder)
     try:
@@ -337,7 +233,7 @@ def _load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             adapter_kwargs={"subfolder": "none"},  # looks where there is none: it would be read in the base's type
         )
     except (ValueError, OSError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {_one_line(error)}") from error
+        raise UserError(f"{folder} cannot be loaded as a causal language model: {one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
@@ -356,11 +252,11 @@ def _check_folder(folder: Path) -> None:
         raise UserError(f"{folder} has no weights in *.safetensors ({found}): save it with save_pretrained first")
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"{folder} holds no tokenizer that can be loaded: {_one_line(error)}") from error
+        raise UserError(f"{folder} holds no tokenizer that can be loaded: {one_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token would do: padding is masked everywhere
     return tokenizer
@@ -385,7 +281,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
             "set model.path=DIR to a folder that holds it"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{hub_id} cannot be fetched from the hub: {_one_line(error)}") from error
+        raise UserError(f"{hub_id} cannot be fetched from the hub: {one_line(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{hub_id} has no weights in *.safetensors in {folder}: where the hub has them, go online once to complete "
@@ -395,7 +291,7 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
     """Inside, the CPU's random numbers come from `seed`; afterwards they go on as if nothing had been drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs too
@@ -415,17 +311,10 @@ def _first_bytes(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
     return used, left_out
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {_one_line(error)}") from error
-
-
-def _plain(node: Mapping[str, Any]) -> dict[str, Any]:
+def plain(node: Mapping[str, Any]) -> dict[str, Any]:
     """A config node as plain dictionaries and lists."""
     return OmegaConf.to_object(node) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]

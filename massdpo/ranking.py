@@ -21,7 +21,7 @@ from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import collate
 from massdpo.errors import UserError
-from massdpo.models import load_policy
+from massdpo.policies import load_policy
 from massdpo.scoring import PreferenceScorer
 from massdpo.store import replacing
 

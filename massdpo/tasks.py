@@ -21,7 +21,7 @@ from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics
-from massdpo.models import load_policy
+from massdpo.policies import load_policy
 from massdpo.ranking import policy_in, rank, writing_to
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import check_selection

@@ -18,17 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from massdpo import models
 from massdpo.errors import UserError
-from massdpo.models import (
-    PretrainedModel,
-    TinyModel,
-    add_adapter,
-    disable_dropout,
-    learn_tokenizer,
-    load_policy,
-    merge_adapter,
-    save_policy,
-    weights_digest,
-)
+from massdpo.models import PretrainedModel, TinyModel, disable_dropout, learn_tokenizer
+from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.store import Cache, is_whole
 from tests.conftest import ROOT
 

@@ -26,7 +26,8 @@ from massdpo.data.tokens import TokenizedSplit, collate
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, score_split
 from massdpo.losses import pl
-from massdpo.models import PretrainedModel, TinyModel, add_adapter, save_policy
+from massdpo.models import PretrainedModel, TinyModel
+from massdpo.policies import add_adapter, save_policy
 from massdpo.runs import SHOWN
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import Full

@@ -22,7 +22,7 @@ from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
-from massdpo.models import load_policy
+from massdpo.policies import load_policy
 from massdpo.store import Cache, write_json
 from tests.conftest import ROOT
 from tests.test_mcqa import question
