@@ -110,6 +110,7 @@ def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool
         raise UserError(f"{folder} holds a run of another config, data or version: set another name=, or force=true")
     if before.get("status") == "finished" and not force:
         if accelerator.is_main_process:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
             print(f"{folder} is finished already: skipped (force=true computes it again)")
         return False
     if accelerator.is_main_process:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 
 from massdpo import experiment, models, training
 from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
+from massdpo.runs import claim
 from massdpo.store import MANIFEST, is_whole
 from tests.conftest import ROOT
 from tests.processes import start
@@ -219,8 +221,9 @@ class DiesAt:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_before_any_change_to_the_disk(whole: dict[str, Any], tmp_path: Path) -> None:
-    """Every seventh change or so: in caches, checkpoints, results, while old ones are removed."""
-    number = random.Random().randrange(1, 8)
+    """Some twenty of the 640 changes, others in every test run: in caches, checkpoints, results, while old ones go."""
+    stride = 31
+    number = random.Random().randrange(1, stride + 1)
     kills = 0
     while True:
         place = Place(tmp_path / str(number))
@@ -231,8 +234,15 @@ def test_killed_before_any_change_to_the_disk(whole: dict[str, Any], tmp_path: P
         same(place.result(), whole, f"change {number}")
         assert "damaged" not in place.log.read_text()
         shutil.rmtree(place.root)
-        number += 7
-    assert kills >= 30
+        number += stride
+    assert kills >= 15
+
+
+def test_checkpoints_that_outlived_a_finished_run_go(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "0001-00000003").mkdir(parents=True)
+    (tmp_path / "status.json").write_text(json.dumps({"status": "finished", "key": "a"}))
+    assert not claim(tmp_path, "a", False, Accelerator(cpu=True))
+    assert not (tmp_path / "checkpoints").exists()
 
 
 # Damaged checkpoints and caches ---------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from massdpo import store
 from massdpo.report.summary import UNTRAINED, Summary
-from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, label_rank, metric_name
+from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, axis_name, label_rank
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000")
 MARKERS = "osD^vP<X>*hp"
@@ -137,8 +137,7 @@ def _dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool =
             random = part[part["label"].isin(BASELINES)]["mean"].tolist()
             if differences or len(random) == 1:
                 axis.axvline(0 if differences else random[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            name = f"Δ {metric_name(metric)}" if differences else metric_name(metric)
-            axis.set_xlabel(name + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
+            axis.set_xlabel(f"Δ {axis_name(metric)}" if differences else axis_name(metric))
             axis.set_ylim(0.4, len(names) + 0.6)
             if axis is row[0]:
                 axis.set_yticks(list(place_of.values()), list(place_of))
@@ -179,7 +178,7 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                 axis.set_xticks([], minor=True)
                 axis.tick_params(axis="x", labelrotation=45 if len(values) > 4 else 0)
             axis.set_xlabel(over.removeprefix("option/").replace("_", " "))
-            axis.set_title(metric_name(metric), loc="left")
+            axis.set_title(axis_name(metric), loc="left")
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
     _legend(figure, axes)
     return figure
@@ -210,8 +209,8 @@ def _front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
             unbeaten = [p for p in points if not ((points >= p).all(1) & (points > p).any(1)).any()]
             front = np.array(sorted(unbeaten, key=lambda point: point[0])) * [best_x, 1.0]
             axis.plot(front[:, 0], front[:, 1], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
-            axis.set_xlabel(metric_name(across) + (" (lower is better)" if across in LOWER_IS_BETTER else ""))
-            axis.set_ylabel(metric_name(up))
+            axis.set_xlabel(axis_name(across))
+            axis.set_ylabel(axis_name(up))
         row[0].set_title(str(model).replace("$", r"\$"), loc="left", color=GREY)
     _legend(figure, axes)
     return figure
@@ -235,7 +234,7 @@ def _curves(histories: pd.DataFrame, view: View) -> Figure:
                     over.index, over["min"], over["max"], color=style[label]["color"], alpha=0.15, linewidth=0
                 )
             axis.set_xlabel("step")
-            axis.set_title(metric_name(column), loc="left")
+            axis.set_title(axis_name(column), loc="left")
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
     _legend(figure, axes)
     return figure

@@ -23,6 +23,7 @@ NAMES = {
     "tokens_per_second": "tokens/s",
     "peak_memory_mb": "peak memory (MB)",
 }
+UNITS = {"margin": "β·nats", "margin_max": "β·nats", "chosen_logp_change": "nats"}  # where the name holds none
 LOWER_IS_BETTER = {"train_seconds", "select_seconds", "peak_memory_mb"}
 ZERO_AT_START = {"reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"}
 NO_BEST = {"chosen_logp_change"}  # a diagnosis, not a goal
@@ -35,6 +36,14 @@ def metric_name(metric: str) -> str:
         return NAMES[metric]
     name = metric.removesuffix("_sum").replace("ndcg", "NDCG").replace("_", " ")
     return f"{name} (summed)" if metric.endswith("_sum") else name
+
+
+def axis_name(metric: str) -> str:
+    """The metric's name as an axis shows it, with what its numbers mean."""
+    bare = metric.removeprefix("val/")
+    notes = ["validation"] * (bare != metric) + [UNITS[bare]] * (bare in UNITS)
+    notes += ["lower is better"] * (bare in LOWER_IS_BETTER)
+    return f"{metric_name(bare)} ({', '.join(notes)})" if notes else metric_name(bare)
 
 
 def label_rank(label: str) -> tuple[int, str]:
