@@ -244,6 +244,7 @@ def compute(
         pad_id=data.pad_id,
         begin_epoch=objective.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id),
         state=objective.state,
+        share=objective.share,
         seconds=objective.seconds,
         alarms=stages.alarms,
     )

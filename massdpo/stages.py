@@ -55,6 +55,7 @@ class Preference:
     k: int  # columns of the picks table
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
+    _own: list[Tensor] = field(default_factory=list)  # rows that this process alone knows the newest picks of
 
     def __post_init__(self) -> None:
         size = len(self.reference.logp_SC)
@@ -124,6 +125,14 @@ class Preference:
 
         return begin
 
+    def share(self) -> None:
+        """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
+        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *self._own])
+        own = rows_S, self.state["index_SK"][rows_S], self.state["mask_SK"][rows_S]
+        for rows_B, index_BK, mask_BK in gather_object([own]):
+            self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
+        self._own.clear()
+
     def _reference(self, batch: Batch) -> Tensor:
         """Reference log-probs of the batch's candidates, `(B, C)`."""
         width = batch.response_ids_BCT.shape[1]
@@ -165,10 +174,10 @@ class Preference:
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
         if self.refresh == "step":
-            if epoch:  # not known of a prompt that another process had before
-                before = self._stored(batch)
-                logs["selection/same_as_before"] = overlap(before, picks).where(before.mask_BK.any(-1), torch.nan)
+            if epoch:
+                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
             self._store(batch.index_B.cpu(), picks)
+            self._own.append(batch.index_B.cpu())
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool

@@ -52,6 +52,7 @@ class Stage:
     pad_id: int
     begin_epoch: Callable[[nn.Module, int], dict[str, float]] = lambda scorer, epoch: {}  # returns what is logged of it
     state: dict[str, Tensor] = field(default_factory=dict)  # what the objective must remember
+    share: Callable[[], None] = lambda: None  # makes the state of all processes the same
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})  # the objective counts
     alarms: Callable[[dict[str, Any]], dict[str, str]] = lambda row: {}  # what to warn of in a step's values, by kind
 
@@ -119,6 +120,7 @@ def fit(
                     advance(1, f"loss {row['loss']:.3f}")
                     asked, last = stop(), position.batch == len(steps)
                     if asked or last or position.step % options.checkpoint_every == 0:
+                        stage.share()
                         checkpoints.save(stage.checkpoints, position, stage.state, accelerator)
                     if asked or (last and stop()):
                         where = f"step {position.step} of {total} of {stage.name}"
