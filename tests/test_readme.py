@@ -74,7 +74,7 @@ def run(command: str, desk: Path) -> list[Path]:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     if "task=inspect" in arguments:
-        assert "lookup_accuracy" in done.stdout
+        assert "lookup/accuracy" in done.stdout
     for out in (argument.removeprefix("out=") for argument in arguments if argument.startswith("out=")):
         assert (desk / out).exists(), f"{command} made no {out}"
     return sorted(path.parent for path in set(desk.glob("results/runs/*/*/metrics.json")) - before)
