@@ -41,8 +41,9 @@ def metric_name(metric: str) -> str:
 def axis_name(metric: str) -> str:
     """The metric's name as an axis shows it, with what its numbers mean."""
     bare = metric.removeprefix("val/")
-    notes = ["validation"] * (bare != metric) + [UNITS[bare]] * (bare in UNITS)
-    notes += ["lower is better"] * (bare in LOWER_IS_BETTER)
+    notes = ["validation"] if bare != metric else []
+    notes += [UNITS[bare]] if bare in UNITS else []
+    notes += ["lower is better"] if bare in LOWER_IS_BETTER else []
     return f"{metric_name(bare)} ({', '.join(notes)})" if notes else metric_name(bare)
 
 
