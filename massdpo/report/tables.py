@@ -73,7 +73,7 @@ def _table(
     by_metric = [cells[cells["metric"] == metric].reset_index(drop=True) for metric in summary.metrics]
     first = by_metric[0]
     columns = [[render(cell) for cell in frame.itertuples(index=False)] for frame in by_metric]
-    names = [[Cell(_value(value)) for value in line] for line in first[keys].itertuples(index=False)]
+    names = [[Cell(_value(value)) for value in line] for line in _named(first[keys]).itertuples(index=False)]
     lines = [[*name, *line] for name, line in zip(names, zip(*columns, strict=True), strict=True)]
     if seeds:
         counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
@@ -83,6 +83,11 @@ def _table(
     axes = [axis.removeprefix("option/") for axis in summary.axes]
     names_head = ["dataset", "model", "method", *axes]
     return Table(title, notes, [*names_head, *head, *(["seeds"] if seeds else [])], lines, starts)
+
+
+def _named(lines: pd.DataFrame) -> pd.DataFrame:
+    """What a line is, as it is shown: `full` trains on the whole pool, whatever k its command says."""
+    return lines.assign(k=lines["k"].mask(lines["label"] == "full", "all")) if "k" in lines else lines
 
 
 def _value(value: object) -> str:
