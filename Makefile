@@ -44,7 +44,7 @@ test: $(VENV)/.test ## the fast tests
 	$(PYTEST) -m "not slow"
 
 test-long: $(VENV)/.test ## the slow tests
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --dist worksteal
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .

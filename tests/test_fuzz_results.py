@@ -145,14 +145,14 @@ def test_damaged_values(results: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
-@limits(1200)
+@limits(600)
 @given(seed=st.integers(0, 2**32))
 def test_many_damaged_bytes(results: Path, seed: int) -> None:
     damaged_bytes(results, seed)
 
 
 @pytest.mark.slow
-@limits(1200)
+@limits(600)
 @given(seed=st.integers(0, 2**32))
 def test_many_damaged_values(results: Path, seed: int) -> None:
     damaged_values(results, seed)
