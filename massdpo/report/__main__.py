@@ -119,6 +119,10 @@ def tables_of(rows: Rows, sweep: str, cache: BootstrapCache) -> tuple[Summary, d
         "means": tables.means_table(summary, title),
         "differences": tables.differences_table(summary, f"{title}: against random"),
     }
+    if view.against:
+        against = summarise(rows, view.metrics, cache, (view.against,))
+        head = f"{title}: against {view.against}"
+        found[f"differences_to_{view.against}"] = tables.differences_table(against, head, view.against)
     if view.best_on and view.best_on in rows.frame and rows.axes:
         best_rows, told = at_best(rows, view.best_on)
         best = summarise(best_rows, view.metrics, cache)

@@ -39,8 +39,10 @@ class Summary:
     unfinished: pd.DataFrame  # name, status and why of runs without numbers
 
 
-def summarise(rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache) -> Summary:
-    """The summary of all finished runs; resampling is done once and kept in `cache`."""
+def summarise(
+    rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache, baselines: tuple[str, ...] = BASELINES
+) -> Summary:
+    """The summary of all finished runs, compared with those of `baselines`; resampling is kept in `cache`."""
     frame = rows.frame
     present = [metric for metric in metrics if metric in frame]
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
@@ -54,7 +56,7 @@ def summarise(rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache) -> Su
         finished = block[block["status"] == "finished"].reset_index(drop=True)
         trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
         lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
-        cells = _block_cells(finished, lines_of_block, rows.axes, present, per_prompt, cache)
+        cells = _block_cells(finished, lines_of_block, rows.axes, present, per_prompt, cache, baselines)
         parts.append(cells.assign(dataset=str(dataset), model=str(model), of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
@@ -127,6 +129,7 @@ def _block_cells(
     metrics: list[str],
     per_prompt: "_PerPrompt",
     cache: BootstrapCache,
+    baselines: tuple[str, ...],
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
     keys = ["label", *axes]
@@ -137,7 +140,7 @@ def _block_cells(
     places = zip(finished[keys].itertuples(index=False), finished["seed"], strict=True)
     for place, (key, seed) in enumerate(places):
         run_LS[line_of[tuple(key)], seed_of[seed]] = place
-    baseline_L = _baselines(lines, (run_LS >= 0).any(1), axes)
+    baseline_L = _baselines(lines, (run_LS >= 0).any(1), axes, baselines)
     runs = list(zip(finished["prompts"], finished["place"], strict=True))
     parts = []
     for metric in metrics:
@@ -186,13 +189,13 @@ def _best(metric: str, values_LS: Floats) -> tuple[NDArray[np.bool_], NDArray[np
     return best_L, ~best_L & (np.abs(gap["mean"]) <= gap["half"])
 
 
-def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str]) -> list[int]:
-    """For each line the line of `random` at the same options; where random was run at one setting only, that one.
+def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str], names: tuple[str, ...]) -> list[int]:
+    """For each line the baseline's at the same options; where the baseline was run at one setting only, that one.
 
     -1: there is none.
     """
     options = [tuple(line) for line in lines[axes].to_numpy()]
-    candidates = {options[place]: int(place) for place in np.flatnonzero(there_L & lines["label"].isin(BASELINES))}
+    candidates = {options[place]: int(place) for place in np.flatnonzero(there_L & lines["label"].isin(names))}
     only = next(iter(candidates.values())) if len(candidates) == 1 else -1
     return [candidates.get(option, only) for option in options]
 

@@ -56,9 +56,9 @@ def _more(summary: Summary) -> str:
     return f" and {more} more" if more > 0 else ""
 
 
-def differences_table(summary: Summary, title: str) -> Table:
+def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> Table:
     notes = [
-        "Mean paired difference to random negatives on the same seeds and test prompts [95% interval], p adjusted by "
+        f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
         f"Holm over the table; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
     ]
     head = [f"Δ {metric_name(metric)}" for metric in summary.metrics]

@@ -56,8 +56,9 @@ class View:
     """Tables show `metrics`; `figure` is `dots` (a mean and interval a method), `lines` (over the option that the sweep
     varies), `front` (pairs of metrics against each other) or `curves` (columns of `history.csv` over steps).
     `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
-    `differences`: a further figure, of the paired differences to random. `rows_of`: the sweep whose runs are shown,
-    where it is another one; `labels` and `datasets`: only these of them.
+    `differences`: a further figure, of the paired differences to random. `against`: a further table, of those to this
+    method. `rows_of`: the sweep whose runs are shown, where it is another one; `labels` and `datasets`: only these of
+    them.
     """
 
     title: str
@@ -67,6 +68,7 @@ class View:
     curves: tuple[str, ...] = ()
     best_on: str | None = None
     differences: bool = False
+    against: str | None = None
     rows_of: str | None = None
     labels: tuple[str, ...] = ()
     datasets: tuple[str, ...] = ()
@@ -83,6 +85,7 @@ VIEWS = {
         "Main comparison",
         ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change"),
         differences=True,
+        against="mass",
     ),
     "ranking": View(
         "Ranking",
