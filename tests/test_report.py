@@ -292,6 +292,16 @@ def test_differences_are_paired_by_seed_and_prompt(demo: Path, tmp_path: Path) -
     assert holm(tested["p"].tolist()) == pytest.approx(tested["p_holm"].tolist())
 
 
+def test_another_method_may_be_what_all_are_compared_with(demo: Path, tmp_path: Path) -> None:
+    rows, cache = collect(demo), BootstrapCache(tmp_path / "b.csv")
+    to_random, to_mass = summarise(rows, ("accuracy",), cache), summarise(rows, ("accuracy",), cache, ("mass",))
+    there, back = cell(to_random, "mass", "accuracy"), cell(to_mass, "random", "accuracy")
+    assert back.difference == pytest.approx(-there.difference)
+    found, mirrored = (back.low, back.high), (-there.high, -there.low)
+    assert found == pytest.approx(mirrored, abs=0.02)  # resampled apart: quantiles of 10,000 draws of some 0.05
+    assert cell(to_mass, "mass", "accuracy").note == "baseline"
+
+
 def test_runs_on_other_prompts_are_not_paired(tmp_path: Path) -> None:
     sweep = tmp_path / "main"
     make_run(sweep, "mass", 0, prompts=40)

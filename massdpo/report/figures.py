@@ -20,6 +20,7 @@ from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000")
 MARKERS = "osD^vP<X>*hp"
 GREY = "#6b6b6b"
+LEVELS = dict(zip(UNTRAINED, (":", "--", "-."), strict=True))  # all grey
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -167,7 +168,8 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                 name = " ".join(_short(key) for key in keys if key != "")
                 if len(line) == 1:
                     colour = style[keys[0]]["color"]
-                    axis.axhline(line["mean"].iloc[0], color=colour, linestyle=":", linewidth=1.3, label=name)
+                    dashes = LEVELS.get(keys[0], ":")
+                    axis.axhline(line["mean"].iloc[0], color=colour, linestyle=dashes, linewidth=1.3, label=name)
                     continue
                 line = line.sort_values(over)
                 x = line[over].astype(float)
@@ -234,7 +236,7 @@ def _curves(histories: pd.DataFrame, view: View) -> Figure:
                     over.index, over["min"], over["max"], color=style[label]["color"], alpha=0.15, linewidth=0
                 )
             axis.set_xlabel("step")
-            axis.set_title(axis_name(column), loc="left")
+            axis.set_title(axis_name(column).replace(" (", "\n("), loc="left")
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
     _legend(figure, axes)
     return figure
