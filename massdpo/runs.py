@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from massdpo.config import without_secrets
 from massdpo.errors import UserError
-from massdpo.store import remove_unfinished, replacing, set_aside, write_json, writing
+from massdpo.store import acquire, remove_unfinished, replacing, set_aside, write_json, writing
 from massdpo.tracking import summary_table
 
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
@@ -40,11 +40,7 @@ def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     with writing(folder, "set runs_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            print(f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting", file=sys.stderr)
-            lock.acquire()
+        acquire(lock, lambda: f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting")
     try:
         accelerator.wait_for_everyone()
         yield

@@ -116,6 +116,15 @@ def _why_not_written(error: Exception, place: Path) -> str | None:
     return os.strerror(int(found[1])) if found[1] else "a write was cut short"
 
 
+def acquire(lock: FileLock, waiting: Callable[[], str]) -> None:
+    """Take the lock, however long that takes; after a second, say what is waited for."""
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(waiting(), file=sys.stderr)
+        lock.acquire()
+
+
 class Cache:
     """Folders under `root`, each named by kind and content key."""
 
@@ -146,11 +155,7 @@ class Cache:
         with writing(self.root, "set cache_dir"):
             place.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{place}.lock")
-            try:
-                lock.acquire(timeout=1)
-            except Timeout:
-                print(f"another job computes {place}: waiting for it", file=sys.stderr)
-                lock.acquire()
+            acquire(lock, lambda: f"another job computes {place}: waiting for it")
         try:
             remove_unfinished(place.parent, f"{key}.")
             yield
