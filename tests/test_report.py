@@ -338,6 +338,20 @@ def test_runs_of_the_start_are_compared_but_not_by_rewards(tmp_path: Path) -> No
     assert margin.note == "start" and math.isnan(margin.mean) and math.isnan(margin.p)
 
 
+def test_an_option_that_changes_the_data_has_starts_of_its_own(tmp_path: Path) -> None:
+    sweep = tmp_path / "near_duplicates"
+    for share in (0.0, 0.3):
+        for selector in ("random", "mass"):
+            for k in (2, 4):
+                path = make_run(sweep, selector, 0, k=k, options={"share": share}) / "metrics.json"
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"sft/accuracy": 0.1 + share}))
+    summary = cells_of(collect(sweep), tmp_path / "b.csv")
+    (axis,) = (name for name in summary.axes if name.endswith("share"))
+    lines = summary.cells[(summary.cells["label"] == "sft") & (summary.cells["metric"] == "accuracy")]
+    assert dict(zip(lines[axis], lines["mean"], strict=True)) == pytest.approx({0.0: 0.1, 0.3: 0.4})
+    assert set(lines["k"]) == {""}
+
+
 def test_guesses_without_a_model_have_a_line_where_there_are_any(demo: Path, tmp_path: Path) -> None:
     make_run(demo, "mass", 0, dataset="qasc")
     for path in demo.glob("synthetic_mcqa*/metrics.json"):

@@ -93,16 +93,22 @@ def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
 def _untrained(frame: pd.DataFrame, axes: list[str], metrics: list[str]) -> pd.DataFrame:
     """A line for the SFT start, and for each guess without a model, of each dataset, model and seed.
 
-    They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them.
+    They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them: all of a
+    seed's, unless an option changes the data; then those of each of its values.
     """
     parts = []
+    shared = [*BLOCK, "seed"]
     for label in UNTRAINED:
         columns = {f"{label}/{metric}": metric for metric in metrics if f"{label}/{metric}" in frame}
         if not columns or (frame["label"] == label).any():
             continue
         finished = frame[(frame["status"] == "finished") & frame[list(columns)].notna().any(axis=1)]
-        lines = finished.drop_duplicates([*BLOCK, "seed"])[[*BLOCK, "seed", "status", *columns]]
-        parts.append(lines.rename(columns=columns).assign(label=label, place=-1, **dict.fromkeys(axes, "")))
+        starts = finished.groupby([*shared, *columns], dropna=False)
+        several = starts.ngroups > len(finished[shared].drop_duplicates())
+        own = [axis for axis in axes if several and (starts[axis].nunique(dropna=False) == 1).all()]
+        lines = finished.drop_duplicates([*shared, *own])[[*shared, "status", *own, *columns]]
+        none = dict.fromkeys((axis for axis in axes if axis not in own), "")
+        parts.append(lines.rename(columns=columns).assign(label=label, place=-1, **none))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
