@@ -2,8 +2,10 @@
 
 import copy
 import itertools
+import socket
 import warnings
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -499,10 +501,11 @@ def test_the_probe_leaves_no_trace() -> None:
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def train_distributed(rank: int, way: str, rendezvous: str, place: str) -> None:
+def train_distributed(rank: int, way: str, port: int, place: str) -> None:
     """Three steps of the two-phase scorer, each process on its half of the batch; rank 0 writes the mean losses."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    here = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", here, rank=rank, world_size=2, timeout=timedelta(seconds=120))
     scorer: torch.nn.Module = PreferenceScorer(tiny(LLAMA), "mean", "packed")
     if way == "ddp":
         scorer = DistributedDataParallel(scorer)
@@ -540,9 +543,10 @@ HALVES = [make_batch([9, 3], [[3, 1, 4, 2], [2, 5, 1]], seed=1), make_batch([5, 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_two_processes_train_like_one(way: str, tmp_path: Path) -> None:
     """Both phases go through one forward of the wrapped module, so gradients are averaged and shards are gathered."""
-    torch.multiprocessing.spawn(
-        train_distributed, (way, str(tmp_path / "rendezvous"), str(tmp_path / "losses")), nprocs=2
-    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_distributed, (way, port, str(tmp_path / "losses")), nprocs=2)
     found = torch.load(tmp_path / "losses")
     expected = torch.tensor(train(PreferenceScorer(tiny(LLAMA), "mean", "packed"), HALVES))
     assert expected[2] < expected[0] / 2  # it learned, so later losses depend on earlier gradients
