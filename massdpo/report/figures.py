@@ -203,9 +203,11 @@ def _front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
             both = x_cells.merge(y_cells, left_index=True, right_index=True, suffixes=("_x", "_y")).reset_index()
             for line, name in zip(both.itertuples(index=False), _names(both, summary.axes), strict=True):
                 bars = {"xerr": np.nan_to_num(line.half_x), "yerr": np.nan_to_num(line.half_y)}
-                axis.errorbar(
+                point = axis.errorbar(
                     line.mean_x, line.mean_y, label=name, markersize=6, elinewidth=0.8, **bars, **style[line.label]
                 )
+                for bar in point[2]:
+                    bar.set_alpha(0.35)  # with few seeds they are long, and the points matter
             best_x = -1.0 if across in LOWER_IS_BETTER else 1.0
             points = both[["mean_x", "mean_y"]].to_numpy(dtype=float) * [best_x, 1.0]
             unbeaten = [p for p in points if not ((points >= p).all(1) & (points > p).any(1)).any()]
