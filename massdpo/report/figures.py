@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from massdpo import store
 from massdpo.report.summary import UNTRAINED, Summary
-from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, axis_name, label_rank
+from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, axis_name, label_rank, shown
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000")
 MARKERS = "osD^vP<X>*hp"
@@ -91,17 +91,11 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 def _names(cells: pd.DataFrame, axes: list[str]) -> list[str]:
     names = []
     for line in cells[["label", *axes]].itertuples(index=False):
-        options = [
-            f"{axis.removeprefix('option/')}={_short(value)}" for axis, value in zip(axes, line[1:], strict=True)
-        ]
+        options = [f"{axis.removeprefix('option/')}={shown(value)}" for axis, value in zip(axes, line[1:], strict=True)]
         names.append(
             " ".join([line[0], *(option for option in options if not option.endswith("="))]).replace("$", r"\$")
         )
     return names
-
-
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _bars(cells: pd.DataFrame) -> np.ndarray:
@@ -165,7 +159,7 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
         for metric, axis in zip(summary.metrics, row, strict=True):
             part = cells[(cells["model"] == model) & (cells["metric"] == metric)]
             for keys, line in part.groupby(["label", *others], sort=False):
-                name = " ".join(_short(key) for key in keys if key != "")
+                name = " ".join(shown(key) for key in keys if key != "")
                 if len(line) == 1:
                     colour = style[keys[0]]["color"]
                     dashes = LEVELS.get(keys[0], ":")
@@ -176,7 +170,7 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                 axis.errorbar(x, line["mean"], _bars(line), label=name, capsize=2, markersize=4.5, **style[keys[0]])
             if min(values) > 0 and max(values) >= 8 * min(values):
                 axis.set_xscale("log")
-                axis.set_xticks(sorted(values), [_short(value) for value in sorted(values)], minor=False)
+                axis.set_xticks(sorted(values), [shown(value) for value in sorted(values)], minor=False)
                 axis.set_xticks([], minor=True)
                 axis.tick_params(axis="x", labelrotation=45 if len(values) > 4 else 0)
             axis.set_xlabel(over.removeprefix("option/").replace("_", " "))

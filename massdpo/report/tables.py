@@ -10,7 +10,7 @@ import pandas as pd
 
 from massdpo.report.statistics import RESAMPLES
 from massdpo.report.summary import BLOCK, UNTRAINED, Summary
-from massdpo.report.views import LOWER_IS_BETTER, metric_name
+from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
 
 MISSING = "missing"
 NAMED = 5  # runs without numbers that a table names
@@ -73,7 +73,7 @@ def _table(
     by_metric = [cells[cells["metric"] == metric].reset_index(drop=True) for metric in summary.metrics]
     first = by_metric[0]
     columns = [[render(cell) for cell in frame.itertuples(index=False)] for frame in by_metric]
-    names = [[Cell(_value(value)) for value in line] for line in _named(first[keys]).itertuples(index=False)]
+    names = [[Cell(shown(value) or "–") for value in line] for line in _named(first[keys]).itertuples(index=False)]
     lines = [[*name, *line] for name, line in zip(names, zip(*columns, strict=True), strict=True)]
     if seeds:
         counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
@@ -88,12 +88,6 @@ def _table(
 def _named(lines: pd.DataFrame) -> pd.DataFrame:
     """What a line is, as it is shown: `full` trains on the whole pool, whatever k its command says."""
     return lines.assign(k=lines["k"].mask(lines["label"] == "full", "all")) if "k" in lines else lines
-
-
-def _value(value: object) -> str:
-    if value == "":
-        return "–"
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def number(value: float, scale: float | None = None) -> str:

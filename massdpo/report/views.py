@@ -47,6 +47,13 @@ def axis_name(metric: str) -> str:
     return f"{metric_name(bare)} ({', '.join(notes)})" if notes else metric_name(bare)
 
 
+def shown(value: object) -> str:
+    """An option's value; nothing for a line that the option does not concern."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
 def label_rank(label: str) -> tuple[int, str]:
     return (LABEL_ORDER.index(label) if label in LABEL_ORDER else len(LABEL_ORDER), label)
 
