@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from massdpo import experiment
+from massdpo import launch
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
@@ -36,7 +36,7 @@ def rank(config: DictConfig) -> None:
     Raises:
         UserError: no policy in `policy`, or a line (named) that cannot be ranked.
     """
-    accelerator = experiment.start(config)
+    accelerator = launch.start(config)
     if accelerator.num_processes > 1:
         raise UserError("task=rank runs in one process: start it without torchrun")
     policy, tokenizer = policy_in(Path(config.policy).expanduser(), config)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from massdpo import experiment
+from massdpo import experiment, inputs, launch
 from massdpo.benchmark.measure import commit, in_words, machine
 from massdpo.data.inspect import inspect as inspect_data
 from massdpo.data.prepare import limited, prepare
@@ -54,7 +54,7 @@ def evaluate(config: DictConfig) -> None:
     Raises:
         UserError: no policy there, or a dataset that it cannot read.
     """
-    accelerator = experiment.start(config)
+    accelerator = launch.start(config)
     run = Path(config["in"]).expanduser()
     policy, tokenizer = policy_in(run / "policy", config)
     for name, value in _trained_with(run).items():
@@ -90,26 +90,24 @@ def select(config: DictConfig) -> None:
     Raises:
         UserError: a pool below k, or an `out` that holds something else.
     """
-    accelerator = experiment.start(config)
+    accelerator = launch.start(config)
     out, trainer = Path(config.out), config.trainer
     if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
-    data, model = experiment.load(config, _cache(config))
+    data, model = inputs.load(config, _cache(config))
     subset = trainer.preference.limit, config.dataset.seed, "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
-    selector = experiment.instantiate(config.selector)
+    selector = inputs.instantiate(config.selector)
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
     score = _scoring(config, accelerator, data.pad_id)
-    start = experiment.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
-    policy = experiment.load_start(start, config)
+    start = inputs.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
+    policy = inputs.load_start(start, config)
     features = selector.features if selector.needs_scores else None
     scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
-    reference = experiment.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]
+    reference = inputs.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
-    picking = Preference(
-        selector, experiment.instantiate(config.loss), config.beta, "once", config.seed, reference, width
-    )
+    picking = Preference(selector, inputs.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
     picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
@@ -141,8 +139,8 @@ def select(config: DictConfig) -> None:
 
 def inspect(config: DictConfig) -> None:
     """Print what will be trained on; with `split` and `out`, write every prepared example of a split as JSON lines."""
-    experiment.start(config)
-    data, _ = experiment.load(config, _cache(config))
+    launch.start(config)
+    data, _ = inputs.load(config, _cache(config))
     out = Path(config.out) if config.out else None
     with writing_to(config.out):
         page = inspect_data(data.splits, data.tokenizer, config.split or "train", out)
@@ -192,20 +190,20 @@ def _study_refresh(config: DictConfig, out: Path) -> None:
 def _study_features(config: DictConfig, out: Path) -> None:
     from massdpo.studies.features import features
 
-    accelerator = experiment.start(config)
+    accelerator = launch.start(config)
     if not config.trainer.save_policy:
         raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
-    data, _ = experiment.load(config, _cache(config))
+    data, _ = inputs.load(config, _cache(config))
     rows = list(enumerate(data.train[:PROMPTS]))
     batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]  # a backward pass walks all of one
 
     def models(seed: int) -> Mapping[str, nn.Module]:
         run = _run_of(config, seed=seed)
         folder = experiment.train(run)
-        data, model = experiment.load(run, _cache(config))
+        data, model = inputs.load(run, _cache(config))
         score = _scoring(config, accelerator, data.pad_id)
-        start = experiment.sft_start(run, data, model, _cache(config), score, NoLogger(), accelerator)
-        before, after = experiment.load_start(start, run), load_policy(folder / "policy")[0]
+        start = inputs.sft_start(run, data, model, _cache(config), score, NoLogger(), accelerator)
+        before, after = inputs.load_start(start, run), load_policy(folder / "policy")[0]
         trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
         for name, weight in after.named_parameters():
             weight.requires_grad_(name in trained)
@@ -237,7 +235,7 @@ def _cache(config: DictConfig) -> Cache:
     return Cache(Path(config.cache_dir).expanduser())
 
 
-def _scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> experiment.Score:
+def _scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> inputs.Score:
     def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
         return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
 
@@ -258,7 +256,7 @@ def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _token_counts(data: experiment.Data) -> dict[str, str]:
+def _token_counts(data: inputs.Data) -> dict[str, str]:
     """Every count of the tokeniser's report, over the splits."""
     reports = {name: getattr(data, name).report for name in ("train", "val", "test")}
     return {key: ", ".join(f"{name} {report[key]}" for name, report in reports.items()) for key in reports["train"]}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 
-from massdpo import experiment
+from massdpo import launch
 from massdpo.errors import UserError
 from tests.conftest import ROOT
 
@@ -102,15 +102,15 @@ def accelerator(**changes: Any) -> Any:
 
 @pytest.mark.parametrize("changes", [{"fsdp_version": 1}, {"cpu_ram_efficient_loading": True}])
 def test_settings_that_a_sharded_run_cannot_use(changes: dict[str, Any]) -> None:
-    experiment.check_sharding(accelerator())
+    launch.check_sharding(accelerator())
     with pytest.raises(UserError, match=f"set (fsdp_)?{next(iter(changes))}: "):
-        experiment.check_sharding(accelerator(**changes))
+        launch.check_sharding(accelerator(**changes))
 
 
 def test_sharded_log_probs_stay_in_float32() -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
     found = accelerator(mixed_precision_policy=policy)
-    experiment.check_sharding(found)
+    launch.check_sharding(found)
     policy = found.state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
 
@@ -120,4 +120,4 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # Accelerate writes into it
     options = {"device": "cpu", "precision": "float32", "threads": None, "generate": False}
     with pytest.raises(UserError, match="over several GPUs only"):
-        experiment.start(OmegaConf.create({"trainer": options}))
+        launch.start(OmegaConf.create({"trainer": options}))

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from massdpo import experiment, models, training
+from massdpo import experiment, inputs, models, training
 from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
@@ -438,7 +438,8 @@ class Counting:
 
             return call
 
-        experiment.fit = counted(lambda stage, *_: stage.name, experiment.fit)  # type: ignore[assignment]
+        for module in (inputs, experiment):  # the SFT start's, the preference stage's
+            module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
         experiment.score_split = counted(lambda *rest: rest[-1], experiment.score_split)  # type: ignore[assignment]
         models.learn_tokenizer = counted(lambda *_: "tokenizer", models.learn_tokenizer)  # type: ignore[assignment]
         prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]

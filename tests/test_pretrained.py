@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from massdpo import experiment
+from massdpo import experiment, launch
 from massdpo.card import model_card
 from massdpo.config import compose, resolved
 from massdpo.data.prepare import prepare
@@ -136,7 +136,7 @@ def test_the_policy_loads_by_itself_and_scores_the_same(trained: tuple[str, Path
     assert any("lora_" in name for name, _ in loaded.named_parameters())
     lines = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     rows = rows_of(way, splits, run / "policy")
-    accelerator = experiment.start(compose([*RUN, *WAYS[way]]))
+    accelerator = launch.start(compose([*RUN, *WAYS[way]]))
     scorer = accelerator.prepare_model(PreferenceScorer(loaded), evaluation_mode=True)
     scores = score_split(scorer, rows, accelerator, 16, 0, "")
     for line, mean_logp_C in zip(lines, scores.mean_logp_SC, strict=True):
@@ -203,8 +203,8 @@ def test_one_models_weights_are_in_memory_after_the_sft(
 def test_sharded_weights_are_not_decoded_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="task=evaluate in=RUN"):
-        experiment.start(compose(["trainer.generate=true"]))
-    experiment.start(compose([]))
+        launch.start(compose(["trainer.generate=true"]))
+    launch.start(compose([]))
 
 
 # The card -------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from massdpo import experiment, tasks
+from massdpo import experiment, inputs, tasks
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_split
@@ -307,7 +307,8 @@ def test_trl_sees_our_tokens_and_takes_a_step(selected: Path, home: Path, tmp_pa
 def test_inspect_trains_nothing_and_tells_what_was_cut(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(experiment, "fit", None)
+    for module in (experiment, inputs):
+        monkeypatch.setattr(module, "fit", None)
     out = tmp_path / "val.jsonl"
     cut = ["dataset=synthetic_rec", "dataset.history=20", "trainer.max_length=50"]
     assert call("task=inspect", "split=val", f"out={out}", *cut) == 0
