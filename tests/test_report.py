@@ -1,7 +1,9 @@
 """Reports on synthetic run folders: numbers against a plain recomputation, missing cells, escaping, bytes, speed."""
 
+import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -19,10 +21,10 @@ from massdpo.errors import UserError
 from massdpo.report import tables
 from massdpo.report.__main__ import main, render, write_tables
 from massdpo.report.reading import read_history
-from massdpo.report.rows import Rows, collect
+from massdpo.report.rows import Rows, collect, read_status
 from massdpo.report.statistics import BootstrapCache, holm, paired_bootstrap
 from massdpo.report.status import sweep_status
-from massdpo.report.summary import Summary, summarise
+from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, view_of
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
@@ -42,9 +44,11 @@ def make_run(
     status: str = "finished",
     options: dict[str, Any] | None = None,
     prompts: int = PROMPTS,
+    data: dict[str, Any] | None = None,
 ) -> Path:
     """A run's folder as the entry point writes it, with ranks drawn by the selector's skill."""
-    name = f"{dataset}-{model}-{method or selector}-k{k}-b{beta}-s{seed}-{'-'.join(map(str, (options or {}).values()))}"
+    varied = "-".join(map(str, [*(options or {}).values(), *(data or {}).values()]))
+    name = f"{dataset}-{model}-{method or selector}-k{k}-b{beta}-s{seed}-{varied}"
     folder = sweep / name.replace("/", "_")
     folder.mkdir(parents=True)
     config: dict[str, Any] = {
@@ -54,6 +58,7 @@ def make_run(
         **{"k": k, "beta": beta, "seed": seed, "refresh": "step"},
         "choices": {"dataset": dataset, "model": model, "selector": selector, "loss": "pl", "method": method},
         "selector": {"_target_": f"massdpo.selectors.{selector}", "k": k},
+        "dataset": {"name": dataset, **(data or {})},
         "trainer": {"preference": {"learning_rate": 1e-3, **(options or {})}},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -352,6 +357,32 @@ def test_an_option_that_changes_the_data_has_starts_of_its_own(tmp_path: Path) -
     assert set(lines["k"]) == {""}
 
 
+def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
+    """A pool of 4 is easier than one of 20: what is best with 20 is not for runs with 4 to say."""
+    sweep = tmp_path / "learning_rate"
+    for size, easier in ((20, 0.4), (4, 0.8)):
+        for place, (selector, rate) in enumerate(itertools.product(("random", "mass"), (1e-3, 1e-4))):
+            for seed in range(3):
+                options = {"learning_rate": rate}
+                path = make_run(sweep, selector, seed, options=options, data={"num_negatives": size}) / "metrics.json"
+                at = 0.01 * (place if size == 20 else -place) + easier + 0.001 * seed
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": at, "val/accuracy": at}))
+    rows = collect(sweep)
+    axis = "option/dataset.num_negatives"
+    assert sorted(rows.axes) == [axis, "option/learning_rate"]
+    summary = cells_of(rows, tmp_path / "b.csv", ("accuracy",))
+    best = summary.cells[summary.cells["best"]]
+    found = [(line[axis], line["label"], line["option/learning_rate"]) for line in best.to_dict("records")]
+    assert found == [(4, "random", 1e-3), (20, "mass", 1e-4)]
+    table = tables.means_table(summary, "t")
+    assert table.head[:5] == ["dataset", "model", "dataset.num_negatives", "method", "learning_rate"]
+    assert len(table.block_starts) == 1 and table.lines[table.block_starts[0]][2].text == "20"
+    _, told = at_best(rows, "val/accuracy")
+    rates = {(4, "mass"): "0.001", (4, "random"): "0.001", (20, "mass"): "0.0001", (20, "random"): "0.0001"}
+    model = "synthetic_mcqa, tiny_llama"
+    assert sorted(told) == sorted(f"{model}, {n}, {who}: learning_rate = {at}" for (n, who), at in rates.items())
+
+
 def test_guesses_without_a_model_have_a_line_where_there_are_any(demo: Path, tmp_path: Path) -> None:
     make_run(demo, "mass", 0, dataset="qasc")
     for path in demo.glob("synthetic_mcqa*/metrics.json"):
@@ -599,12 +630,18 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_status_tells_what_is_left(demo: Path) -> None:
     make_run(demo, "full", 1, status="running")
     note_expected(demo, "sampled", "never-made")
+    finished = [
+        path.parent for path in sorted(demo.glob("*/metrics.json")) if read_status(path.parent)[0] == "finished"
+    ]
+    for run, seconds in zip(finished, (7 * 3600, *[20] * 8), strict=True):  # a laptop slept through the first
+        end = (run / "metrics.json").stat().st_mtime
+        os.utime(run / "config.yaml", (end - seconds, end - seconds))
     lines, sentence = sweep_status(demo)
     states = {line["run"]: line["state"] for line in lines}
     assert states["never-made"] == "missing" and sorted(states.values()).count("finished") == 9
     (failed,) = (line for line in lines if line["state"] == "failed")
     assert failed["note"] == "loss is not finite at step 7"
-    assert sentence.startswith("9 finished, 1 missing, 1 failed, 1 running; about ")
+    assert sentence == "9 finished, 1 missing, 1 failed, 1 running; about 60 s left at 20 s a run, 1 at once"
 
 
 @pytest.mark.slow

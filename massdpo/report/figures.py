@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,8 +13,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import ScaledTranslation
 
 from massdpo import store
+from massdpo.report.rows import DATA
 from massdpo.report.summary import UNTRAINED, Summary
 from massdpo.report.views import BASELINES, LOWER_IS_BETTER, ZERO_AT_START, View, axis_name, label_rank, shown
 
@@ -88,10 +91,14 @@ def _panels(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, axes
 
 
+def _option(axis: str) -> str:
+    return axis.removeprefix("option/").removeprefix(DATA)
+
+
 def _names(cells: pd.DataFrame, axes: list[str]) -> list[str]:
     names = []
     for line in cells[["label", *axes]].itertuples(index=False):
-        options = [f"{axis.removeprefix('option/')}={shown(value)}" for axis, value in zip(axes, line[1:], strict=True)]
+        options = [f"{_option(axis)}={shown(value)}" for axis, value in zip(axes, line[1:], strict=True)]
         names.append(
             " ".join([line[0], *(option for option in options if not option.endswith("="))]).replace("$", r"\$")
         )
@@ -158,8 +165,9 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
     for model, row in zip(models, axes, strict=True):
         for metric, axis in zip(summary.metrics, row, strict=True):
             part = cells[(cells["model"] == model) & (cells["metric"] == metric)]
-            for keys, line in part.groupby(["label", *others], sort=False):
-                name = " ".join(shown(key) for key in keys if key != "")
+            groups = {_line_name(keys): (keys, line) for keys, line in part.groupby(["label", *others], sort=False)}
+            middle = (len(groups) - 1) / 2
+            for place, (name, (keys, line)) in enumerate(groups.items()):
                 if len(line) == 1:
                     colour = style[keys[0]]["color"]
                     dashes = LEVELS.get(keys[0], ":")
@@ -167,17 +175,25 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                     continue
                 line = line.sort_values(over)
                 x = line[over].astype(float)
-                axis.errorbar(x, line["mean"], _bars(line), label=name, capsize=2, markersize=4.5, **style[keys[0]])
+                looks = {"linestyle": LEVELS.get(keys[0], "-"), "capsize": 2, "markersize": 4.5} | style[keys[0]]
+                # side by side: bars at one value would hide one another
+                aside = ScaledTranslation((place - middle) * 2 / 72, 0, figure.dpi_scale_trans)
+                transform = axis.transData + aside
+                axis.errorbar(x, line["mean"], _bars(line), label=name, transform=transform, **looks)
             if min(values) > 0 and max(values) >= 8 * min(values):
                 axis.set_xscale("log")
                 axis.set_xticks(sorted(values), [shown(value) for value in sorted(values)], minor=False)
                 axis.set_xticks([], minor=True)
                 axis.tick_params(axis="x", labelrotation=45 if len(values) > 4 else 0)
-            axis.set_xlabel(over.removeprefix("option/").replace("_", " "))
+            axis.set_xlabel(_option(over).replace("_", " "))
             axis.set_title(axis_name(metric), loc="left")
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
     _legend(figure, axes)
     return figure
+
+
+def _line_name(keys: tuple[Any, ...]) -> str:
+    return " ".join(shown(key) for key in keys if key != "")
 
 
 def _front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:

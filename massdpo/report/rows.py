@@ -20,6 +20,7 @@ from massdpo.errors import UserError
 from massdpo.report import reading
 from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts
 
+DATA = "dataset."  # options that change what is asked
 NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
 PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.path=")  # of one machine alone
 
@@ -150,6 +151,7 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
     """Options that differ between runs of the same choices: what a sweep varied by itself, short name -> path.
 
+    Those of the data keep their path: lines that differ in one answer other questions.
     An option that follows another one (`selector.k`, interpolated from `k`) is no axis of its own.
     """
     seen: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
@@ -166,7 +168,7 @@ def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
         if "." in path and not _follows(values, known):
             known.add(values)
             short = path.rsplit(".", 1)[1]
-            axes[path if short in axes else short] = path
+            axes[path if short in axes or path.startswith(DATA) else short] = path
     return axes
 
 

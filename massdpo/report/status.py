@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from massdpo.errors import UserError
@@ -25,10 +26,9 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     sentence = ", ".join(f"{count} {state}" for state, count in told.items())
     if left and took:
         side_by_side = max(1, counts["running"])
-        seconds = left * sum(took) / len(took) / side_by_side
-        sentence += (
-            f"; about {_duration(seconds)} left at {_duration(sum(took) / len(took))} a run, {side_by_side} at once"
-        )
+        each = median(took)  # not the mean: one run over a suspended night would stand for all
+        left_seconds = left * each / side_by_side
+        sentence += f"; about {_duration(left_seconds)} left at {_duration(each)} a run, {side_by_side} at once"
     return lines, sentence
 
 

@@ -1,7 +1,8 @@
 """Rows -> one long frame: a line a table cell, with mean, interval, number of seeds, best and ties, and the paired
 difference to `random`.
 
-A table has a block for each (dataset, model) and in it a line for each label and value of the varied options.
+A table has a block for each (dataset, model) and, where options of the data are varied, each of their values: only
+within a block are methods compared. In it is a line for each label and value of the other varied options.
 """
 
 from dataclasses import dataclass
@@ -9,22 +10,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy import stats
 
 from massdpo.errors import UserError
-from massdpo.metrics import ranking_values
-from massdpo.report.rows import Prompts, Rows
+from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
+from massdpo.report.rows import DATA, Rows
 from massdpo.report.statistics import BootstrapCache, holm
-from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_START, label_rank
+from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_START, label_rank, shown
 
 BLOCK = ["dataset", "model"]
 START = "sft"  # label of the start that every run is measured from
 UNTRAINED = (START, "popularity", "lookup")  # lines that no preference stage made, from the `sft/...` metrics and so on
-Floats = NDArray[np.float64]
-Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
-NO_TEST = (np.nan,) * 4
 
 
 @dataclass
@@ -33,6 +30,7 @@ class Summary:
     note, p_holm. A cell that no finished run fills has n = 0."""
 
     cells: pd.DataFrame
+    block: list[str]  # columns that say which block a line is in: dataset, model and the axes that change the data
     axes: list[str]
     metrics: list[str]
     absent: list[str]  # metrics that were asked for and that no run has
@@ -46,24 +44,36 @@ def summarise(
     frame = rows.frame
     present = [metric for metric in metrics if metric in frame]
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
-    frame = pd.concat([frame, _untrained(frame, rows.axes, present)], ignore_index=True)
+    data_axes, axes = split_axes(rows.axes)
+    in_block = [*BLOCK, *data_axes]
+    frame = pd.concat([frame, _untrained(frame, in_block, axes, present)], ignore_index=True)
     frame = frame[frame["label"].notna()]  # an expected run that never started has a name and nothing else
-    lines = _grid(frame, rows.axes)
+    lines = _grid(frame, axes)
     _refuse_twins(frame, rows.axes)
-    per_prompt = _PerPrompt(rows.prompts)
+    per_prompt = PerPrompt(rows.prompts)
     parts = []
-    for (dataset, model), block in frame.groupby(BLOCK, sort=True):
+    blocks: dict[tuple[Any, ...], pd.DataFrame] = dict(iter(frame.groupby(in_block)))
+    for values in sorted(blocks, key=lambda values: [*map(_order, values)]):
+        block, place = blocks[values], dict(zip(in_block, values, strict=True))
         finished = block[block["status"] == "finished"].reset_index(drop=True)
         trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
         lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
-        cells = _block_cells(finished, lines_of_block, rows.axes, present, per_prompt, cache, baselines)
-        parts.append(cells.assign(dataset=str(dataset), model=str(model), of=block["seed"].nunique()))
+        cells = _block_cells(finished, lines_of_block, axes, present, per_prompt, cache, baselines)
+        parts.append(cells.assign(**place, of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
     first = [*BLOCK, "label", *rows.axes, "metric"]
     cells = cells[[*first, *(name for name in cells.columns if name not in first)]]
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
-    return Summary(cells, rows.axes, present, [metric for metric in metrics if metric not in frame], unfinished)
+    return Summary(
+        cells, in_block, rows.axes, present, [metric for metric in metrics if metric not in frame], unfinished
+    )
+
+
+def split_axes(axes: list[str]) -> tuple[list[str], list[str]]:
+    """Axes that change the data, and the others."""
+    of_data = [axis for axis in axes if axis.startswith(f"option/{DATA}")]
+    return of_data, [axis for axis in axes if axis not in of_data]
 
 
 def at_best(rows: Rows, metric: str) -> tuple[Rows, list[str]]:
@@ -71,15 +81,16 @@ def at_best(rows: Rows, metric: str) -> tuple[Rows, list[str]]:
 
     Also says which values these are. The order of the rows decides between equal means.
     """
-    keys = [*BLOCK, "label"]
+    data_axes, axes = split_axes(rows.axes)
+    keys = [*BLOCK, *data_axes, "label"]
     finished = rows.frame[rows.frame["status"] == "finished"]
-    means = finished.groupby([*keys, *rows.axes], dropna=False, sort=False)[metric].mean().reset_index()
-    best = means.loc[means.groupby(keys, sort=True)[metric].idxmax()]
+    means = finished.groupby([*keys, *axes], dropna=False, sort=False)[metric].mean().reset_index()
+    best = means.loc[means.groupby(keys, dropna=False, sort=True)[metric].idxmax()]
     told = []
     for line in best.to_dict("records"):
-        options = ", ".join(f"{axis.removeprefix('option/')} = {line[axis]}" for axis in rows.axes)
-        told.append(f"{line['dataset']}, {line['model']}, {line['label']}: {options}")
-    return Rows(rows.frame.merge(best[[*keys, *rows.axes]]), [], rows.prompts), told
+        options = ", ".join(f"{axis.removeprefix('option/')} = {line[axis]}" for axis in axes)
+        told.append(f"{', '.join(shown(line[key]) for key in keys)}: {options}")
+    return Rows(rows.frame.merge(best[[*keys, *axes]]), data_axes, rows.prompts), told
 
 
 def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
@@ -90,14 +101,14 @@ def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
         raise UserError(f"runs {first} and {second} have the same data, model, method, options and seed: remove one")
 
 
-def _untrained(frame: pd.DataFrame, axes: list[str], metrics: list[str]) -> pd.DataFrame:
-    """A line for the SFT start, and for each guess without a model, of each dataset, model and seed.
+def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metrics: list[str]) -> pd.DataFrame:
+    """A line for the SFT start, and for each guess without a model, of each block and seed.
 
     They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them: all of a
-    seed's, unless an option changes the data; then those of each of its values.
+    seed's, unless an option changes the start; then those of each of its values.
     """
     parts = []
-    shared = [*BLOCK, "seed"]
+    shared = [*in_block, "seed"]
     for label in UNTRAINED:
         columns = {f"{label}/{metric}": metric for metric in metrics if f"{label}/{metric}" in frame}
         if not columns or (frame["label"] == label).any():
@@ -123,8 +134,12 @@ def _label_keys(labels: pd.Series) -> pd.Series:
     return labels.map({label: place for place, label in enumerate(sorted(labels.unique(), key=label_rank))})
 
 
+def _order(value: Any) -> tuple[bool, Any]:
+    return (isinstance(value, str), value)  # numbers before words
+
+
 def _axis_keys(values: pd.Series) -> pd.Series:
-    ordered = sorted(values.unique(), key=lambda value: (isinstance(value, str), value))
+    ordered = sorted(values.unique(), key=_order)
     return values.map({value: place for place, value in enumerate(ordered)})
 
 
@@ -133,7 +148,7 @@ def _block_cells(
     lines: pd.DataFrame,
     axes: list[str],
     metrics: list[str],
-    per_prompt: "_PerPrompt",
+    per_prompt: "PerPrompt",
     cache: BootstrapCache,
     baselines: tuple[str, ...],
 ) -> pd.DataFrame:
@@ -204,54 +219,3 @@ def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str], names: tuple[
     candidates = {options[place]: int(place) for place in np.flatnonzero(there_L & lines["label"].isin(names))}
     only = next(iter(candidates.values())) if len(candidates) == 1 else -1
     return [candidates.get(option, only) for option in options]
-
-
-class _PerPrompt:
-    """Values of every test prompt, and their paired comparison."""
-
-    def __init__(self, prompts: Prompts):
-        self._prompts = prompts
-        self._values: dict[tuple[str, str], Floats | None] = {}
-
-    def compare(self, metric: str, pairs: list[tuple[Run, Run]], cache: BootstrapCache) -> tuple[Any, ...]:
-        """(difference, low, high, p, note) of runs paired with those of the baseline, a pair a seed.
-
-        The note says why there is no test.
-        """
-        shared = [(run, base) for run, base in pairs if isinstance(run[0], str) and run[0] == base[0]]
-        if not shared:
-            kept = any(isinstance(run[0], str) for run, _ in pairs)
-            return (*NO_TEST, "no shared seeds and prompts" if kept else "start")
-        differences = []
-        for (prompt_set, run), (_, base) in shared:
-            values = self._of(prompt_set, metric)
-            if values is None:
-                return (*NO_TEST, "not kept per prompt")
-            differences.append(values[run] - values[base])
-        if len({len(difference_P) for difference_P in differences}) > 1:
-            return (*NO_TEST, "prompts differ between seeds")
-        difference_SP = np.array(differences)
-        if np.isnan(difference_SP).any():
-            return (*NO_TEST, "not a number")
-        return (*cache.difference(difference_SP), "")
-
-    def _of(self, prompt_set: str, metric: str) -> Floats | None:
-        """(runs, P) values, or None where the metric is not known prompt by prompt."""
-        key = (prompt_set, metric)
-        if key not in self._values:
-            self._values[key] = prompt_values(self._prompts, *key)
-        return self._values[key]
-
-
-def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:
-    """(runs, prompts) values of a metric over one set of test prompts."""
-    if metric == "margin":
-        return prompts[f"{key}/margin"].astype(np.float64)
-    if metric == "reward_accuracy":
-        return prompts[f"{key}/reward_correct"].astype(np.float64)
-    field = "rank_sum" if metric.endswith("_sum") else "rank"
-    name, _, cutoff = metric.removesuffix("_sum").partition("@")
-    if name not in ("accuracy", "recall", "ndcg", "mrr"):
-        return None
-    ranks = torch.from_numpy(prompts[f"{key}/{field}"].astype(np.int64))
-    return ranking_values(ranks, [int(cutoff)] if cutoff else [])[metric.removesuffix("_sum")].numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from massdpo.report.statistics import RESAMPLES
-from massdpo.report.summary import BLOCK, UNTRAINED, Summary
+from massdpo.report.summary import UNTRAINED, Summary
 from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
 
 MISSING = "missing"
@@ -68,7 +68,8 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
 def _table(
     summary: Summary, title: str, notes: list[str], head: list[str], render: Callable[[Any], Cell], seeds: bool
 ) -> Table:
-    keys = [*BLOCK, "label", *summary.axes]
+    axes = [axis for axis in summary.axes if axis not in summary.block]
+    keys = [*summary.block, "label", *axes]
     cells = summary.cells
     by_metric = [cells[cells["metric"] == metric].reset_index(drop=True) for metric in summary.metrics]
     first = by_metric[0]
@@ -78,10 +79,9 @@ def _table(
     if seeds:
         counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
         lines = [[*line, Cell(count)] for line, count in zip(lines, counts, strict=True)]
-    blocks = first[BLOCK].apply(tuple, axis=1)
+    blocks = first[summary.block].apply(tuple, axis=1)
     starts = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
-    axes = [axis.removeprefix("option/") for axis in summary.axes]
-    names_head = ["dataset", "model", "method", *axes]
+    names_head = ["method" if key == "label" else key.removeprefix("option/") for key in keys]
     return Table(title, notes, [*names_head, *head, *(["seeds"] if seeds else [])], lines, starts)
 
 
@@ -166,7 +166,6 @@ def to_latex(table: Table, label: str) -> str:
         text = _escape_latex(cell.text)
         return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
 
-    names = 2 + sum(name not in ("dataset", "model") for name in table.head)
     lines = []
     for place, line in enumerate(table.lines):
         if place in table.block_starts:
@@ -179,7 +178,7 @@ def to_latex(table: Table, label: str) -> str:
             r"\centering",
             rf"\caption{{{caption}}}",
             rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{{'l' * names}}}",
+            rf"\begin{{tabular}}{{{'l' * len(table.head)}}}",
             r"\toprule",
             " & ".join(map(_escape_latex, table.head)) + r" \\",
             r"\midrule",

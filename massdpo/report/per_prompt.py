@@ -1,0 +1,66 @@
+"""Values of every test prompt, and the paired comparison of runs that share prompts."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from massdpo.metrics import ranking_values
+from massdpo.report.rows import Prompts
+from massdpo.report.statistics import BootstrapCache
+
+Floats = NDArray[np.float64]
+Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
+NO_TEST = (np.nan,) * 4
+
+
+class PerPrompt:
+    """Values of every test prompt, and their paired comparison."""
+
+    def __init__(self, prompts: Prompts):
+        self._prompts = prompts
+        self._values: dict[tuple[str, str], Floats | None] = {}
+
+    def compare(self, metric: str, pairs: list[tuple[Run, Run]], cache: BootstrapCache) -> tuple[Any, ...]:
+        """(difference, low, high, p, note) of runs paired with those of the baseline, a pair a seed.
+
+        The note says why there is no test.
+        """
+        shared = [(run, base) for run, base in pairs if isinstance(run[0], str) and run[0] == base[0]]
+        if not shared:
+            kept = any(isinstance(run[0], str) for run, _ in pairs)
+            return (*NO_TEST, "no shared seeds and prompts" if kept else "start")
+        differences = []
+        for (prompt_set, run), (_, base) in shared:
+            values = self._of(prompt_set, metric)
+            if values is None:
+                return (*NO_TEST, "not kept per prompt")
+            differences.append(values[run] - values[base])
+        if len({len(difference_P) for difference_P in differences}) > 1:
+            return (*NO_TEST, "prompts differ between seeds")
+        difference_SP = np.array(differences)
+        if np.isnan(difference_SP).any():
+            return (*NO_TEST, "not a number")
+        return (*cache.difference(difference_SP), "")
+
+    def _of(self, prompt_set: str, metric: str) -> Floats | None:
+        """(runs, P) values, or None where the metric is not known prompt by prompt."""
+        key = (prompt_set, metric)
+        if key not in self._values:
+            self._values[key] = prompt_values(self._prompts, *key)
+        return self._values[key]
+
+
+def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:
+    """(runs, prompts) values of a metric over one set of test prompts."""
+    if metric == "margin":
+        return prompts[f"{key}/margin"].astype(np.float64)
+    if metric == "reward_accuracy":
+        return prompts[f"{key}/reward_correct"].astype(np.float64)
+    field = "rank_sum" if metric.endswith("_sum") else "rank"
+    name, _, cutoff = metric.removesuffix("_sum").partition("@")
+    if name not in ("accuracy", "recall", "ndcg", "mrr"):
+        return None
+    ranks = torch.from_numpy(prompts[f"{key}/{field}"].astype(np.int64))
+    return ranking_values(ranks, [int(cutoff)] if cutoff else [])[metric.removesuffix("_sum")].numpy()
