@@ -18,7 +18,7 @@ import yaml
 from scipy import stats
 
 from massdpo.errors import UserError
-from massdpo.report import tables
+from massdpo.report import figures, tables
 from massdpo.report.__main__ import main, render, write_tables
 from massdpo.report.reading import read_history
 from massdpo.report.rows import Rows, collect, read_status
@@ -381,6 +381,26 @@ def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
     rates = {(4, "mass"): "0.001", (4, "random"): "0.001", (20, "mass"): "0.0001", (20, "random"): "0.0001"}
     model = "synthetic_mcqa, tiny_llama"
     assert sorted(told) == sorted(f"{model}, {n}, {who}: learning_rate = {at}" for (n, who), at in rates.items())
+
+
+@pytest.mark.parametrize("sizes", [(4, 20), (1, 2, 16)])  # a linear and a logarithmic axis
+def test_lines_show_every_mean_and_interval(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    sweep = tmp_path / "pool"
+    for size, selector, seed in itertools.product(sizes, ("random", "mass"), range(3)):
+        make_run(sweep, selector, seed, data={"num_negatives": size})
+    summary = cells_of(collect(sweep), tmp_path / "b.csv", ("accuracy", "margin"))
+    known = summary.cells[summary.cells["mean"].notna()]
+    figure = figures._lines(known, summary, view_of("pool"))
+    for metric, axis in zip(summary.metrics, figure.axes, strict=True):
+        cells = known[known["metric"] == metric]
+        low, high = axis.get_ylim()
+        assert low < (cells["mean"] - cells["half"]).min() and (cells["mean"] + cells["half"]).max() < high
+        left, right = axis.get_xlim()
+        assert left < min(sizes) and max(sizes) < right
+        assert [label.get_text() for label in axis.get_xticklabels()] == [str(size) for size in sizes]
+        places = {tuple(line.get_xdata()) for line in axis.lines if line.get_linestyle() != "None"}
+        assert len(places) == len(cells["label"].unique())  # none hides another's bars
+    figures.plt.close(figure)
 
 
 def test_guesses_without_a_model_have_a_line_where_there_are_any(demo: Path, tmp_path: Path) -> None:

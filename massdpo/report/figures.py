@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 
 from massdpo import store
 from massdpo.report.rows import DATA
@@ -161,6 +160,7 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
     models = sorted(cells["model"].unique())
     style = _style(cells["label"])
     values = [value for value in cells[over].unique() if value != ""]
+    log = min(values) > 0 and max(values) >= 8 * min(values)
     figure, axes = _panels(len(models), len(summary.metrics), 2.5, 2.3)
     for model, row in zip(models, axes, strict=True):
         for metric, axis in zip(summary.metrics, row, strict=True):
@@ -176,15 +176,13 @@ def _lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                 line = line.sort_values(over)
                 x = line[over].astype(float)
                 looks = {"linestyle": LEVELS.get(keys[0], "-"), "capsize": 2, "markersize": 4.5} | style[keys[0]]
-                # side by side: bars at one value would hide one another
-                aside = ScaledTranslation((place - middle) * 2 / 72, 0, figure.dpi_scale_trans)
-                transform = axis.transData + aside
-                axis.errorbar(x, line["mean"], _bars(line), label=name, transform=transform, **looks)
-            if min(values) > 0 and max(values) >= 8 * min(values):
-                axis.set_xscale("log")
-                axis.set_xticks(sorted(values), [shown(value) for value in sorted(values)], minor=False)
-                axis.set_xticks([], minor=True)
-                axis.tick_params(axis="x", labelrotation=45 if len(values) > 4 else 0)
+                aside = 0.012 * (place - middle)  # of the axis: bars at one value would hide one another
+                x = x * (max(values) / min(values)) ** aside if log else x + (max(values) - min(values)) * aside
+                axis.errorbar(x, line["mean"], _bars(line), label=name, **looks)
+            axis.set_xscale("log" if log else "linear")
+            axis.set_xticks(sorted(values), [shown(value) for value in sorted(values)], minor=False)
+            axis.set_xticks([], minor=True)
+            axis.tick_params(axis="x", labelrotation=45 if len(values) > 4 else 0)
             axis.set_xlabel(_option(over).replace("_", " "))
             axis.set_title(axis_name(metric), loc="left")
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
