@@ -1,4 +1,4 @@
-"""The one entry point: `python run.py selector=mass k=4`. Composes the config and hands it to massdpo.experiment."""
+"""The one entry point: `python run.py selector=mass k=4`. Composes the config and hands it to massdpo.tasks."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def job(config: DictConfig) -> None:
-    from massdpo.experiment import run  # imports torch: seconds that --help and a misspelt key need not wait for
+    from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
 
     try:
         run(config)

@@ -18,13 +18,13 @@ import massdpo
 from massdpo import launch, stages
 from massdpo.benchmark.measure import commit, in_words, machine
 from massdpo.card import model_card
-from massdpo.config import identity, resolved, run_name, validate, without_secrets
+from massdpo.config import identity, resolved, run_name, without_secrets
 from massdpo.data.baselines import baselines
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation import SplitScores, evaluate, predictions, ranking, score_split
+from massdpo.evaluation import evaluate, predictions, ranking
 from massdpo.generation import Answer, generate_split, generation_metrics
-from massdpo.inputs import Data, gathered, instantiate, load, load_start, reference_scores, sft_start
+from massdpo.inputs import Data, cache_of, gathered, instantiate, load, load_start, reference_scores, scoring, sft_start
 from massdpo.policies import save_policy
 from massdpo.runs import CHECKPOINTS, claim, draw_history, holding, peak_memory_mb, show, take_over, telling
 from massdpo.scoring import PreferenceScorer
@@ -34,28 +34,13 @@ from massdpo.tracking import History, NoLogger, Tracker
 from massdpo.training import Stage, fit
 
 
-def run(config: DictConfig) -> None:
-    """Do what `task` says.
-
-    Raises:
-        UserError: anything a user can cause; nothing half-written is left where a result is expected.
-    """
-    from massdpo import tasks
-
-    validate(config)
-    if config.task == "train":
-        train(config)
-    else:
-        getattr(tasks, config.task)(config)
-
-
 def train(config: DictConfig) -> Path:
     """SFT start, preference stage, evaluation; returns the run's folder.
 
     A finished run of the same config and data is announced and left alone (`force=true` computes it again).
     """
     accelerator = launch.start(config)
-    cache = Cache(Path(config.cache_dir).expanduser())
+    cache = cache_of(config)
     folder = Path(config.runs_dir) / config.sweep / (config.name or run_name(config))
     data, model = load(config, cache)
     key = digest(massdpo.__version__, identity(config), data.key, accelerator.num_processes)
@@ -97,9 +82,7 @@ def compute(
         write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
     history = History(folder / "history.csv")
 
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, trainer.eval_batch_size, data.pad_id, what)
-
+    score = scoring(config, accelerator, data.pad_id)
     start_folder = sft_start(config, data, model, cache, score, tracker, accelerator)
     model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start_info = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation import SplitScores, ranking
+from massdpo.evaluation import SplitScores, ranking, score_split
 from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.scoring import PreferenceScorer
 from massdpo.store import Cache, digest, is_whole, write_json
@@ -53,6 +53,17 @@ class Data:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad  # masked wherever it stands
+
+
+def cache_of(config: DictConfig) -> Cache:
+    return Cache(Path(config.cache_dir).expanduser())
+
+
+def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
+    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
+        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
+
+    return score
 
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:

@@ -1,47 +1,41 @@
-"""What a task other than training does. Each takes the whole config and writes where `out` says."""
+"""What each `task` does: training is an experiment of its own, the others are here, and write where `out` says."""
 
 import json
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from massdpo import experiment, inputs, launch
-from massdpo.benchmark.measure import commit, in_words, machine
+from massdpo.config import validate
 from massdpo.data.inspect import inspect as inspect_data
 from massdpo.data.prepare import limited, prepare
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.errors import UserError
-from massdpo.evaluation import SplitScores, ranking, score_split
+from massdpo.evaluation import ranking, score_split
 from massdpo.generation import Answer, generate_split, generation_metrics
-from massdpo.policies import load_policy
 from massdpo.ranking import policy_in, rank, writing_to
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import check_selection
 from massdpo.stages import Preference
-from massdpo.store import Cache, build_folder, is_whole, write_json, write_text
+from massdpo.store import build_folder, is_whole, write_json
+from massdpo.studies.task import study
 from massdpo.tracking import NoLogger, summary_table
 
-__all__ = ["evaluate", "inspect", "rank", "select", "study"]  # `experiment.run` finds them by name
-
-SEEDS = 5  # training seeds of study=features and study=refresh, from `seed` on
-PROMPTS = 64  # training prompts whose gradients study=features compares
-MEASURED = {  # of each run of study=refresh
-    "accuracy": "accuracy (test)",
-    "ndcg@5": "NDCG@5 (test)",
-    "margin": "mean margin (test; beta nats)",
-    "chosen_logp_change": "change of the chosen log-prob (nats)",
-    "select_seconds": "selection (s)",
-    "train_seconds": "preference stage (s)",
-}
 READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
+
+
+def run(config: DictConfig) -> None:
+    """Do what `task` says.
+
+    Raises:
+        UserError: anything a user can cause; nothing half-written is left where a result is expected.
+    """
+    validate(config)
+    TASKS[config.task](config)
 
 
 def evaluate(config: DictConfig) -> None:
@@ -60,7 +54,7 @@ def evaluate(config: DictConfig) -> None:
     for name, value in _trained_with(run).items():
         if config.trainer[name] != value:
             print(f"warning: the run was trained with trainer.{name}={value}", file=sys.stderr)
-    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), _cache(config))  # type: ignore[arg-type]
+    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), inputs.cache_of(config))  # type: ignore[arg-type]
     rows = tokenize_split(splits.test, tokenizer, config.trainer.max_length, config.trainer.chat_template)
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
@@ -94,18 +88,21 @@ def select(config: DictConfig) -> None:
     out, trainer = Path(config.out), config.trainer
     if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
-    data, model = inputs.load(config, _cache(config))
+    cache = inputs.cache_of(config)
+    data, model = inputs.load(config, cache)
     subset = trainer.preference.limit, config.dataset.seed, "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = inputs.instantiate(config.selector)
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
-    score = _scoring(config, accelerator, data.pad_id)
-    start = inputs.sft_start(config, data, model, _cache(config), score, NoLogger(), accelerator)
+    score = inputs.scoring(config, accelerator, data.pad_id)
+    start = inputs.sft_start(config, data, model, cache, score, NoLogger(), accelerator)
     policy = inputs.load_start(start, config)
     features = selector.features if selector.needs_scores else None
     scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
-    reference = inputs.reference_scores(config, data, rows, scorer, _cache(config), score, accelerator)["train"]
+    reference = inputs.reference_scores(config, data, rows, scorer, inputs.cache_of(config), score, accelerator)[
+        "train"
+    ]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
     picking = Preference(selector, inputs.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
     picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
@@ -140,106 +137,12 @@ def select(config: DictConfig) -> None:
 def inspect(config: DictConfig) -> None:
     """Print what will be trained on; with `split` and `out`, write every prepared example of a split as JSON lines."""
     launch.start(config)
-    data, _ = inputs.load(config, _cache(config))
+    data, _ = inputs.load(config, inputs.cache_of(config))
     out = Path(config.out) if config.out else None
     with writing_to(config.out):
         page = inspect_data(data.splits, data.tokenizer, config.split or "train", out)
     counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
     sys.stdout.write("\n".join([page, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
-
-
-def study(config: DictConfig) -> None:
-    """Compute the study that `study` names; its table and figure go to `out`, or results/studies.
-
-    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, with several
-    seeds, as runs that are kept and found again.
-    """
-    out = Path(config.out or "results/studies")
-    started = time.perf_counter()
-    STUDIES[config.study](config, out)
-    page = out / f"{config.study}.md"
-    source = f"`{experiment.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
-    write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
-    print(page.read_text(encoding="utf-8"))
-    print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
-
-
-def _study_optimality(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.optimality import optimality  # seconds: tables and figures
-
-    optimality(out)
-
-
-def _study_loglinear(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.loglinear import loglinear
-
-    loglinear(out)
-
-
-def _study_refresh(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.refresh import refresh
-
-    def run(kind: str, seed: int) -> Mapping[str, float]:
-        folder = experiment.train(_run_of(config, refresh=kind, seed=seed))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return {name: metrics[name] for name in MEASURED}
-
-    refresh(out, run, _seeds(config), MEASURED)
-
-
-def _study_features(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.features import features
-
-    accelerator = launch.start(config)
-    if not config.trainer.save_policy:
-        raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
-    data, _ = inputs.load(config, _cache(config))
-    rows = list(enumerate(data.train[:PROMPTS]))
-    batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]  # a backward pass walks all of one
-
-    def models(seed: int) -> Mapping[str, nn.Module]:
-        run = _run_of(config, seed=seed)
-        folder = experiment.train(run)
-        data, model = inputs.load(run, _cache(config))
-        score = _scoring(config, accelerator, data.pad_id)
-        start = inputs.sft_start(run, data, model, _cache(config), score, NoLogger(), accelerator)
-        before, after = inputs.load_start(start, run), load_policy(folder / "policy")[0]
-        trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
-        for name, weight in after.named_parameters():
-            weight.requires_grad_(name in trained)
-        return {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
-
-    features(out, models, batches, config.beta, config.k, _seeds(config))
-
-
-STUDIES = {
-    "optimality": _study_optimality,
-    "loglinear": _study_loglinear,
-    "refresh": _study_refresh,
-    "features": _study_features,
-}
-
-
-def _seeds(config: DictConfig) -> range:
-    return range(config.seed, config.seed + SEEDS)
-
-
-def _run_of(config: DictConfig, **options: Any) -> DictConfig:
-    """The same config as a training run of the group that the study names."""
-    values: Any = OmegaConf.to_container(config, resolve=True)
-    run = {"task": "train", "study": None, "out": None, "name": None, "sweep": f"study_{config.study}"}
-    return OmegaConf.create(values | run | options)
-
-
-def _cache(config: DictConfig) -> Cache:
-    return Cache(Path(config.cache_dir).expanduser())
-
-
-def _scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> inputs.Score:
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
-
-    return score
 
 
 def _trained_with(run: Path) -> dict[str, Any]:
@@ -260,3 +163,13 @@ def _token_counts(data: inputs.Data) -> dict[str, str]:
     """Every count of the tokeniser's report, over the splits."""
     reports = {name: getattr(data, name).report for name in ("train", "val", "test")}
     return {key: ", ".join(f"{name} {report[key]}" for name, report in reports.items()) for key in reports["train"]}
+
+
+TASKS = {
+    "train": experiment.train,
+    "evaluate": evaluate,
+    "select": select,
+    "rank": rank,
+    "inspect": inspect,
+    "study": study,
+}

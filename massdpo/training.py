@@ -16,21 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
 
 from massdpo import checkpoints
 from massdpo.batch import Batch
 from massdpo.checkpoints import Position
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
 from massdpo.evaluation import Validate
-from massdpo.store import keyed_seed
+from massdpo.loading import batches, in_order, micro_batches, real
 from massdpo.tracking import History, Tracker, progress
 
 # (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
@@ -101,10 +99,10 @@ def fit(
             if refreshed:
                 _log(stage, position, refreshed | _place(position), history, tracker)
             scorer.train()
-            order = _order(stage, position.epoch)
+            order = in_order(len(stage.rows), stage.seed, stage.name, position.epoch)
             steps = [order[start : start + prompts_a_step] for start in range(0, len(order), prompts_a_step)]
             with _signals(accelerator) as stop:
-                loader = _loader(stage, steps[position.batch :], options, accelerator)
+                loader = batches(stage.rows, steps[position.batch :], options, stage.pad_id, accelerator)
                 for rows in steps[position.batch :]:
                     position.batch, position.step = position.batch + 1, position.step + 1
                     logged = position.step % options.log_every == 0 or position.step == total
@@ -164,7 +162,7 @@ def _step(
                 loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
             except UserError as error:  # log-probs that are not finite: the scorer names the examples
                 raise UserError(f"step {position.step} of {stage.name}: {error}") from error
-            real_B = _real(batch, rows, number, size, accelerator)
+            real_B = real(batch, rows, number, size, accelerator)
             # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
             loss = (loss_B * real_B).sum() * world / len(rows)
             if not torch.isfinite(loss):
@@ -198,11 +196,6 @@ def _step(
     return means | {"gradient_norm": norm}
 
 
-def micro_batches(prompts: int, world: int, size: int) -> int:
-    """Batches a process, as many in each, that `prompts` make when every process takes its share."""
-    return math.ceil(math.ceil(prompts / world) / size)
-
-
 @contextmanager
 def _timed(stage: Stage, position: Position) -> Iterator[None]:
     """Count the seconds of training, and among them those of selection; what only the log needs counts as neither."""
@@ -211,64 +204,6 @@ def _timed(stage: Stage, position: Position) -> Iterator[None]:
     observed = stage.seconds["observe"] - before["observe"]
     position.train_seconds += time.perf_counter() - started - observed
     position.select_seconds += stage.seconds["select"] - before["select"]
-
-
-def _real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator: Accelerator) -> Tensor:
-    """1 for this process's own prompts, 0 for the filler that keeps processes in step."""
-    own = len(rows[accelerator.process_index :: accelerator.num_processes])
-    count = max(0, min(size, own - number * size))
-    return (torch.arange(len(batch.ids), device=accelerator.device) < count).float()
-
-
-def _loader(
-    stage: Stage, steps: Sequence[Sequence[int]], options: DictConfig, accelerator: Accelerator
-) -> Iterator[Batch]:
-    """Batches of this process, step by step; as many in every process, filled up with a prompt that weighs nothing."""
-    batches: list[list[int]] = []
-    for rows in steps:
-        own = list(rows[accelerator.process_index :: accelerator.num_processes])
-        micro = micro_batches(len(rows), accelerator.num_processes, options.batch_size)
-        for number in range(micro):
-            batches.append(own[number * options.batch_size : (number + 1) * options.batch_size] or [rows[0]])
-    loader: DataLoader[Any] = DataLoader(
-        _Numbered(stage.rows),
-        batch_sampler=batches,
-        collate_fn=_Collate(stage.pad_id),
-        num_workers=options.workers,
-        worker_init_fn=_outlive_signals,
-    )
-    return iter(loader)
-
-
-def _outlive_signals(worker: int) -> None:
-    """A terminal or cluster sends its signal to every process: the batches up to the checkpoint are still needed."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@dataclass(frozen=True)
-class _Numbered(Dataset[tuple[int, TokenizedExample]]):
-    rows: Sequence[TokenizedExample]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> tuple[int, TokenizedExample]:
-        return row, self.rows[row]
-
-
-@dataclass(frozen=True)
-class _Collate:
-    pad_id: int
-
-    def __call__(self, rows: list[tuple[int, TokenizedExample]]) -> Batch:
-        return collate(rows, self.pad_id)
-
-
-def _order(stage: Stage, epoch: int) -> list[int]:
-    return (
-        np.random.default_rng(keyed_seed("order", stage.seed, stage.name, epoch)).permutation(len(stage.rows)).tolist()
-    )
 
 
 def _log(stage: Stage, position: Position, row: dict[str, Any], history: History, tracker: Tracker) -> None:

@@ -151,7 +151,7 @@ def test_sigterm_between_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is learned in these phases: the run ends at once, the checkpoint before them is written already."""
-    score = training.Stage.__init__ if phase == "select" else experiment.score_split
+    score = training.Stage.__init__ if phase == "select" else inputs.score_split
 
     def stopped(*arguments: Any, **named: Any) -> Any:
         if phase == "select":
@@ -163,7 +163,7 @@ def test_sigterm_between_the_steps(
         return score(*arguments, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((training.Stage, "__init__") if phase == "select" else (experiment, "score_split")), stopped)
+        patch.setattr(*((training.Stage, "__init__") if phase == "select" else (inputs, "score_split")), stopped)
         place.train()
     assert place.status()["status"] == "interrupted" and "SIGTERM" in place.status()["why"]
     place.train()
@@ -440,7 +440,7 @@ class Counting:
 
         for module in (inputs, experiment):  # the SFT start's, the preference stage's
             module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
-        experiment.score_split = counted(lambda *rest: rest[-1], experiment.score_split)  # type: ignore[assignment]
+        inputs.score_split = counted(lambda *rest: rest[-1], inputs.score_split)  # type: ignore[assignment]
         models.learn_tokenizer = counted(lambda *_: "tokenizer", models.learn_tokenizer)  # type: ignore[assignment]
         prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]
 

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from massdpo import experiment, launch
+from massdpo import experiment, launch, tasks
 from massdpo.card import model_card
 from massdpo.config import compose, resolved
 from massdpo.data.prepare import prepare
@@ -148,7 +148,7 @@ def test_evaluate_gives_the_runs_own_metrics(
 ) -> None:
     way, run = trained
     places = [f"in={run}", f"out={tmp_path / 'found.json'}", f"cache_dir={home / 'other cache'}"]
-    experiment.run(compose([*RUN, *data, *WAYS[way], "task=evaluate", *places]))
+    tasks.run(compose([*RUN, *data, *WAYS[way], "task=evaluate", *places]))
     found, own = read(tmp_path / "found.json"), read(run / "metrics.json")
     for name in found.keys() - {"run", "dataset", "data", "prompts"}:
         assert found[name] == pytest.approx(own[name], abs=1e-6), name
@@ -329,7 +329,7 @@ def test_two_processes_train_an_adapter_and_generate_as_one(stand_in: Path, data
     command = [*torchrun, str(ROOT / "run.py"), *own, f"model.path={stand_in}", f"runs_dir={tmp_path / 'runs'}"]
     done = subprocess.run([*command, "name=run"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    experiment.run(compose([*own, "task=evaluate", f"in={run}", f"out={tmp_path / 'found.json'}"]))
+    tasks.run(compose([*own, "task=evaluate", f"in={run}", f"out={tmp_path / 'found.json'}"]))
     metrics = read(run / "metrics.json")
     assert metrics["processes"] == 2
     found = {name: value for name, value in read(tmp_path / "found.json").items() if isinstance(value, float)}

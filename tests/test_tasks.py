@@ -24,6 +24,7 @@ from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
 from massdpo.policies import load_policy
 from massdpo.store import Cache, write_json
+from massdpo.studies import task as studies
 from tests.conftest import ROOT
 from tests.test_mcqa import question
 
@@ -49,7 +50,7 @@ def call(home: Path) -> Call:
         given += [f"cache_dir={home / 'cache'}", f"runs_dir={home / 'runs'}"]
         HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": given}}})  # type: ignore[assignment]
         try:
-            experiment.run(compose(given))
+            tasks.run(compose(given))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -374,22 +375,22 @@ def test_the_refresh_study_runs_each_kind_with_each_seed(
         assert (config.task, config.study, config.out, config.k) == ("train", None, None, 2)
         asked.append((config.refresh, config.seed))
         folder = tmp_path / f"{config.refresh}{config.seed}"
-        write_json(folder / "metrics.json", dict.fromkeys(tasks.MEASURED, float(config.seed)) | {"machine": "m"})
+        write_json(folder / "metrics.json", dict.fromkeys(studies.MEASURED, float(config.seed)) | {"machine": "m"})
         return folder
 
     monkeypatch.setattr(experiment, "train", train)
     assert call("task=study", "study=refresh", f"out={tmp_path / 'out'}", "k=2", "seed=5") == 0
     assert sorted(asked) == [(kind, seed) for kind in ("epoch", "once", "step") for seed in range(5, 10)]
     header, *rows = (tmp_path / "out" / "refresh.csv").read_text().splitlines()
-    assert header.split(",") == ["refresh", "seed", *tasks.MEASURED] and len(rows) == 15
+    assert header.split(",") == ["refresh", "seed", *studies.MEASURED] and len(rows) == 15
 
 
 @pytest.mark.slow
 def test_the_features_study_compares_before_and_after(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "PROMPTS", 8)
-    monkeypatch.setattr(tasks, "SEEDS", 2)
+    monkeypatch.setattr(studies, "PROMPTS", 8)
+    monkeypatch.setattr(studies, "SEEDS", 2)
     assert call("task=study", "study=features", f"out={tmp_path}", "k=2") == 0
     rows = [line.split(",") for line in (tmp_path / "features.csv").read_text().splitlines()[1:]]
     assert {(row[1], row[2]) for row in rows} == {(seed, stage) for seed in "01" for stage in ("before", "after")}
