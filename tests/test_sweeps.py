@@ -101,6 +101,11 @@ def test_raw_data_come_from_data_dir_or_are_fetched() -> None:
     assert compose([setting]).dataset.raw_dir is None
     assert compose([setting, "data_dir=some/where"]).dataset.raw_dir == "some/where/lastfm"
     assert run_name(compose([setting])) == run_name(compose([setting, "data_dir=some/where"]))
+    for name in ("arc", "commonsenseqa", "lastfm", "medmcqa", "movielens_100k", "movielens_1m", "openbookqa", "qasc"):
+        assert compose([f"dataset={name}"]).dataset.raw_dir is None
+        assert compose([f"dataset={name}", "data_dir=some/where"]).dataset.raw_dir == f"some/where/{name}"
+        own = compose([f"dataset={name}", "data_dir=some/where", "dataset.raw_dir=else/where"])
+        assert own.dataset.raw_dir == "else/where"
 
 
 def test_a_job_that_got_another_name_is_expected_once(tmp_path: Path) -> None:

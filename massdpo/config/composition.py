@@ -19,7 +19,7 @@ from massdpo.config.options import root
 from massdpo.config.rules import CHOICES
 from massdpo.errors import UserError
 
-# For conf/setting and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size.
+# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size.
 OmegaConf.register_new_resolver(
     "within", lambda folder, name: None if folder is None else f"{folder}/{name}", replace=True
 )
