@@ -96,8 +96,10 @@ def damaged_bytes(root: Path, seed: int) -> None:
     file = random.Random(seed).choice(files(root))
     before = file.read_bytes()
     file.write_bytes(mutated(before, seed))
-    survives(root)
-    file.write_bytes(before)
+    try:
+        survives(root)
+    finally:
+        file.write_bytes(before)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -128,8 +130,10 @@ def damaged_values(root: Path, seed: int) -> None:
     text = yaml.safe_dump(value) if file.suffix == ".yaml" else json.dumps(value)
     lines[number] = text
     file.write_text("\n".join(lines))
-    survives(root)
-    file.write_text(before)
+    try:
+        survives(root)
+    finally:
+        file.write_text(before)
 
 
 @limits(150)

@@ -178,7 +178,7 @@ def test_all_ways_agree_in_float64() -> None:
 
 
 # Two CPU cores: a few dozen shapes take some seconds.
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_ragged_shapes(data: st.DataObject) -> None:
     prompts = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))

@@ -91,6 +91,9 @@ def test_a_pool_that_cannot_be_filled_is_told_with_the_way_out() -> None:
     clean = CleanSlates(0, "test", 5, 8, codes([{0, 1, 2, 3}], 8))
     with pytest.raises(UserError, match=r"all but 4 of the 8 items.*num_negatives=4"):
         clean.draw(0, np.array([0]), np.array([0]))
+    nothing_left = CleanSlates(0, "test", 5, 4, codes([{0}, {0, 1, 2, 3}], 4))
+    with pytest.raises(UserError, match=r"row 7 of the test split.*all but 0 of the 4 items.*: leave that user out$"):
+        nothing_left.draw(7, np.array([1]), np.array([0]))
 
 
 @given(st.data())

@@ -81,10 +81,12 @@ class CleanSlates:
         first, last = np.searchsorted(self.seen_E, [user * self.items, (user + 1) * self.items])
         free_I = np.ones(self.items, dtype=bool)
         free_I[self.seen_E[first:last] - user * self.items] = False
-        if free_I.sum() < self.count:
+        free = int(free_I.sum())
+        if free < self.count:
+            remedy = f"set dataset.num_negatives={free} or less" if free else "leave that user out"
             raise UserError(
-                f"a user of the {self.split} split has met all but {free_I.sum()} of the {self.items} items, so "
-                f"{self.count} negatives do not exist: set dataset.num_negatives={max(1, free_I.sum())} or less"
+                f"row {row} of the {self.split} split: its user has met all but {free} of the {self.items} items, so "
+                f"{self.count} negatives do not exist: {remedy}"
             )
         free_I[found] = False
         left = np.flatnonzero(free_I)
