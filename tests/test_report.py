@@ -470,6 +470,8 @@ def test_learning_rate_is_chosen_on_validation(tmp_path: Path) -> None:
 # --- tables and the page
 
 
+RESULTS = ROOT / "results"
+COMMITTED = [path for path in sorted(RESULTS.rglob("*")) if path.is_file() and "runs" not in path.parts]
 NASTY = 'a_b & 50% <script>alert("x")</script> | $y$ #1 {z} ~^\\ *'
 
 
@@ -489,12 +491,40 @@ def test_titles_are_escaped_everywhere(demo: Path, tmp_path: Path) -> None:
     assert escaped in latex
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
-def test_latex_compiles(demo: Path, tmp_path: Path) -> None:
+def has_latex() -> bool:
+    """pdflatex with the two packages that the tables need."""
+    if shutil.which("pdflatex") is None or shutil.which("kpsewhich") is None:
+        return False
+    wanted = ["booktabs.sty", "graphicx.sty"]
+    return subprocess.run(["kpsewhich", *wanted], capture_output=True, text=True).stdout.count(".sty") == len(wanted)
+
+
+@pytest.mark.skipif(not has_latex(), reason="no LaTeX here")
+@pytest.mark.parametrize("columns", ["onecolumn", "twocolumn"])
+def test_latex_compiles_and_fits_the_page(demo: Path, tmp_path: Path, columns: str) -> None:
+    """A table with a nasty name, and every committed one: none wider or longer than a page of the plainest class."""
     table = tables.means_table(cells_of(collect(demo), tmp_path / "b.csv"), NASTY)
-    text = r"\documentclass{article}\usepackage{booktabs}\begin{document}" + tables.to_latex(table, "x")
-    (tmp_path / "t.tex").write_text(text + r"\end{document}")
+    parts = [tables.to_latex(table, "x"), *(path.read_text() for path in COMMITTED if path.suffix == ".tex")]
+    head = rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}"
+    (tmp_path / "t.tex").write_text("\n\\clearpage\n".join([head, *parts, r"\end{document}"]))
     subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
+    log = (tmp_path / "t.log").read_text(encoding="latin-1")
+    assert "Overfull" not in log and "too large" not in log
+
+
+def test_a_latex_float_holds_a_block_and_every_value() -> None:
+    """Also where a page has no room for all columns beside each other: each value once, its line named in each part."""
+    head = ["dataset", "model", "method", *(f"m{value}" for value in range(13))]
+    line = [tables.Cell(name) for name in ("data", "net", "mass")]
+    line += [tables.Cell(f"{value}.5", p=0.01 if value % 2 else 0.2) for value in range(13)]
+    table = tables.Table("t", [], head, [line, line], block_starts=[1], block_names=2, names=3)
+    floats = tables.to_latex(table, "x").split(r"\end{table*}")[:-1]
+    assert len(floats) == 2
+    for text in floats:
+        assert "dataset data, model net" in text and text.count(r"\toprule") == 3  # 13 values, at most 6 beside
+        assert re.findall(r"(\d+)\.5", text) == [str(value) for value in range(13)]
+        assert re.findall(r"(\d+)\.5\$\^\*\$", text) == [str(value) for value in range(1, 13, 2)]
+        assert text.count("\nmass & ") == 3
 
 
 def test_numbers_are_rounded_alike() -> None:
@@ -548,10 +578,6 @@ def test_every_view_renders(sweep: str, tmp_path: Path) -> None:
     assert main([sweep, "--runs", str(tmp_path / "results" / "runs"), "--out", str(tmp_path / "results")]) == 0
     assert list((tmp_path / "results" / sweep / "figures").glob("*.png"))
     assert view_of(sweep).metrics
-
-
-RESULTS = ROOT / "results"
-COMMITTED = [path for path in sorted(RESULTS.rglob("*")) if path.is_file() and "runs" not in path.parts]
 
 
 def test_committed_tables_come_from_committed_rows(tmp_path: Path) -> None:

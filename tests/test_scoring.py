@@ -517,6 +517,7 @@ def train_distributed(rank: int, way: str, port: int, place: str) -> None:
     dist.all_reduce(losses)
     if rank == 0:
         torch.save(losses / 2, place)
+    del scorer  # before the group, or DDP's reducer would end it with the GIL held, which gloo's threads may wait for
     dist.destroy_process_group()
 
 

@@ -79,7 +79,7 @@ def _report(folder: Path) -> Section:
 
 
 def _plain(cell: tables.Cell) -> str:
-    return f"{cell.text} (best)" if cell.best else f"{cell.text} ~" if cell.tie else cell.text
+    return f"{cell.plain} (best)" if cell.best else f"{cell.plain} ~" if cell.tie else cell.plain
 
 
 def _collect(runs: Path, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,22 +18,40 @@ NAMED = 5  # runs without numbers that a table names
 QUIET = ("baseline", "start", "not kept per prompt")  # no test to be expected
 
 
+LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
+
+
 @dataclass(frozen=True)
 class Cell:
     text: str
     best: bool = False
     tie: bool = False
+    p: float | None = None
+
+    @property
+    def plain(self) -> str:
+        """With its p value, where it has one, and a star for one below 0.05."""
+        if self.p is None:
+            return self.text
+        return f"{self.text} {'p < 0.001' if self.p < 0.001 else f'p = {self.p:.3f}'}{'*' if self.starred else ''}"
+
+    @property
+    def starred(self) -> bool:
+        return self.p is not None and self.p < 0.05
 
 
 @dataclass
 class Table:
-    """Lines of cells under a head; a line that starts a new block is in `block_starts`."""
+    """Lines of cells under a head. The first `names` columns say what a line is, the first `block_names` of them what
+    its block is; a line that starts a new block is in `block_starts`."""
 
     title: str
     notes: list[str]
     head: list[str]
     lines: list[list[Cell]]
     block_starts: list[int]
+    block_names: int
+    names: int
 
 
 def means_table(summary: Summary, title: str) -> Table:
@@ -57,9 +76,10 @@ def _more(summary: Summary) -> str:
 
 
 def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> Table:
+    tested = int(summary.cells["p_holm"].notna().sum())
     notes = [
         f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
-        f"Holm over the table; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
+        f"Holm over all {tested} of them; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
     ]
     head = [f"Δ {metric_name(metric)}" for metric in summary.metrics]
     return _table(summary, title, notes, head, _difference_cell, seeds=False)
@@ -82,7 +102,8 @@ def _table(
     blocks = first[summary.block].apply(tuple, axis=1)
     starts = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
     names_head = ["method" if key == "label" else key.removeprefix("option/") for key in keys]
-    return Table(title, notes, [*names_head, *head, *(["seeds"] if seeds else [])], lines, starts)
+    head = [*names_head, *head, *(["seeds"] if seeds else [])]
+    return Table(title, notes, head, lines, starts, len(summary.block), len(keys))
 
 
 def _named(lines: pd.DataFrame) -> pd.DataFrame:
@@ -117,13 +138,12 @@ def _difference_cell(cell: Any) -> Cell:
     scale = max(abs(cell.low), abs(cell.high))
     numbers = (f"{'+' if value >= 0 else ''}{number(value, scale)}" for value in (cell.difference, cell.low, cell.high))
     mean, low, high = numbers
-    p = "p < 0.001" if cell.p_holm < 0.001 else f"p = {cell.p_holm:.3f}"
-    return Cell(f"{mean} [{low}, {high}] {p}{'*' if cell.p_holm < 0.05 else ''}")
+    return Cell(f"{mean} [{low}, {high}]", p=cell.p_holm)
 
 
 def to_markdown(table: Table) -> str:
     def show(cell: Cell) -> str:
-        text = escape_markdown(cell.text)
+        text = escape_markdown(cell.plain)
         return f"**{text}**" if cell.best else f"{text} ~" if cell.tie else text
 
     lines = [" | ".join(map(show, line)) for line in table.lines]
@@ -143,7 +163,7 @@ def escape_markdown(text: str) -> str:
 
 def to_html(table: Table) -> str:
     def show(cell: Cell) -> str:
-        text = html.escape(cell.text)
+        text = html.escape(cell.plain)
         kind = ' class="missing"' if cell.text == MISSING else ""
         return f"<td{kind}><b>{text}</b></td>" if cell.best else f"<td{kind}>{text}{' ~' if cell.tie else ''}</td>"
 
@@ -160,33 +180,51 @@ def to_html(table: Table) -> str:
 
 
 def to_latex(table: Table, label: str) -> str:
-    """A table environment that needs the package booktabs alone."""
+    """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
+    to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
+    ends = [*table.block_starts, len(table.lines)]
+    blocks = [table.lines[start:end] for start, end in zip([0, *table.block_starts], ends, strict=True)]
+    return "\n".join(_float(table, block, label) for block in blocks)
 
-    def show(cell: Cell) -> str:
-        text = _escape_latex(cell.text)
-        return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
 
-    lines = []
-    for place, line in enumerate(table.lines):
-        if place in table.block_starts:
-            lines.append(r"\midrule")
-        lines.append(" & ".join(map(show, line)) + r" \\")
-    caption = _escape_latex(" ".join([f"{table.title}.", *table.notes]))
+def _float(table: Table, lines: list[list[Cell]], label: str) -> str:
+    block = [cell.text for cell in lines[0][: table.block_names]]
+    which = ", ".join(f"{name} {value}" for name, value in zip(table.head[: table.block_names], block, strict=True))
+    caption = _escape_latex(" ".join([f"{table.title}: {which}.", *table.notes]))
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *block]))
+    values = range(table.names, len(table.head))
+    parts = math.ceil(len(values) / LATEX_COLUMNS)
+    shares = [values[len(values) * part // parts : len(values) * (part + 1) // parts] for part in range(parts)]
+    names = range(table.block_names, table.names)
     return "\n".join(
         [
-            r"\begin{table}",
+            r"\begin{table*}",
             r"\centering",
             rf"\caption{{{caption}}}",
-            rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{{'l' * len(table.head)}}}",
-            r"\toprule",
-            " & ".join(map(_escape_latex, table.head)) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            rf"\label{{tab:{name}}}",
+            "\n\\\\[1ex]\n".join(_tabular(table.head, lines, [*names, *share]) for share in shares),
+            r"\end{table*}",
             "",
+        ]
+    )
+
+
+def _tabular(head: list[str], lines: list[list[Cell]], columns: list[int]) -> str:
+    def show(cell: Cell) -> str:
+        text = re.sub(r"(?<!\w)-(?=\d)", "$-$", _escape_latex(cell.text)) + ("$^*$" if cell.starred else "")
+        return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
+
+    return "\n".join(
+        [
+            # never wider than the page, and not blown up to it either
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
+            r"\toprule",
+            " & ".join(_escape_latex(head[column]) for column in columns) + r" \\",
+            r"\midrule",
+            *(" & ".join(show(line[column]) for column in columns) + r" \\" for line in lines),
+            r"\bottomrule",
+            r"\end{tabular}}",
         ]
     )
 
