@@ -13,6 +13,7 @@ from massdpo.report.statistics import BootstrapCache
 Floats = NDArray[np.float64]
 Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
 NO_TEST = (np.nan,) * 4
+NOT_PER_PROMPT = "not kept per prompt"
 
 
 class PerPrompt:
@@ -35,7 +36,7 @@ class PerPrompt:
         for (prompt_set, run), (_, base) in shared:
             values = self._of(prompt_set, metric)
             if values is None:
-                return (*NO_TEST, "not kept per prompt")
+                return (*NO_TEST, NOT_PER_PROMPT)
             differences.append(values[run] - values[base])
         if len({len(difference_P) for difference_P in differences}) > 1:
             return (*NO_TEST, "prompts differ between seeds")

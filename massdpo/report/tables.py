@@ -4,18 +4,19 @@ import html
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
+from massdpo.report.per_prompt import NOT_PER_PROMPT
 from massdpo.report.statistics import RESAMPLES
 from massdpo.report.summary import UNTRAINED, Summary
 from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
 
 MISSING = "missing"
 NAMED = 5  # runs without numbers that a table names
-QUIET = ("baseline", "start", "not kept per prompt")  # no test to be expected
+QUIET = ("baseline", "start")  # no test to be expected
 
 
 LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
@@ -76,13 +77,18 @@ def _more(summary: Summary) -> str:
 
 
 def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> Table:
-    tested = int(summary.cells["p_holm"].notna().sum())
+    count = int(summary.cells["p_holm"].notna().sum())
     notes = [
         f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
-        f"Holm over all {tested} of them; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
+        f"Holm over all {count} of them; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
     ]
-    head = [f"Δ {metric_name(metric)}" for metric in summary.metrics]
-    return _table(summary, title, notes, head, _difference_cell, seeds=False)
+    of_runs = set(summary.cells.loc[summary.cells["note"] == NOT_PER_PROMPT, "metric"])
+    tested = [metric for metric in summary.metrics if metric not in of_runs]
+    untested = [metric for metric in summary.metrics if metric in of_runs]
+    if untested:
+        notes.append(f"Not kept prompt by prompt, so not tested: {', '.join(map(metric_name, untested))}.")
+    head = [f"Δ {metric_name(metric)}" for metric in tested]
+    return _table(replace(summary, metrics=tested), title, notes, head, _difference_cell, seeds=False)
 
 
 def _table(
