@@ -145,15 +145,15 @@ def test_a_wandb_that_fails_costs_one_line(
 def test_a_wandb_that_hangs_costs_its_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Wandb, "_init", lambda *_: time.sleep(5))
-    tracker = Wandb("p", "offline", timeout=0.2)
+    monkeypatch.setattr(Wandb, "_init", lambda *_: time.sleep(20))
+    tracker = Wandb("p", "offline", timeout=1)
     begin = time.monotonic()
     tracker.start({}, tmp_path, "a run")
     tracker.log(0, {"loss": 1.0})
-    assert time.monotonic() - begin < 0.1  # nothing waits before the end
+    assert time.monotonic() - begin < 0.9  # nothing waits before the end
     assert tracker.finish({}) is None
-    assert time.monotonic() - begin < 2  # far below the hang, far above the timeout
-    assert "no answer within 0.2 s" in capsys.readouterr().err
+    assert time.monotonic() - begin < 10  # far below the hang, far above the timeout
+    assert "no answer within 1 s" in capsys.readouterr().err
 
 
 def test_none_logs_nothing(tmp_path: Path) -> None:
