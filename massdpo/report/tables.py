@@ -80,7 +80,7 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
     count = int(summary.cells["p_holm"].notna().sum())
     notes = [
         f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
-        f"Holm over all {count} of them; bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
+        f"Holm ({count} tests); bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
     ]
     of_runs = set(summary.cells.loc[summary.cells["note"] == NOT_PER_PROMPT, "metric"])
     tested = [metric for metric in summary.metrics if metric not in of_runs]
