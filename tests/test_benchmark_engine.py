@@ -77,8 +77,7 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_half_of_the_goals() -> None:
     """A quarter of the benchmark's batch, so that the usual ways fit a small machine; medians of three rounds.
 
-    Other work on the machine disturbs the short sides most: one of three measurements has to do, and without half of
-    its advantage the engine would miss in all.
+    Other work on the machine disturbs the short sides most. Where three rounds miss, those of nine are decisive.
     """
     setting = replace(engine.CPU, prompts=2)
     sides, shape = engine.build_sides(setting, engine.build_model(setting)), json.dumps(asdict(setting))
@@ -86,14 +85,17 @@ def test_half_of_the_goals() -> None:
         side: int(measure.fresh_process("massdpo.benchmark.engine", side, shape))
         for side in ("full_everywhere", "full_packed")
     }
-    missed = []
-    for _ in range(3):
-        found = engine.ratios(measure.medians(measure.alternate(sides, rounds=3)), memory)
+
+    def missed(seconds: dict[str, list[float]]) -> dict[str, float]:
+        found = engine.ratios(measure.medians(seconds), memory)
         low = {name: found[name] for name, goal in AT_LEAST.items() if name in found and found[name] < goal / 2}
-        missed.append(low | {name: found[name] for name, goal in AT_MOST.items() if found[name] > goal * 2})
-        if not missed[-1]:
-            return
-    pytest.fail(f"beyond half of the goals, three times: {missed}")
+        return low | {name: found[name] for name, goal in AT_MOST.items() if found[name] > goal * 2}
+
+    seconds = measure.alternate(sides, rounds=3)
+    if missed(seconds):
+        more = measure.alternate(sides, rounds=6)
+        seconds = {side: seconds[side] + more[side] for side in seconds}
+    assert not missed(seconds)
 
 
 @pytest.mark.slow

@@ -495,9 +495,8 @@ def test_differences_are_of_what_is_known_prompt_by_prompt(demo: Path, tmp_path:
     """A run has one number of seconds: no empty column for it, but a line that says so."""
     summary = summarise(collect(demo), ("accuracy", "train_seconds", "margin"), BootstrapCache(tmp_path / "b.csv"))
     table = tables.differences_table(summary, "t")
-    assert table.head[-2:] == ["Δ accuracy", "Δ mean margin"] and {len(line) for line in table.lines} == {
-        len(table.head)
-    }
+    assert table.head[-2:] == ["Δ accuracy", "Δ mean margin"]
+    assert {len(line) for line in table.lines} == {len(table.head)}
     assert table.notes[-1] == "Not kept prompt by prompt, so not tested: training (s)."
     assert "training (s) ↓" in tables.means_table(summary, "t").head
 

@@ -7,6 +7,7 @@ that memory does not grow with the number of rows, and a person can read the fil
 import json
 import mmap
 import sys
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,8 +111,8 @@ def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> 
 class _Lazy(Sequence[T]):
     """A sequence by its length and its `_at`."""
 
-    def _at(self, row: int) -> T:
-        raise NotImplementedError
+    @abstractmethod
+    def _at(self, row: int) -> T: ...
 
     @overload
     def __getitem__(self, index: int) -> T: ...

@@ -7,6 +7,7 @@ Shapes: E (user, item) pairs.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommendation:
+class Recommendation(ABC):
     """The options that every recommendation dataset has; `conf/dataset/lastfm.yaml` says what each does."""
 
     raw_dir: str | None = None
@@ -73,12 +74,12 @@ class Recommendation:
         if self.slate == "legacy" and self.num_negatives != LEGACY_NEGATIVES:
             raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
 
+    @abstractmethod
     def files(self) -> list[Path]:
         """The raw files that `load` reads: their content, with the options, decides the outcome."""
-        raise NotImplementedError
 
-    def log(self, bad: BadRows) -> Log:
-        raise NotImplementedError
+    @abstractmethod
+    def log(self, bad: BadRows) -> Log: ...
 
     def prompting(self) -> Prompting:
         return Prompting(self.noun, self.seed, self.prompts == "several", self.list_candidates, self.max_history)

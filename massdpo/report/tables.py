@@ -17,8 +17,6 @@ from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
 MISSING = "missing"
 NAMED = 5  # runs without numbers that a table names
 QUIET = ("baseline", "start")  # no test to be expected
-
-
 LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
 
 

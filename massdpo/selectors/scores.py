@@ -4,6 +4,7 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from massdpo.selectors.pools import (
 )
 
 
-class ByScore:
+class ByScore(ABC):
     """The k negatives with the largest `score_BN(pool)`."""
 
     features: str | None = None
@@ -32,8 +33,8 @@ class ByScore:
         check_options(k, short_pool)
         self.k, self.short_pool = k, short_pool
 
-    def score_BN(self, pool: PoolStatistics) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def score_BN(self, pool: PoolStatistics) -> Tensor: ...
 
     def __call__(self, pool: PoolStatistics) -> Picks:
         if self.needs_scores:
