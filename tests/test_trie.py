@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, GraniteConfig, PretrainedConfig
+from transformers import AutoConfig, GraniteConfig, PretrainedConfig
 
 from massdpo.model import trie
 from massdpo.model.scoring import PreferenceScorer
@@ -16,7 +16,9 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LLAMA,
     "qwen2": AutoConfig.for_model("qwen2", **SIZES),
     "phi3": AutoConfig.for_model("phi3", **SIZES, pad_token_id=0, sliding_window=6),
-    "gemma2": AutoConfig.for_model("gemma2", **SIZES, head_dim=8, sliding_window=6),  # soft-caps and two kinds of layers
+    "gemma2": AutoConfig.for_model(
+        "gemma2", **SIZES, head_dim=8, sliding_window=6
+    ),  # soft-caps and two kinds of layers
     "gemma3": AutoConfig.for_model("gemma3_text", **SIZES, head_dim=8, sliding_window=6, sliding_window_pattern=2),
     "granite": GraniteConfig(**SIZES, logits_scaling=0.5, embedding_multiplier=2.0),
     "gpt2": GPT2,
@@ -35,7 +37,12 @@ def responses(count: int, seed: int, letters: int = 5) -> list[list[int]]:
     """Few letters, so that many begin alike; some are equal, one is the beginning of another."""
     chance = torch.Generator().manual_seed(seed)
     made = [
-        [*torch.randint(3, 3 + letters, (int(torch.randint(1, 6, (1,), generator=chance)),), generator=chance).tolist(), 2]
+        [
+            *torch.randint(
+                3, 3 + letters, (int(torch.randint(1, 6, (1,), generator=chance)),), generator=chance
+            ).tolist(),
+            2,
+        ]
         for _ in range(count)
     ]
     return [*made, made[0], [*made[1][:-1], 3, 2]]
@@ -63,7 +70,9 @@ SCORER = PreferenceScorer(tiny(LLAMA), layout="packed").eval()
 
 @settings(max_examples=25, deadline=None)
 @given(
-    texts=st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=6).map(lambda ids: [*ids, 2]), min_size=1, max_size=25),
+    texts=st.lists(
+        st.lists(st.integers(3, 6), min_size=1, max_size=6).map(lambda ids: [*ids, 2]), min_size=1, max_size=25
+    ),
     prompts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     part_tokens=st.integers(1, 40),
 )

@@ -70,7 +70,9 @@ class Catalogue:
         """Responses as token ids, each with its end token; equal ones are scored once."""
         groups: list[list[int]] = []
         fed, last = part_tokens + 1, ()
-        for index in sorted(range(len(responses)), key=lambda index: tuple(responses[index])):  # what is alike, together
+        for index in sorted(
+            range(len(responses)), key=lambda index: tuple(responses[index])
+        ):  # what is alike, together
             beginning = tuple(responses[index][:-1])
             shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(last, beginning, strict=False))))
             fed += len(beginning) - shared
