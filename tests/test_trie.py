@@ -36,15 +36,8 @@ def alone(model: torch.nn.Module, prompt: list[int], response: list[int]) -> flo
 def responses(count: int, seed: int, letters: int = 5) -> list[list[int]]:
     """Few letters, so that many begin alike; some are equal, one is the beginning of another."""
     chance = torch.Generator().manual_seed(seed)
-    made = [
-        [
-            *torch.randint(
-                3, 3 + letters, (int(torch.randint(1, 6, (1,), generator=chance)),), generator=chance
-            ).tolist(),
-            2,
-        ]
-        for _ in range(count)
-    ]
+    lengths = torch.randint(1, 6, (count,), generator=chance).tolist()
+    made = [[*torch.randint(3, 3 + letters, (length,), generator=chance).tolist(), 2] for length in lengths]
     return [*made, made[0], [*made[1][:-1], 3, 2]]
 
 
@@ -70,9 +63,7 @@ SCORER = PreferenceScorer(tiny(LLAMA), layout="packed").eval()
 
 @settings(max_examples=25, deadline=None)
 @given(
-    texts=st.lists(
-        st.lists(st.integers(3, 6), min_size=1, max_size=6).map(lambda ids: [*ids, 2]), min_size=1, max_size=25
-    ),
+    texts=st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=6).map(lambda ids: [*ids, 2]), min_size=1),
     prompts=st.lists(st.integers(1, 12), min_size=1, max_size=3),
     part_tokens=st.integers(1, 40),
 )

@@ -46,7 +46,7 @@ def tokenize_catalogue(
     tokenizer: PreTrainedTokenizerBase,
     test: TokenizedSplit,
     max_length: int,
-    chat_template: bool,
+    chat_template: bool = False,
 ) -> list[list[int]]:
     """The ids of each title of a catalogue as a response to the prompts of `test`.
 

@@ -69,10 +69,10 @@ class Catalogue:
     def of(cls, responses: Sequence[Sequence[int]], part_tokens: int = PART_TOKENS) -> "Catalogue":
         """Responses as token ids, each with its end token; equal ones are scored once."""
         groups: list[list[int]] = []
-        fed, last = part_tokens + 1, ()
-        for index in sorted(
-            range(len(responses)), key=lambda index: tuple(responses[index])
-        ):  # what is alike, together
+        last: tuple[int, ...] = ()
+        fed = part_tokens + 1
+        alike_together = sorted(range(len(responses)), key=lambda index: tuple(responses[index]))
+        for index in alike_together:
             beginning = tuple(responses[index][:-1])
             shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(last, beginning, strict=False))))
             fed += len(beginning) - shared
