@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.batches import collate
+from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
 from massdpo.evaluation.scores import SplitScores
 from massdpo.model.load import learn_tokenizer

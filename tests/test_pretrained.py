@@ -21,7 +21,8 @@ from massdpo.config import compose, resolved
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import TokenizedSplit, collate
+from massdpo.data.batches import collate
+from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScores, score_split
 from massdpo.model.load import PretrainedModel, TinyModel

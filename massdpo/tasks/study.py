@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from massdpo.data.tokens import collate
+from massdpo.data.batches import collate
 from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import launch, pipeline, start

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,34 +27,51 @@ from massdpo.console import progress
 from massdpo.data.batches import batches, in_order, micro_batches, real
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import Validate
 from massdpo.tensors import Batch
 from massdpo.training import checkpoints
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
 
-# (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
-Objective = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
+
+class Objective(Protocol):
+    """What a stage learns. Values per prompt are `(B,)`."""
+
+    rows: Sequence[TokenizedExample]
+    state: dict[str, Tensor]  # what a checkpoint must remember of it
+    seconds: dict[str, float]  # spent so far on selection ("select") and on what only the log needs ("observe")
+
+    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+        """What an epoch starts with; returns what is logged of it."""
+        ...
+
+    def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each prompt, and values of each to be logged; `observe` asks for those that cost an extra pass."""
+        ...
+
+    def share(self) -> None:
+        """Make the state of all processes the same."""
+        ...
+
+    def validate(self, scorer: nn.Module) -> dict[str, float]:
+        """Metrics on the validation split."""
+        ...
+
+    def alarms(self, row: dict[str, Any]) -> dict[str, str]:
+        """What to warn of in a step's values, by kind."""
+        ...
 
 
 @dataclass
 class Stage:
-    """One training stage: what it learns from, how long, and where its checkpoints lie."""
+    """One training stage: what it learns, how long, and where its checkpoints lie."""
 
     name: str  # sft | preference
-    rows: Sequence[TokenizedExample]
+    objective: Objective
     epochs: int
     learning_rate: float
-    objective: Objective
-    validate: Validate
     checkpoints: Path
     seed: int
     pad_id: int
-    begin_epoch: Callable[[nn.Module, int], dict[str, float]] = lambda scorer, epoch: {}  # returns what is logged of it
-    state: dict[str, Tensor] = field(default_factory=dict)  # what the objective must remember
-    share: Callable[[], None] = lambda: None  # makes the state of all processes the same
-    seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})  # the objective counts
-    alarms: Callable[[dict[str, Any]], dict[str, str]] = lambda row: {}  # what to warn of in a step's values, by kind
 
 
 class Stopped(KeyboardInterrupt):
@@ -82,12 +99,12 @@ def fit(
         fused=True,  # the plain loop over tensors costs a tiny model more than its backward pass
     )
     prompts_a_step = options.batch_size * options.accumulate * accelerator.num_processes
-    steps_an_epoch = -(-len(stage.rows) // prompts_a_step)
+    steps_an_epoch = -(-len(stage.objective.rows) // prompts_a_step)
     total = steps_an_epoch * stage.epochs
     rise = int(options.warmup * total)  # the schedule of transformers, whose module imports its Trainer and peft
     schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (total - step) / max(1, total - rise))
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    position = checkpoints.resume(stage.checkpoints, stage.state, options.keep, accelerator, schedule)
+    position = checkpoints.resume(stage.checkpoints, stage.objective.state, options.keep, accelerator, schedule)
     if position.step:
         accelerator.print(f"{stage.name}: going on from step {position.step}")
     warned: set[str] = set()
@@ -97,14 +114,14 @@ def fit(
         advance(position.step)
         while position.epoch < stage.epochs:
             with _timed(stage, position):
-                refreshed = stage.begin_epoch(scorer, position.epoch)
+                refreshed = stage.objective.begin_epoch(scorer, position.epoch)
             if refreshed:
                 _log(stage, position, refreshed | _place(position), history, tracker)
             scorer.train()
-            order = in_order(len(stage.rows), stage.seed, stage.name, position.epoch)
+            order = in_order(len(stage.objective.rows), stage.seed, stage.name, position.epoch)
             steps = [order[start : start + prompts_a_step] for start in range(0, len(order), prompts_a_step)]
             with _signals(accelerator) as stop:
-                loader = batches(stage.rows, steps[position.batch :], options, stage.pad_id, accelerator)
+                loader = batches(stage.objective.rows, steps[position.batch :], options, stage.pad_id, accelerator)
                 for rows in steps[position.batch :]:
                     position.batch, position.step = position.batch + 1, position.step + 1
                     logged = position.step % options.log_every == 0 or position.step == total
@@ -120,20 +137,20 @@ def fit(
                     advance(1, f"loss {row['loss']:.3f}")
                     asked, last = stop(), position.batch == len(steps)
                     if asked or last or position.step % options.checkpoint_every == 0:
-                        stage.share()
-                        checkpoints.save(stage.checkpoints, position, stage.state, accelerator)
+                        stage.objective.share()
+                        checkpoints.save(stage.checkpoints, position, stage.objective.state, accelerator)
                     if asked or (last and stop()):
                         where = f"step {position.step} of {total} of {stage.name}"
                         raise Stopped(f"stopped at {where}; the same command goes on")
             position.epoch, position.batch = position.epoch + 1, 0
-            validation = stage.validate(scorer)
+            validation = stage.objective.validate(scorer)
             scorer.train()
             _log(stage, position, _named("val", validation) | {"step": position.step}, history, tracker)
             value = validation[options.keep_metric]
             if options.keep == "last" or value > position.best:
                 position.validation = validation
             if options.keep == "best" and value > position.best:
-                checkpoints.write(stage.checkpoints / "best", position, stage.state, accelerator)
+                checkpoints.write(stage.checkpoints / "best", position, stage.objective.state, accelerator)
             position.best = max(position.best, value)
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
@@ -161,7 +178,7 @@ def _step(
         batch = next(loader).to(accelerator.device)
         with accelerator.no_sync(scorer) if number < micro - 1 else nullcontext():
             try:
-                loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
+                loss_B, logs = stage.objective.loss(scorer, batch, position.epoch, logged)
             except UserError as error:  # log-probs that are not finite: the scorer names the examples
                 raise UserError(f"step {position.step} of {stage.name}: {error}") from error
             real_B = real(batch, rows, number, size, accelerator)
@@ -181,7 +198,7 @@ def _step(
     if not math.isfinite(norm):
         raise UserError(
             f"the gradient is not finite at step {position.step} of {stage.name} (examples "
-            f"{', '.join(stage.rows[row].id for row in rows)}): lower trainer.{stage.name}.learning_rate"
+            f"{', '.join(stage.objective.rows[row].id for row in rows)}): lower trainer.{stage.name}.learning_rate"
         )
     optimizer.step()
     optimizer.zero_grad()
@@ -201,11 +218,11 @@ def _step(
 @contextmanager
 def _timed(stage: Stage, position: Position) -> Iterator[None]:
     """Count the seconds of training, and among them those of selection; what only the log needs counts as neither."""
-    started, before = time.perf_counter(), dict(stage.seconds)
+    started, before = time.perf_counter(), dict(stage.objective.seconds)
     yield
-    observed = stage.seconds["observe"] - before["observe"]
+    observed = stage.objective.seconds["observe"] - before["observe"]
     position.train_seconds += time.perf_counter() - started - observed
-    position.select_seconds += stage.seconds["select"] - before["select"]
+    position.select_seconds += stage.objective.seconds["select"] - before["select"]
 
 
 def _log(stage: Stage, position: Position, row: dict[str, Any], history: History, tracker: Tracker) -> None:
@@ -221,7 +238,7 @@ def _place(position: Position) -> dict[str, Any]:
 
 def _warn(stage: Stage, row: dict[str, Any], warned: set[str], accelerator: Accelerator) -> None:
     """Tell what a step's values give reason to, each kind once."""
-    for kind, line in stage.alarms(row).items():
+    for kind, line in stage.objective.alarms(row).items():
         if kind not in warned and accelerator.is_main_process:
             print(f"warning: {stage.name}, step {row['step']}: {line}", file=sys.stderr)
         warned.add(kind)
