@@ -67,10 +67,17 @@ class SplitScorer:
 
     @torch.no_grad()
     def __call__(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> SplitScores:
-        """Every candidate's summed log-prob under the scorer's policy; every process gets the whole."""
+        """Every candidate's summed log-prob, at the run's precision; every process gets the whole.
+
+        The same rows in batches of the same size give the same numbers to the last digit. Another size does not, as
+        matrix products sum in another order: for a model of 135M parameters by about 0.05 nats per token under bfloat16
+        (root mean square, 0.25 at most). As much, times beta, separates rewards from 0 at the first step of the
+        preference stage.
+        """
         parts = []
         for batch in self.batches(scorer, rows, what):
-            scored: Scored = scorer(batch)
+            with self.accelerator.autocast():
+                scored: Scored = scorer(batch)
             parts.append((batch.index_B.cpu(), scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
         if self.accelerator.num_processes > 1:
             parts = gather_object(parts)
@@ -115,4 +122,3 @@ def predictions(policy: SplitScores, reference: SplitScores, beta: float, ids: S
 def _rewards(policy: SplitScores, reference: SplitScores, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     change_SC = policy.logp_SC - reference.logp_SC
     return beta * change_SC, policy.mask_SC, change_SC[:, 0]
-

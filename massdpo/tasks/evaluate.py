@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from massdpo.console import summary_table
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_split
-from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
-from massdpo.evaluation.scores import ranking, score_split
+from massdpo.evaluation.generation import generate_split, generation_metrics
+from massdpo.evaluation.scores import SplitScorer, ranking
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.store import write_json
@@ -41,10 +41,9 @@ def evaluate(config: DictConfig) -> None:
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
-    scores = score_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id, "evaluate")
-    answers: list[Answer] = []
-    if config.trainer.generate:
-        answers = generate_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer)
+    score = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
+    scores = score(scorer, rows, "evaluate")
+    answers = generate_split(scorer, rows, score, tokenizer) if config.trainer.generate else []
     if not accelerator.is_main_process:
         return
     metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {})

@@ -151,19 +151,20 @@ class Preference:
             self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
         self._own.clear()
 
-    def alarms(self, row: Mapping[str, float]) -> dict[str, str]:
+    @staticmethod
+    def alarms(row: Mapping[str, float]) -> dict[str, str]:
         """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
         found = {}
         reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
         if abs(reward) > RUNAWAY:
             found["rewards"] = (
-                f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from them): "
-                "lower trainer.preference.learning_rate"
+                f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from "
+                "them): lower trainer.preference.learning_rate"
             )
         if row["chosen_mean_logp_change"] < -COLLAPSE:
             found["chosen"] = (
-                f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats per token since the "
-                "start, on average): lower trainer.preference.learning_rate"
+                f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats per token "
+                "since the start, on average): lower trainer.preference.learning_rate"
             )
         return found
 
