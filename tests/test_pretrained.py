@@ -24,9 +24,10 @@ from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import TokenizedSplit, collate
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScores, score_split
-from massdpo.model.load import PretrainedModel, TinyModel
+from massdpo.model.load import PretrainedModel
 from massdpo.model.save import add_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
+from massdpo.model.scratch import TinyModel
 from massdpo.runs import launch, pipeline
 from massdpo.runs.card import model_card
 from massdpo.runs.folder import SHOWN

@@ -171,7 +171,8 @@ def compute(
     if trainer.save_policy:
         policy = accelerator.unwrap_model(scorer).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
-        card = model_card(resolved(config), metrics, counts, folder.name)
+        blocks = getattr(policy.config, "dequantised_from", None)
+        card = model_card(resolved(config), metrics, counts, folder.name, blocks)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
     write_json(folder / "metrics.json", metrics)
     draw_history(position.history, folder / "history.png")
