@@ -19,7 +19,7 @@ import numpy as np
 
 import massdpo
 from massdpo.data.download import fetch
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json

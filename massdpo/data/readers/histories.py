@@ -12,7 +12,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from massdpo.data.readers.interactions import SPLITS, Ints, Log
+from massdpo.data.raw import SPLITS
+from massdpo.data.readers.interactions import Ints, Log
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.slates import CleanSlates, legacy_slate
 from massdpo.errors import UserError

@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
 from massdpo.data.readers.histories import Prompting, RecommendationSplit, popularity, rows_of
-from massdpo.data.readers.interactions import SPLITS, BadRows, Log, raw_file, read_interactions, read_titles, tidy
+from massdpo.data.readers.interactions import Log, raw_file, read_interactions, read_titles, tidy
 from massdpo.data.schema import Splits
 from massdpo.data.slates import LEGACY_HISTORY, LEGACY_NEGATIVES, CleanSlates
 from massdpo.data.text import normalise
