@@ -127,7 +127,7 @@ def _fitting(
 
     Special tokens that nothing here writes may lie beyond, as an image's does in the text models of Gemma 3.
     """
-    rows = model.get_input_embeddings().num_embeddings
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     unwritten = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
     if beyond := sorted(index for index in set(tokenizer.get_vocab().values()) - unwritten if index >= rows):
