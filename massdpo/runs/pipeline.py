@@ -101,13 +101,10 @@ def compute(
     history.rows[:] = start_info["history"]
 
     policy = load_start(start_folder, config)
-    scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     started = time.perf_counter()
-    bfloat16 = trainer.precision == "bfloat16"
-    with accelerator.autocast():  # as in training, or rewards would not start at 0
-        reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
-        reference_seconds = time.perf_counter() - started
-        objectives.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
+    reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
+    reference_seconds = time.perf_counter() - started
 
     width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
     loss = hydra.utils.instantiate(config.loss)
@@ -130,13 +127,13 @@ def compute(
         seconds=objective.seconds,
         alarms=objectives.alarms,
     )
-    scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+    trained, position = fit(stage, scorer, trainer, accelerator, history, tracker)
 
-    final = score(scorer, data.test, "test")
+    final = score(trained, data.test, "test")
     answers: list[Answer] = []
     if trainer.generate:
-        answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
-    weights = gathered(scorer, accelerator) if trainer.save_policy else None
+        answers = generate_split(trained, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
+    weights = gathered(trained, accelerator) if trainer.save_policy else None
     if not accelerator.is_main_process:
         return
     history.write()
@@ -157,7 +154,7 @@ def compute(
         "peak_memory_mb": peak_memory_mb(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
-        "packed": int(accelerator.unwrap_model(scorer).packed),
+        "packed": int(accelerator.unwrap_model(trained).packed),
         "seed": config.seed,
         "git_commit": commit(),
         "machine": in_words(machine()),
@@ -169,7 +166,7 @@ def compute(
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
     write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if trainer.save_policy:
-        policy = accelerator.unwrap_model(scorer).model
+        policy = accelerator.unwrap_model(trained).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
         card = model_card(resolved(config), metrics, counts, folder.name)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
