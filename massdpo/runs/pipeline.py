@@ -19,6 +19,7 @@ from massdpo.config import identity, resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
+from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
 from massdpo.evaluation.scores import evaluate, predictions, ranking
 from massdpo.model.save import save_policy
@@ -101,7 +102,7 @@ def compute(
     history.rows[:] = start_info["history"]
 
     policy = load_start(start_folder, config)
-    scorer = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer: Any = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     started = time.perf_counter()
     reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
     reference_seconds = time.perf_counter() - started
@@ -127,13 +128,17 @@ def compute(
         seconds=objective.seconds,
         alarms=objectives.alarms,
     )
-    trained, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+    scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
 
-    final = score(trained, data.test, "test")
+    final = score(scorer, data.test, "test")
     answers: list[Answer] = []
     if trainer.generate:
-        answers = generate_split(trained, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
-    weights = gathered(trained, accelerator) if trainer.save_policy else None
+        answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
+    against = None
+    if data.catalogue:
+        how = accelerator, trainer.eval_batch_size, data.pad_id
+        against = rank_catalogue(scorer, data.splits, data.test, data.catalogue, *how)
+    weights = gathered(scorer, accelerator) if trainer.save_policy else None
     if not accelerator.is_main_process:
         return
     history.write()
@@ -141,6 +146,7 @@ def compute(
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     metrics |= generation_metrics(answers, final) if answers else {}
+    metrics |= against.metrics() if against else {}
     metrics |= baselines(data.splits, cache)
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
     metrics |= {
@@ -154,7 +160,7 @@ def compute(
         "peak_memory_mb": peak_memory_mb(),
         "threads": torch.get_num_threads(),
         "processes": accelerator.num_processes,
-        "packed": int(accelerator.unwrap_model(trained).packed),
+        "packed": int(accelerator.unwrap_model(scorer).packed),
         "seed": config.seed,
         "git_commit": commit(),
         "machine": in_words(machine()),
@@ -164,9 +170,11 @@ def compute(
     lines = predictions(final, reference["test"], config.beta, ids)
     for line, answer in zip(lines, answers, strict=False):  # without generation there is none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
+    for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
+        line["catalogue_rank"] = rank
     write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if trainer.save_policy:
-        policy = accelerator.unwrap_model(trained).model
+        policy = accelerator.unwrap_model(scorer).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
         card = model_card(resolved(config), metrics, counts, folder.name)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
