@@ -20,6 +20,7 @@ from massdpo.config import identity, resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
+from massdpo.evaluation.catalogue import CatalogueRanks, rank_catalogue
 from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
 from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, predictions, ranking
 from massdpo.model.save import save_policy
@@ -129,12 +130,15 @@ def compute(run: Run, model: nn.Module) -> None:
 
     final = run.score(scorer, run.data.test, "test")
     answers = generate_split(scorer, run.data.test, run.score, run.data.tokenizer) if trainer.generate else []
+    against = None
+    if run.data.catalogue:
+        against = rank_catalogue(scorer, run.data.splits, run.data.test, run.data.catalogue, run.score)
     weights = gathered(scorer, run.accelerator) if trainer.save_policy else None
     if not run.accelerator.is_main_process:
         return
-    metrics = measured(run, final, reference["test"], answers, position)
+    metrics = measured(run, final, reference["test"], answers, against, position)
     metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
-    write_results(run, metrics, final, reference["test"], answers)
+    write_results(run, metrics, final, reference["test"], answers, against)
     if trainer.save_policy:
         save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
     draw_history(position.history, run.folder / "history.png")
@@ -153,13 +157,19 @@ def announce(run: Run) -> None:
 
 
 def measured(
-    run: Run, final: SplitScores, reference: SplitScores, answers: Sequence[Answer], position: Position
+    run: Run,
+    final: SplitScores,
+    reference: SplitScores,
+    answers: Sequence[Answer],
+    against: CatalogueRanks | None,
+    position: Position,
 ) -> dict[str, Any]:
     """Metrics of the test split: of the policy, of the SFT start, of validation, of guesses without a model."""
     metrics: dict[str, Any] = evaluate(final, reference, run.config.beta)
     metrics |= {f"sft/{name}": value for name, value in ranking(reference).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     metrics |= generation_metrics(answers, final) if answers else {}
+    metrics |= against.metrics() if against else {}
     return metrics | baselines(run.data.splits, run.cache)
 
 
@@ -184,13 +194,20 @@ def about(run: Run, position: Position, packed: bool) -> dict[str, Any]:
 
 
 def write_results(
-    run: Run, metrics: dict[str, Any], final: SplitScores, reference: SplitScores, answers: Sequence[Answer]
+    run: Run,
+    metrics: dict[str, Any],
+    final: SplitScores,
+    reference: SplitScores,
+    answers: Sequence[Answer],
+    against: CatalogueRanks | None,
 ) -> None:
     """Everything computed, before anything that decorates it."""
     run.history.write()
     lines = predictions(final, reference, run.config.beta, [example.id for example in run.data.test])
     for line, answer in zip(lines, answers, strict=False):  # without generation there is none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
+    for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
+        line["catalogue_rank"] = rank
     write_text(run.folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_json(run.folder / "metrics.json", metrics)
 
@@ -198,7 +215,8 @@ def write_results(
 def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics: dict[str, Any], used: int) -> None:
     """The trained policy and its model card, as an ordinary Hugging Face folder."""
     counts = {"train": len(run.data.train), "preference": used, "test": len(run.data.test)}
-    card = model_card(resolved(run.config), metrics, counts, run.folder.name)
+    blocks = getattr(policy.config, "dequantised_from", None)
+    card = model_card(resolved(run.config), metrics, counts, run.folder.name, blocks)
     build_folder(run.folder / "policy", lambda place: save_policy(policy, run.data.tokenizer, place, card, weights))
 
 
