@@ -10,6 +10,7 @@ import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,30 +20,13 @@ import numpy as np
 
 import massdpo
 from massdpo.data.download import fetch
-from massdpo.data.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
 
 # prepared data is made anew when the code that makes it changes
-CODE = [
-    Path(__file__).parent / f"{name}.py"
-    for name in (
-        "histories",
-        "interactions",
-        "jsonl",
-        "mcqa",
-        "messages",
-        "prepare",
-        "public_logs",
-        "recommendation",
-        "rows",
-        "schema",
-        "slates",
-        "synthetic",
-        "text",
-    )
-]
+CODE = sorted(Path(__file__).parent.rglob("*.py"))  # whatever makes examples of raw files
 
 T = TypeVar("T")
 
@@ -74,14 +58,16 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         for split in SPLITS:
             _write(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
+        write_json(folder / "catalogue.json", splits.catalogue)
 
     folder = cache.folder("prepared", key, build)
     train, val, test = (MappedSplit(folder, split) for split in SPLITS)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    catalogue = tuple(json.loads((folder / "catalogue.json").read_text(encoding="utf-8")))
     for line in _notes(name, report):
         print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    return _limit(Splits(train, val, test, report, content), limits, node)
+    return _limit(Splits(train, val, test, report, content, catalogue), limits, node)
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
@@ -95,7 +81,7 @@ def _notes(name: str, report: dict[str, Any]) -> list[str]:
 def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
     seed = node.get("seed", 0)
     train, val, test = (limited(getattr(splits, split), limits[split], seed, split) for split in SPLITS)
-    return Splits(train, val, test, splits.report, digest(splits.digest, limits, seed))
+    return replace(splits, train=train, val=val, test=test, digest=digest(splits.digest, limits, seed))
 
 
 def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:

@@ -1,0 +1,187 @@
+"""Who met which items in which order: a `Log`, read from anyone's own files; and what all readers share."""
+
+import csv
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from massdpo.data.raw import BadRows
+from massdpo.data.text import normalise, read_jsonl, read_lines
+from massdpo.errors import UserError
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Log:
+    """Every user's items, oldest first. `titles` are by item number; users keep the names their file gives them."""
+
+    titles: list[str]
+    users: list[str]
+    sequences: list[Ints]
+    times: list[NDArray[np.float64]] | None = None  # of each item of each sequence; None: the data has none
+    split_of: list[str] | None = None  # the published split of each user; None: there is none
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def raw_file(raw_dir: str | None, name: str, what: str) -> Path:
+    """The file `name` of the raw folder.
+
+    Raises:
+        UserError: there is no such file; says what it is and what the folder holds instead.
+    """
+    if raw_dir is None:
+        raise UserError(f"dataset.raw_dir is not set: give the folder that holds {name} ({what})")
+    path = Path(raw_dir) / name
+    if not path.is_file():
+        beside = sorted(each.name for each in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        found = f"the folder holds {', '.join(beside)}" if beside else "the folder is empty or missing"
+        raise UserError(f"{path} is missing ({what}): dataset.raw_dir names the folder that holds it; {found}")
+    return path
+
+
+def field_of(row: dict[str, Any], name: str, kinds: tuple[type, ...], place: str) -> Any:
+    """`row[name]`, which must be of one of `kinds` (a bool is no int) and, if text, not blank."""
+    value = row.get(name)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise UserError(f"{place}: {name!r} must be {wanted}, found {value!r:.80}")
+    if isinstance(value, str) and not value.strip():
+        raise UserError(f"{place}: {name!r} is empty")
+    return value
+
+
+def read_interactions(path: Path, titles: dict[str, str], bad: BadRows) -> Log:
+    """JSONL or CSV (with a header) of `user`, `item`, `time` (a number; without any time: the file's order)."""
+    table = Table(titles)
+    timed: bool | None = None
+    for number, row in _records(path, bad):
+        place = f"{path}:{number}"
+        try:
+            user, item = (str(field_of(row, name, (str, int), place)) for name in ("user", "item"))
+            if item not in titles:
+                raise UserError(f"{place}: item {item!r:.60} has no title in the file of titles")
+            has_time = row.get("time") not in (None, "")
+            if timed is not None and timed != has_time:
+                raise UserError(f"{place}: 'time' stands in some rows only; give it in all or in none")
+            time = _number(row["time"], place) if has_time else float(number)
+        except UserError as error:
+            bad(error)
+            continue
+        timed = has_time
+        table.add(user, item, time)
+    return table.log(path, {}, timed=bool(timed))
+
+
+def read_titles(path: Path, bad: BadRows) -> dict[str, str]:
+    """JSONL or CSV (with a header) of `item`, `title`."""
+    titles: dict[str, str] = {}
+    for number, row in _records(path, bad):
+        place = f"{path}:{number}"
+        try:
+            item = str(field_of(row, "item", (str, int), place))
+            title = field_of(row, "title", (str,), place).strip()
+            if item in titles:
+                raise UserError(f"{place}: item {item!r:.60} has a line already")
+        except UserError as error:
+            bad(error)
+            continue
+        titles[item] = title
+    return titles
+
+
+def _records(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    if path.suffix in (".jsonl", ".json"):
+        yield from read_jsonl(path, bad)
+        return
+    if path.suffix != ".csv":
+        raise UserError(f"{path}: the name must end in .jsonl or .csv")
+    csv.field_size_limit(1 << 24)  # a title may be long; Python's own limit is 131,072 characters
+    numbers = _LineNumbers(read_lines(path, bad))
+    try:
+        for row in csv.DictReader(numbers, strict=True):
+            if None in row or None in row.values():
+                bad(
+                    UserError(f"{path}:{numbers.last}: {'more' if None in row else 'fewer'} fields than the header has")
+                )
+            else:
+                yield numbers.last, {str(name).strip(): value for name, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"{path}:{numbers.last}: not CSV ({error})") from error
+
+
+class _LineNumbers:
+    """Lines for the csv module, remembering where the last one stood."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]):
+        self.lines = lines
+        self.last = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self.lines:
+            self.last = number
+            yield line + "\n"
+
+
+def _number(value: Any, place: str) -> float:
+    try:
+        time = float(value)
+    except (TypeError, ValueError, OverflowError):
+        time = float("nan")
+    if not np.isfinite(time):
+        raise UserError(f"{place}: 'time' must be a number (seconds, say), found {value!r:.60}")
+    return time
+
+
+class Table:
+    """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance."""
+
+    def __init__(self, titles: dict[str, str]):
+        self.titles = titles
+        self.item_of = {item: number for number, item in enumerate(titles)}
+        self.user_of: dict[str, int] = {}
+        self.user, self.item, self.time = array("q"), array("q"), array("d")
+
+    def add(self, user: str, item: str, time: float) -> None:
+        self.user.append(self.user_of.setdefault(user, len(self.user_of)))
+        self.item.append(self.item_of[item])
+        self.time.append(time)
+
+    def log(self, path: Path, report: dict[str, Any], timed: bool = True) -> Log:
+        if not self.user:
+            raise UserError(f"{path}: no interaction is left to learn from")
+        user, item, time = (np.array(column) for column in (self.user, self.item, self.time))
+        order = np.lexsort((np.arange(len(user)), time, user))
+        ends = np.cumsum(np.bincount(user))[:-1]
+        sequences, times = (np.split(column[order], ends) for column in (item, time))
+        return Log(list(self.titles.values()), list(self.user_of), sequences, times if timed else None, report=report)
+
+
+def tidy(log: Log, same: Callable[[str], str] = normalise) -> Log:
+    """One number for items of the `same` title; items no one met, and a user's repeats, are left out and counted.
+
+    Numbers go by title, so that slates do not depend on how a source numbers its items.
+    """
+    keys = [same(title) for title in log.titles]
+    title_of: dict[str, str] = {}
+    for key, title in sorted(zip(keys, log.titles, strict=True)):
+        title_of.setdefault(key, title)
+    number_of = {key: number for number, key in enumerate(title_of)}
+    canonical = np.array([number_of[key] for key in keys])
+    merged = [canonical[sequence] for sequence in log.sequences]
+    met = np.unique(np.concatenate(merged))
+    kept = [np.sort(np.unique(sequence, return_index=True)[1]) for sequence in merged]
+    sequences = [np.searchsorted(met, sequence[keep]) for sequence, keep in zip(merged, kept, strict=True)]
+    times = None if log.times is None else [time[keep] for time, keep in zip(log.times, kept, strict=True)]
+    report = log.report | {
+        "items_merged_by_title": len(log.titles) - len(title_of),
+        "items_without_interactions": len(title_of) - len(met),
+        "repeats_left_out": sum(map(len, merged)) - sum(map(len, sequences)),
+    }
+    titles = list(title_of.values())
+    return Log([titles[number] for number in met], log.users, sequences, times, log.split_of, report)
