@@ -102,13 +102,10 @@ def compute(
     history.rows[:] = start_info["history"]
 
     policy = load_start(start_folder, config)
-    scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer: Any = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     started = time.perf_counter()
-    bfloat16 = trainer.precision == "bfloat16"
-    with accelerator.autocast():  # as in training, or rewards would not start at 0
-        reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
-        reference_seconds = time.perf_counter() - started
-        objectives.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
+    reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
+    reference_seconds = time.perf_counter() - started
 
     width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
     loss = hydra.utils.instantiate(config.loss)
@@ -179,7 +176,8 @@ def compute(
     if trainer.save_policy:
         policy = accelerator.unwrap_model(scorer).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
-        card = model_card(resolved(config), metrics, counts, folder.name)
+        blocks = getattr(policy.config, "dequantised_from", None)
+        card = model_card(resolved(config), metrics, counts, folder.name, blocks)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
     write_json(folder / "metrics.json", metrics)
     draw_history(position.history, folder / "history.png")

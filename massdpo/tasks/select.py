@@ -43,7 +43,7 @@ def select(config: DictConfig) -> None:
     sft_folder = start.sft_start(config, data, model, cache, score, NoLogger(), accelerator)
     policy = start.load_start(sft_folder, config)
     features = selector.features if selector.needs_scores else None
-    scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
+    scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, scorer, start.cache_of(config), score, accelerator)["train"]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
     picking = Preference(selector, start.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
