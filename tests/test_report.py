@@ -20,10 +20,10 @@ from scipy import integrate, optimize, stats
 
 from massdpo.errors import UserError
 from massdpo.report import figures, tables
-from massdpo.report.__main__ import main, render, write_tables
+from massdpo.report.__main__ import main, write_tables
+from massdpo.report.per_prompt import prompt_values
 from massdpo.report.reading import read_history
 from massdpo.report.rows import Rows, collect, read_status
-from massdpo.report.per_prompt import prompt_values
 from massdpo.report.statistics import crossed_effects, holm, p_value, standard_errors
 from massdpo.report.status import sweep_status
 from massdpo.report.summary import Summary, at_best, summarise
