@@ -30,7 +30,7 @@ def crossed_effects(difference_SP: Floats) -> Difference:
     All seeds answer the same prompts: difference = mean + seed + prompt + seed x prompt. Components come from the mean
     squares of the two-way analysis of variance, negative ones at 0. A few seeds say little about the seeds' mean
     square, so p is averaged over what it may truly be, (S - 1) MS / chi2(S - 1), never less than the interaction's: a
-    generalised p value (Tsui and Weerahandi 1989; Weerahandi 1993). Where seeds dominate, that is the t test over seeds;
+    generalised p value (Tsui and Weerahandi 1989; Weerahandi 1993). Where seeds dominate, it is the t test over seeds;
     where they do not matter, nearly the t test over prompts. Satterthwaite's degrees of freedom, the usual way, give
     p < .001 up to 28 times too often with 3 seeds: a mean square of 2 degrees of freedom is often near 0 by chance.
 
