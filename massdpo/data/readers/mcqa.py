@@ -145,17 +145,19 @@ class MultipleChoice:
         if self.train_file and "val" not in questions:
             name = self._place("test").name
             report["test_is"] = f"the official labelled split {name} (the official test split has no answers)"
+        total = len(questions["train"])
         for split, size, key in (("val", self.val_size, "validation"), ("test", self.test_size, "test")):
             if split not in questions:
-                questions["train"], questions[split] = self._hold_out(questions["train"], split, size, key)
+                questions["train"], questions[split] = self._hold_out(
+                    questions["train"], split, size if isinstance(size, int) else max(1, round(size * total)), key
+                )
                 report[f"{split}_is"] = f"{len(questions[split])} questions held out of {self._place('train').name}"
         return report
 
     def _hold_out(
-        self, questions: list[Question], split: str, size: int | float, key: str
+        self, questions: list[Question], split: str, wanted: int, key: str
     ) -> tuple[list[Question], list[Question]]:
         """Seeded questions out of the training ones; questions of the same stem stay together."""
-        wanted = size if isinstance(size, int) else max(1, round(size * len(questions)))
         groups: dict[str, list[int]] = {}
         for number, question in enumerate(questions):
             groups.setdefault(normalise(question.stem), []).append(number)
@@ -166,7 +168,7 @@ class MultipleChoice:
                 held.update(groups[stems[place]])
         if len(held) == len(questions):
             raise UserError(
-                f"{self._place('train')} has {len(questions)} questions, dataset.{split}_size={size} leaves none to "
+                f"{self._place('train')} has {len(questions)} questions, dataset.{split}_size={wanted} leaves none to "
                 "train on"
             )
         kept = [question for number, question in enumerate(questions) if number not in held]
