@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from massdpo.data import chat
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
@@ -45,7 +46,7 @@ class Encoder:
         if not self.chat_template:
             return prompt
         messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return chat.rendered(self.tokenizer, messages, example.id)
 
     def prompts(self, rendered: Iterable[str], owner: Sequence[str]) -> Iterator[Ids]:
         """The ids of prompts, each as `rendered` gave it; `owner` names the example of each, for messages."""

@@ -87,6 +87,7 @@ def compute(
     """The stages of one run, into its folder."""
     trainer = config.trainer
     selector = instantiate(config.selector)
+    features = selector.features if selector.needs_scores else None
     rows: Sequence[TokenizedExample] = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
     pools = [len(example.response_ids) - 1 for example in rows]
     check_selection(config.selector, pools)
@@ -96,13 +97,13 @@ def compute(
     history = History(folder / "history.csv")
 
     score = scoring(config, accelerator, data.pad_id)
-    start_folder = sft_start(config, data, model, cache, score, tracker, accelerator)
+    start_folder = sft_start(config, data, model, features, cache, score, tracker, accelerator)
     model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start_info = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     history.rows[:] = start_info["history"]
 
     policy = load_start(start_folder, config)
-    scorer: Any = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer: Any = PreferenceScorer(policy, features, trainer.layout)
     started = time.perf_counter()
     reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
     reference_seconds = time.perf_counter() - started
