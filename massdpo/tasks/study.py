@@ -84,7 +84,7 @@ def _study_features(config: DictConfig, out: Path) -> None:
         folder = pipeline.train(run)
         data, model = start.load(run, cache)
         score = start.scoring(config, accelerator, data.pad_id)
-        sft_folder = start.sft_start(run, data, model, cache, score, NoLogger(), accelerator)
+        sft_folder = start.sft_start(run, data, model, None, cache, score, NoLogger(), accelerator)
         before, after = start.load_start(sft_folder, run), load_policy(folder / "policy")[0]
         trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
         for name, weight in after.named_parameters():
