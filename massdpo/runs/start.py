@@ -17,21 +17,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import massdpo
+from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, batches_by_length, check_reference, ranking, score_split
+from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache, digest, is_whole, write_json
-from massdpo.training import objectives
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
+from massdpo.training.objectives import Sft
 
-Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
 # Options of the trainer that change the SFT start.
 SFT_OPTIONS = (
     *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
@@ -59,13 +59,6 @@ class Data:
 
 def cache_of(config: DictConfig) -> Cache:
     return Cache(Path(config.cache_dir).expanduser())
-
-
-def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
-
-    return score
 
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
@@ -102,15 +95,14 @@ def sft_start(
     model: nn.Module,
     features: str | None,
     cache: Cache,
-    score: Score,
+    score: SplitScorer,
     tracker: Tracker,
-    accelerator: Accelerator,
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared.
 
     Whether the model gives what the preference stage needs, the selector's `features` too, is found out before it.
     """
-    trainer = config.trainer
+    trainer, accelerator = config.trainer, score.accelerator
     options: Any = OmegaConf.to_container(trainer, resolve=True)
     chosen = {name: options[name] for name in SFT_OPTIONS}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
@@ -124,11 +116,9 @@ def sft_start(
             checkpointing(policy)
         stage = Stage(
             name="sft",
-            rows=data.train,
+            objective=Sft(data.train, data.val, score),
             epochs=trainer.sft.epochs,
             learning_rate=trainer.sft.learning_rate,
-            objective=objectives.sft,
-            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
             checkpoints=checkpoints,
             seed=config.seed,
             pad_id=data.pad_id,
@@ -172,8 +162,7 @@ def reference_scores(
     rows: Sequence[TokenizedExample],
     scorer: PreferenceScorer,
     cache: Cache,
-    score: Score,
-    accelerator: Accelerator,
+    score: SplitScorer,
 ) -> dict[str, SplitScores]:
     """Log-probs of every split under the policy as the preference stage starts.
 
@@ -182,7 +171,7 @@ def reference_scores(
     Raises:
         UserError: what was kept is not what this policy gives.
     """
-    trainer = config.trainer
+    trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": rows, "val": data.val, "test": data.test}
     limit = trainer.preference.limit, config.dataset.seed
     digits = trainer.precision, trainer.layout, trainer.eval_batch_size, accelerator.num_processes
@@ -200,7 +189,7 @@ def reference_scores(
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
     scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
-    whole = batches_by_length(rows, trainer.eval_batch_size)[: accelerator.num_processes]
+    whole = by_length(rows, trainer.eval_batch_size)[: score.accelerator.num_processes]
     first = [row for batch in whole for row in batch]
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
     check_reference(score(scorer, [rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
