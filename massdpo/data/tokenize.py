@@ -78,7 +78,7 @@ def tokenize_split(
             text = encoder.rendered(example)
             ids.append(example.id)
             joint_B.append(joints.setdefault(last_word(text), len(joints)))
-            for response in (example.chosen, *example.pool):
+            for response in (encoder.joined(text, each) for each in (example.chosen, *example.pool)):
                 if response not in texts:
                     texts[response] = len(texts)
                     owner.append(example.id)
