@@ -308,7 +308,6 @@ BAD = {
     '"prompt" is empty': b'{"prompt": " ", "chosen": "c", "rejected": ["a"]}',
     '"chosen" is empty': b'{"prompt": "p", "chosen": "", "rejected": ["a"]}',
     r'"rejected\[1\]" is empty': b'{"prompt": "p", "chosen": "c", "rejected": ["a", ""]}',
-    r'b'{"prompt": 7, "chosen": "c", "rejected": ["a"]}',
     '"chosen" must be a text.*an object': b'{"prompt": "p", "chosen": {}, "rejected": ["a"]}',
     r'"rejected\[1\]" must be a text.*true': b'{"prompt": "p", "chosen": "c", "rejected": ["a", true]}',
     '"rejected" must be .*an empty list': b'{"prompt": "p", "chosen": "c", "rejected": []}',

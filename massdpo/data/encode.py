@@ -59,7 +59,7 @@ class Encoder:
             yield ids if ids[0] == self.bos else np.concatenate([before, ids])
 
     def responses(self, texts: Sequence[str], owner: Sequence[str]) -> Iterator[Ids]:
-        """The ids of responses, as `joined` gave them, in the middle of a text (some tokenizers treat a start otherwise).
+        """The ids of responses, as `joined` gave them, in the middle of a text (a start may be treated otherwise).
 
         `owner` names the example that each was first seen in, for messages.
         """

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,14 +52,16 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         for split in SPLITS:
             StoredExamples.written(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
+        write_json(folder / "catalogue.json", splits.catalogue)
 
     folder = cache.folder("prepared", key, build)
     train, val, test = (StoredExamples(folder, split) for split in SPLITS)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    catalogue = tuple(json.loads((folder / "catalogue.json").read_text(encoding="utf-8")))
     for line in _notes(name, report):
         print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    return _limit(Splits(train, val, test, report, content), limits, node)
+    return _limit(Splits(train, val, test, report, content, catalogue), limits, node)
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
@@ -72,7 +75,7 @@ def _notes(name: str, report: dict[str, Any]) -> list[str]:
 def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
     seed = node.get("seed", 0)
     train, val, test = (limited(getattr(splits, split), limits[split], seed, split) for split in SPLITS)
-    return Splits(train, val, test, splits.report, digest(splits.digest, limits, seed))
+    return replace(splits, train=train, val=val, test=test, digest=digest(splits.digest, limits, seed))
 
 
 def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import massdpo
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits, joint
-from massdpo.data.tokenize import tokenize_splits, tokenizer_key
+from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScores, ranking, score_split
@@ -48,6 +48,7 @@ class Data:
     val: TokenizedSplit
     test: TokenizedSplit
     key: str
+    catalogue: list[list[int]]  # the ids of every title that tests rank against; empty: of each prompt's own candidates
 
     @property
     def pad_id(self) -> int:
@@ -87,7 +88,8 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
     key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
-    return Data(splits, tokenizer, **tokens, key=key), model
+    catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
+    return Data(splits, tokenizer, **tokens, key=key, catalogue=catalogue), model
 
 
 def sft_start(
