@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from massdpo.data.batches import collate
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import collate
 from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.model.scoring import PreferenceScorer
