@@ -20,7 +20,7 @@ import massdpo
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
-from massdpo.data.schema import Splits
+from massdpo.data.schema import Splits, joint
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
@@ -68,8 +68,9 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
-            yield from (f" {response}" for response in example.pool)
+            prompt = example.prompt  # texts as they stand when trained on: a space joins them
+            yield prompt + joint(prompt, example.chosen) + example.chosen
+            yield from (joint(prompt, response) + response for response in example.pool)
 
     model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
     context = model.config.get_text_config().max_position_embeddings

@@ -95,9 +95,8 @@ def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _example(where: str, line: dict[str, Any]) -> PreferenceExample:
-    """The line as it is tokenised: without the space around texts, as in training."""
-    first, *others = (text.strip() for text in line["candidates"])
-    return PreferenceExample(where, line["prompt"].rstrip(), first, tuple(others), (first, *others))
+    first, *others = line["candidates"]
+    return PreferenceExample(where, line["prompt"], first, tuple(others), (first, *others))
 
 
 @contextmanager

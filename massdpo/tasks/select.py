@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from massdpo.data.encode import Encoder
 from massdpo.data.prepare import limited
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
@@ -60,12 +61,14 @@ def select(config: DictConfig) -> None:
         import datasets  # seconds
 
         datasets.disable_progress_bars()
-        space = "" if trainer.chat_template else " "
-        pairs = [
-            {"prompt": row["prompt"], "chosen": space + row["chosen"], "rejected": space + rejected}
-            for row in table
-            for rejected in row["rejected"]
-        ]
+        joined = Encoder(data.tokenizer, trainer.chat_template).joined
+        pairs = []
+        for row in table:
+            prompt = row["prompt"]
+            for text in row["rejected"]:
+                pairs.append(
+                    {"prompt": prompt, "chosen": joined(prompt, row["chosen"]), "rejected": joined(prompt, text)}
+                )
 
         def write(folder: Path) -> None:
             _write_lines(folder / "train.jsonl", table)
