@@ -22,6 +22,8 @@ from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
 # prepared data is made anew when the code that makes it changes
 CODE = sorted(Path(__file__).parent.rglob("*.py"))  # whatever makes examples of raw files
 
+TOLD = {"equal_times": "equal times", "rating_is_ignored": "a column of ratings is ignored"}  # of the report, each time
+
 T = TypeVar("T")
 
 
@@ -67,6 +69,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
     """What a user should know of the preparation whenever the data is used, made anew or not."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
+    notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
     if count := report.get("bad_rows_skipped"):
         notes.append(f"warning: {name}: {count} rows skipped, the first: {report['first_bad_row']}")
     return notes + [f"note: {name}: {note}" for note in report.get("notes", [])]
