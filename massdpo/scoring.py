@@ -105,12 +105,18 @@ class PreferenceScorer(nn.Module):
         if not finite_B.all():
             names = ", ".join(name for name, finite in zip(batch.ids, finite_B.tolist(), strict=True) if not finite)
             raise UserError(f"log-probs that are not finite ({names}): lower the learning rate or check the weights")
-        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC)
+        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=self._precision)
         if hidden_BCTD is None:
             return scores
         with self._exact:
             self._add_features(scores, batch, features, hidden_BCTD)
         return scores
+
+    @property
+    def _precision(self) -> torch.dtype:
+        """What the layers compute in: the weights' dtype, or that of autocast."""
+        device = self.causal_lm.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal_lm.dtype
 
     @property
     def _exact(self) -> torch.autocast:

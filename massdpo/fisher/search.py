@@ -27,7 +27,7 @@ def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> Tenso
         value_BMN = logdet_BM[..., None] + excess_BMN.log1p()
         value_BMN = value_BMN.masked_fill(~(mask_BN & ~members_BN)[:, None], -math.inf)
         best_B, where_B = value_BMN.flatten(1).max(-1)
-        open_B = open_B & (best_B > value_B + 1e-10 * (1.0 + value_B))  # more than round-off, so that it ends
+        open_B = open_B & (best_B > value_B * (1 + 1e-10))  # more than round-off, so that it ends
         out_B, in_B = where_B // mask_BN.shape[1], where_B % mask_BN.shape[1]
         exchanged_BK = current_BK.scatter(1, out_B[:, None], in_B[:, None])
         current_BK = torch.where(open_B[:, None], exchanged_BK, current_BK)
@@ -61,10 +61,10 @@ def enumerate_all(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> 
         last_BM = excess_BMN.amax(-1)
         value_BM = (logdet_BM + last_BM.log1p()).masked_fill(~mask_BN[:, part_MJ].all(-1), -math.inf)
         top_B1 = value_BM.amax(-1, keepdim=True)
-        prefix_B = (value_BM >= top_B1 - 1e-12 * (1.0 + top_B1)).to(torch.uint8).argmax(-1)
+        prefix_B = (value_BM >= top_B1 * (1 - 1e-12)).to(torch.uint8).argmax(-1)
         excess_BN = excess_BMN[rows(prefix_B), prefix_B]
         last_B1 = (excess_BN >= excess_BN.amax(-1, keepdim=True) * (1 - 1e-12)).to(torch.uint8).argmax(-1, keepdim=True)
-        better_B1 = top_B1 > best_B1 + 1e-12 * (1.0 + top_B1)
+        better_B1 = top_B1 * (1 - 1e-12) > best_B1
         best_BK = torch.where(better_B1, torch.cat([part_MJ[prefix_B], last_B1], dim=1), best_BK)
         best_B1 = torch.where(better_B1, top_B1, best_B1)
     members_BN = torch.zeros_like(mask_BN).scatter(1, best_BK, True)

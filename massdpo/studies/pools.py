@@ -8,7 +8,7 @@ from torch import Tensor
 
 from massdpo import fisher
 from massdpo.batch import Picks, PoolStatistics, Scores
-from massdpo.selectors import candidate_gram
+from massdpo.selectors.gram import candidate_gram
 from massdpo.store import keyed_seed
 
 
@@ -26,7 +26,8 @@ def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, cluster
 def pools_of(features_BCD: Tensor, logp_BC: Tensor, noise_BN: Tensor, beta: float) -> PoolStatistics:
     """Pool statistics of these log-probs and features; the reference is uniform."""
     ones_BC = torch.ones_like(logp_BC, dtype=torch.int64)
-    scores = Scores(logp_BC, logp_BC[..., None], ones_BC, ones_BC.bool(), features_BCD)
+    mask_BC = ones_BC.bool()
+    scores = Scores(logp_BC, logp_BC[..., None], ones_BC, mask_BC, features_BCD, precision=torch.float64)
     names = [f"prompt {row}" for row in range(len(logp_BC))]
     return PoolStatistics(scores, torch.zeros_like(logp_BC), beta, noise_BN, names)
 
