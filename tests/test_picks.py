@@ -1,4 +1,4 @@
-"""Picks are the method's, not rounding's: the same in every batch, layout and process, and those of exact arithmetic."""
+"""Picks are the method's, not rounding's: the same in every batch and layout, and those of exact arithmetic."""
 
 import copy
 import functools
@@ -12,11 +12,9 @@ from mpmath import mp, mpf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from massdpo.batch import PoolStatistics, Scores
 from massdpo.data.tokens import TokenizedExample, collate
-from massdpo.fisher import limits, select_logdet
-from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import (
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.selection import (
     Adpo,
     Dpp,
     Dynamic,
@@ -28,7 +26,9 @@ from massdpo.selectors import (
     Sampled,
     Selector,
 )
-from massdpo.stages import noise
+from massdpo.selection.logdet import limits, select_logdet
+from massdpo.tensors import PoolStatistics, Scores
+from massdpo.training.objectives import noise
 from tests.test_fisher import singular_logdet
 from tests.test_scoring import LLAMA, VOCABULARY, tiny
 
@@ -164,7 +164,23 @@ def test_picks_on_a_real_model() -> None:
 
 def real_rows(tokenizer: Callable[..., dict[str, list[int]]]) -> Rows:
     """16 questions with six answers of one to five words."""
-    words = "river stone green seven people house water music winter paper glass moon road bread horse".split()
+    words = [
+        "river",
+        "stone",
+        "green",
+        "seven",
+        "people",
+        "house",
+        "water",
+        "music",
+        "winter",
+        "paper",
+        "glass",
+        "moon",
+        "road",
+        "bread",
+        "horse",
+    ]
     draw = torch.Generator().manual_seed(0)
 
     def text(low: int, high: int) -> str:
@@ -219,7 +235,7 @@ def exact_picks(features_CD: Tensor, rewards_C: Tensor, k: int, design: str, nor
 def test_greedy_is_that_of_exact_arithmetic_at_every_gap(
     design: str, normalize: bool, by_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One negative is ahead of all others by 1 to 60 nats: p is 1 to 26 digits, and the rest of the pool still counts."""
+    """One negative is ahead of all others by 1 to 60 nats: p is 1 to 26 digits, and the rest still counts."""
     draw = torch.Generator().manual_seed(1)
     features_BCD = torch.randn(60, 8, 5, generator=draw, dtype=torch.float64)
     logp_BC = torch.randn(60, 8, generator=draw, dtype=torch.float64)

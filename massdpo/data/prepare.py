@@ -19,30 +19,13 @@ import numpy as np
 
 import massdpo
 from massdpo.data.download import fetch
-from massdpo.data.interactions import SPLITS
+from massdpo.data.readers.interactions import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
 
 # prepared data is made anew when the code that makes it changes
-CODE = [
-    Path(__file__).parent / f"{name}.py"
-    for name in (
-        "histories",
-        "interactions",
-        "jsonl",
-        "mcqa",
-        "messages",
-        "prepare",
-        "public_logs",
-        "recommendation",
-        "rows",
-        "schema",
-        "slates",
-        "synthetic",
-        "text",
-    )
-]
+CODE = sorted(Path(__file__).parent.rglob("*.py"))  # whatever makes examples of raw files
 
 T = TypeVar("T")
 

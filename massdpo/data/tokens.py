@@ -1,6 +1,6 @@
 """Tokenised examples, and their collation to batches: for SFT, preference training, scoring and generation alike.
 
-Shapes, as in `massdpo.batch`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
+Shapes, as in `massdpo.tensors`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
 """
 
 import json
@@ -14,9 +14,9 @@ from typing import overload
 import numpy as np
 import torch
 
-from massdpo.batch import Batch
 from massdpo.data.ragged import Ragged
 from massdpo.store import write_json
+from massdpo.tensors import Batch
 
 UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
 
