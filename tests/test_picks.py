@@ -12,7 +12,8 @@ from mpmath import mp, mpf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.batches import collate
+from massdpo.data.tokens import TokenizedExample
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import (
     Adpo,

@@ -428,6 +428,30 @@ def test_dpp_follows_the_determinant() -> None:
         assert abs(counts[subset] / draws - expected) < 5 * math.sqrt(expected * (1 - expected) / draws)
 
 
+@pytest.mark.parametrize(("size", "k", "ridge"), [(100, 50, 1.0), (120, 110, 1e-4), (200, 150, 1e-2), (60, 60, 1.0)])
+def test_dpp_picks_none_twice(size: int, k: int, ridge: float) -> None:
+    """The elementary symmetric polynomials of a large pool leave float64's range."""
+    picks = Dpp(k, ridge=ridge)(make_pool(batch=2, size=size, width=16, seed=16))
+    assert [len(members) for members in sets(picks)] == [k, k]
+
+
+def test_dpp_with_duplicates_does_not_depend_on_padding() -> None:
+    """Copies share an eigenvalue, whose eigenvectors are anyone's choice: not that of how wide the batch is."""
+    wide = make_pool(batch=40, size=12, seed=17)
+    wide.scores.logp_BC[:, 2:6] = wide.scores.logp_BC[:, 1:2]
+    wide.ref_logp_BC[:, 2:6] = wide.ref_logp_BC[:, 1:2]
+    wide.scores.length_BC[:, 2:6] = wide.scores.length_BC[:, 1:2]
+    assert wide.scores.features_BCD is not None
+    wide.scores.features_BCD[:, 2:6] = wide.scores.features_BCD[:, 1:2]
+    wide = shorten(wide, [7] * 40)
+    scores = wide.scores
+    assert scores.features_BCD is not None
+    narrow = Scores(*(getattr(scores, name)[:, :8] for name in ("logp_BC", "token_logp_BCT", "length_BC", "mask_BC")))
+    narrow.features_BCD = scores.features_BCD[:, :8]
+    alone = PoolStatistics(narrow, wide.ref_logp_BC[:, :8], wide.beta, wide.noise_BN[:, :7], wide.ids)
+    assert Dpp(4, ridge=0.1)(alone).index_BK.tolist() == Dpp(4, ridge=0.1)(wide).index_BK.tolist()
+
+
 # Overlaps, bad input, options ----------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 import massdpo
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.evaluation.metrics import ranking_values
 from massdpo.store import Cache, digest, write_json

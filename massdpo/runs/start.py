@@ -17,20 +17,21 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import massdpo
+from massdpo.data.batches import by_length
+from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
-from massdpo.data.schema import Splits
-from massdpo.data.tokenize import tokenize_splits, tokenizer_key
+from massdpo.data.schema import Splits, joint
+from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, ranking, score_split
+from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache, digest, is_whole, write_json
-from massdpo.training import objectives
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
+from massdpo.training.objectives import Sft
 
-Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
 # Options of the trainer that change the SFT start.
 SFT_OPTIONS = (
     *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
@@ -48,6 +49,7 @@ class Data:
     val: TokenizedSplit
     test: TokenizedSplit
     key: str
+    catalogue: list[list[int]]  # the ids of every title that tests rank against; empty: of each prompt's own candidates
 
     @property
     def pad_id(self) -> int:
@@ -59,13 +61,6 @@ def cache_of(config: DictConfig) -> Cache:
     return Cache(Path(config.cache_dir).expanduser())
 
 
-def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
-
-    return score
-
-
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
@@ -73,33 +68,42 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
-            yield from (f" {response}" for response in example.pool)
+            prompt = example.prompt  # texts as they stand when trained on: a space joins them
+            yield prompt + joint(prompt, example.chosen) + example.chosen
+            yield from (joint(prompt, response) + response for response in example.pool)
 
     model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    if config.trainer.chat_template:
+        settle_chat_template(tokenizer)
+    elif tokenizer.chat_template:
+        print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
     tokens = tokenize_splits(splits, tokenizer, *options, cache)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
     key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
-    return Data(splits, tokenizer, **tokens, key=key), model
+    catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
+    return Data(splits, tokenizer, **tokens, key=key, catalogue=catalogue), model
 
 
 def sft_start(
     config: DictConfig,
     data: Data,
     model: nn.Module,
+    features: str | None,
     cache: Cache,
-    score: Score,
+    score: SplitScorer,
     tracker: Tracker,
-    accelerator: Accelerator,
 ) -> Path:
-    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
-    trainer = config.trainer
+    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared.
+
+    Whether the model gives what the preference stage needs, the selector's `features` too, is found out before it.
+    """
+    trainer, accelerator = config.trainer, score.accelerator
     options: Any = OmegaConf.to_container(trainer, resolve=True)
     chosen = {name: options[name] for name in SFT_OPTIONS}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
@@ -113,17 +117,16 @@ def sft_start(
             checkpointing(policy)
         stage = Stage(
             name="sft",
-            rows=data.train,
+            objective=Sft(data.train, data.val, score),
             epochs=trainer.sft.epochs,
             learning_rate=trainer.sft.learning_rate,
-            objective=objectives.sft,
-            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
             checkpoints=checkpoints,
             seed=config.seed,
             pad_id=data.pad_id,
         )
         history = History(checkpoints / "history.csv")
-        scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
+        scorer: Any = PreferenceScorer(policy, features, trainer.layout)
+        scorer.features = None  # nothing is selected yet
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
         trained, weights = accelerator.unwrap_model(scorer).model, gathered(scorer, accelerator)
         accelerator.free_memory()
@@ -158,16 +161,23 @@ def reference_scores(
     config: DictConfig,
     data: Data,
     rows: Sequence[TokenizedExample],
-    scorer: nn.Module,
+    scorer: PreferenceScorer,
     cache: Cache,
-    score: Score,
-    accelerator: Accelerator,
+    score: SplitScorer,
 ) -> dict[str, SplitScores]:
-    """Log-probs of every split under the policy as the preference stage starts, by weights, tokenizer and data."""
+    """Log-probs of every split under the policy as the preference stage starts.
+
+    They are kept by all that decides them: weights, tokenizer, data and, for the last digits, how they are computed.
+
+    Raises:
+        UserError: what was kept is not what this policy gives.
+    """
+    trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": rows, "val": data.val, "test": data.test}
-    limit = config.trainer.preference.limit, config.dataset.seed
-    precision = config.trainer.precision, torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, precision)
+    limit = trainer.preference.limit, config.dataset.seed
+    digits = trainer.precision, trainer.layout, trainer.eval_batch_size, accelerator.num_processes
+    threads = torch.get_num_threads()
+    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, digits, threads)
 
     def make() -> Callable[[Path], None]:
         scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
@@ -179,7 +189,12 @@ def reference_scores(
         return write
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
-    return {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+    scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+    whole = by_length(rows, trainer.eval_batch_size)[: score.accelerator.num_processes]
+    first = [row for batch in whole for row in batch]
+    dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
+    check_reference(score(scorer, [rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
+    return scores
 
 
 def shared_folder(
