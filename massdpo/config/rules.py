@@ -130,6 +130,7 @@ RULES: dict[str, Rule] = {
     "dataset.num_train": whole(1),
     "dataset.num_val": whole(1),
     "dataset.num_test": whole(1),
+    "dataset.long_rows": one_of("error", "skip", "truncate"),
     "dataset.limit_train": whole(1) | null,
     "dataset.limit_val": whole(1) | null,
     "dataset.limit_test": whole(1) | null,
