@@ -18,22 +18,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from massdpo import tasks
 from massdpo.config import compose, resolved
+from massdpo.data.batches import collate
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import TokenizedSplit, collate
+from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, score_split
-from massdpo.model.load import PretrainedModel, TinyModel
+from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.model.load import PretrainedModel
 from massdpo.model.save import add_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
+from massdpo.model.scratch import TinyModel
 from massdpo.runs import launch, pipeline
 from massdpo.runs.card import model_card
 from massdpo.runs.folder import SHOWN
 from massdpo.selection import Full
 from massdpo.store import Cache
 from massdpo.training.losses import pl
-from massdpo.training.objectives import Preference, sft
+from massdpo.training.objectives import Preference, Sft
 from tests.conftest import ROOT
 from tests.test_models import ADAPTER, FAMILIES, load_tiny, option
 
@@ -88,8 +90,9 @@ def stand_in(splits: Splits, home: Path) -> Path:
     rows = [row for chat in (False, True) for row in tokenize_split(splits.train, tokenizer, 256, chat)]
     batch, scorer = collate(list(enumerate(rows)), 0), PreferenceScorer(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    objective = Sft(rows, rows, SplitScorer(Accelerator(cpu=True), 16, 0))
     for _ in range(40):
-        sft(scorer, batch, 0, False)[0].mean().backward()
+        objective.loss(scorer, batch, 0, False)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     card = "---\nlicense: other\nlicense_name: its-own\nlicense_link: https://example.org/terms\n---\n# Theirs\n"
@@ -125,7 +128,7 @@ def test_the_reference_includes_the_sft(trained: tuple[str, Path], stand_in: Pat
         assert float(first[name]) == pytest.approx(0, abs=tolerance)
     (reference,) = (home / way / "reference").glob("*/test.safetensors")
     before = PretrainedModel("a/b", str(stand_in)).model()
-    scores = score_split(PreferenceScorer(before), rows_of(way, splits, stand_in), Accelerator(cpu=True), 20, 0, "")
+    scores = SplitScorer(Accelerator(cpu=True), 20, 0)(PreferenceScorer(before), rows_of(way, splits, stand_in), "")
     assert (SplitScores.load(reference).logp_SC - scores.logp_SC).abs().mean() > 0.1
 
 
@@ -137,7 +140,7 @@ def test_the_policy_loads_by_itself_and_scores_the_same(trained: tuple[str, Path
     rows = rows_of(way, splits, run / "policy")
     accelerator = launch.start(compose([*RUN, *WAYS[way]]))
     scorer = accelerator.prepare_model(PreferenceScorer(loaded), evaluation_mode=True)
-    scores = score_split(scorer, rows, accelerator, 16, 0, "")
+    scores = SplitScorer(accelerator, 16, 0)(scorer, rows, "")
     for line, mean_logp_C in zip(lines, scores.mean_logp_SC, strict=True):
         assert line["scores"] == pytest.approx(mean_logp_C.tolist(), abs=1e-6)
 
@@ -257,6 +260,11 @@ def test_the_cards_own_code_runs(trained: tuple[str, Path], splits: Splits, caps
             {"base_model": "Qwen/Qwen2.5-1.5B-Instruct", "base_model_relation": "finetune"},
             ["non-commercial use only", "| preference stage | none |", "all trained"],
         ),
+        (
+            ["model=gemma3_270m_q4"],
+            {"library_name": "transformers"},
+            ["gguf-part1==1.0.0", "terms: the Gemma Terms of Use", ", dequantised from Q4_1"],
+        ),
         (["selector=full"], {"library_name": "transformers"}, ["none: random weights", "without terms", "| `full`; "]),
         (["dataset=jsonl", "dataset.path=mine.jsonl"], {}, ["data of its author's own", "not known here"]),
     ],
@@ -274,7 +282,8 @@ def test_the_cards_front_matter(
     (repository / "refs" / "main").write_text(snapshot.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     metrics = dict.fromkeys(SHOWN, 0.25)
-    text = model_card(resolved(compose(overrides)), metrics, {"train": 7, "preference": 5, "test": 3}, "a-run")
+    counts, blocks = {"train": 7, "preference": 5, "test": 3}, "Q4_1" if "q4" in overrides[0] else None
+    text = model_card(resolved(compose(overrides)), metrics, counts, "a-run", blocks)
     (tmp_path / "README.md").write_text(text)
     found = yaml.safe_load(text.split("---")[1])
     assert {name: found.get(name) for name in front} == front
@@ -303,16 +312,17 @@ def test_a_family_from_disk_learns_in_one_step_of_either_stage(
         """The batch's loss before and after one optimiser step on it, short enough to go downhill."""
         trained = [weight for weight in scorer.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        before = objective(scorer, batch, 0, False)[0].mean()
+        before = objective.loss(scorer, batch, 0, False)[0].mean()
         before.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return before.item(), objective(scorer, batch, 0, False)[0].mean().item()
+        return before.item(), objective.loss(scorer, batch, 0, False)[0].mean().item()
 
-    before, after = step(sft)
+    score = SplitScorer(Accelerator(cpu=True), 16, 0)
+    before, after = step(Sft(rows, rows, score))
     assert after < before
-    reference = score_split(scorer, rows, Accelerator(cpu=True), 16, 0, "")
-    before, after = step(Preference(Full(), pl, 0.5, "step", 0, reference, 6))
+    reference = {"train": score(scorer, rows, "")}
+    before, after = step(Preference(Full(), pl, 0.5, "step", 0, rows, rows, reference, score))
     assert before == pytest.approx(torch.tensor(7.0).log().item(), abs=1e-4)  # every reward is 0: log(1 + 6)
     assert after < before
 

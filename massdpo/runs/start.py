@@ -17,25 +17,29 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import massdpo
+from massdpo.data.batches import by_length
 from massdpo.data.prepare import prepare
-from massdpo.data.schema import Splits
+from massdpo.data.schema import Splits, joint
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, ranking, score_split
+from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache, digest, is_whole, write_json
-from massdpo.training import objectives
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
+from massdpo.training.objectives import Sft
 
-Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
 # Options of the trainer that change the SFT start.
 SFT_OPTIONS = (
     *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
     *("batch_size", "accumulate", "weight_decay", "max_grad_norm", "warmup", "keep", "keep_metric", "log_every"),
 )
+# Nats, times the square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
+# four times what other batches or threads change in a model of 135M parameters (0.05 to 0.09 under bfloat16, 5e-6 in
+# float32, root mean square). Less could not be told from the rounding of the training steps themselves.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.2}
 
 
 @dataclass
@@ -60,13 +64,6 @@ def cache_of(config: DictConfig) -> Cache:
     return Cache(Path(config.cache_dir).expanduser())
 
 
-def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
-
-    return score
-
-
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
@@ -74,8 +71,9 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
-            yield from (f" {response}" for response in example.pool)
+            prompt = example.prompt  # texts as they stand when trained on: a space joins them
+            yield prompt + joint(prompt, example.chosen) + example.chosen
+            yield from (joint(prompt, response) + response for response in example.pool)
 
     model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
     context = model.config.get_text_config().max_position_embeddings
@@ -96,12 +94,11 @@ def sft_start(
     data: Data,
     model: nn.Module,
     cache: Cache,
-    score: Score,
+    score: SplitScorer,
     tracker: Tracker,
-    accelerator: Accelerator,
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
-    trainer = config.trainer
+    trainer, accelerator = config.trainer, score.accelerator
     options: Any = OmegaConf.to_container(trainer, resolve=True)
     chosen = {name: options[name] for name in SFT_OPTIONS}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
@@ -115,11 +112,9 @@ def sft_start(
             checkpointing(policy)
         stage = Stage(
             name="sft",
-            rows=data.train,
+            objective=Sft(data.train, data.val, score),
             epochs=trainer.sft.epochs,
             learning_rate=trainer.sft.learning_rate,
-            objective=objectives.sft,
-            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
             checkpoints=checkpoints,
             seed=config.seed,
             pad_id=data.pad_id,
@@ -160,16 +155,23 @@ def reference_scores(
     config: DictConfig,
     data: Data,
     rows: Sequence[TokenizedExample],
-    scorer: nn.Module,
+    scorer: PreferenceScorer,
     cache: Cache,
-    score: Score,
-    accelerator: Accelerator,
+    score: SplitScorer,
 ) -> dict[str, SplitScores]:
-    """Log-probs of every split under the policy as the preference stage starts, by weights, tokenizer and data."""
+    """Log-probs of every split under the policy as the preference stage starts.
+
+    They are kept by all that decides them: weights, tokenizer, data and, for the last digits, how they are computed.
+
+    Raises:
+        UserError: what was kept is not what this policy gives.
+    """
+    trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": rows, "val": data.val, "test": data.test}
-    limit = config.trainer.preference.limit, config.dataset.seed
-    precision = config.trainer.precision, torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, precision)
+    limit = trainer.preference.limit, config.dataset.seed
+    digits = trainer.precision, trainer.layout, trainer.eval_batch_size, accelerator.num_processes
+    threads = torch.get_num_threads()
+    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, digits, threads)
 
     def make() -> Callable[[Path], None]:
         scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
@@ -181,7 +183,38 @@ def reference_scores(
         return write
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
-    return {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+    scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+    first = by_length(rows, trainer.eval_batch_size)[: accelerator.num_processes]
+    dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
+    check_reference(scorer, rows, scores["train"], [row for batch in first for row in batch], dtype, score)
+    return scores
+
+
+def check_reference(
+    scorer: nn.Module,
+    rows: Sequence[TokenizedExample],
+    reference: SplitScores,
+    some: Sequence[int],
+    dtype: torch.dtype,
+    score: SplitScorer,
+) -> None:
+    """Hold the stored log-probs of `some` rows, whole batches of them, against those of the policy as it starts.
+
+    In the same batches both are the same to the last digit, so that the least change of the weights shows; what another
+    machine stored differs by the rounding of matrix products. `ROUNDING` allows for that.
+
+    Raises:
+        UserError: they differ by more, as a root mean square over the responses.
+    """
+    now = score(scorer, [rows[row] for row in some], "check")
+    stored_SC = reference.logp_SC[some, : now.logp_SC.shape[1]]
+    off_SC = (now.logp_SC - stored_SC) / now.length_SC.sqrt()
+    off = off_SC[now.mask_SC].square().mean().sqrt().item()
+    if not off <= ROUNDING[dtype]:  # NaN is not
+        raise UserError(
+            f"the stored reference log-probs do not belong to this policy (off by {off:.2g} nats times the square root "
+            f"of a response's tokens, {ROUNDING[dtype]:g} is rounding): remove the folder reference/ from cache_dir"
+        )
 
 
 def shared_folder(

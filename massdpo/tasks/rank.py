@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from massdpo.data.batches import collate
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import collate
 from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.model.scoring import PreferenceScorer
@@ -92,9 +92,8 @@ def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _example(where: str, line: dict[str, Any]) -> PreferenceExample:
-    """The line as it is tokenised: without the space around texts, as in training."""
-    first, *others = (text.strip() for text in line["candidates"])
-    return PreferenceExample(where, line["prompt"].rstrip(), first, tuple(others), (first, *others))
+    first, *others = line["candidates"]
+    return PreferenceExample(where, line["prompt"], first, tuple(others), (first, *others))
 
 
 @contextmanager
