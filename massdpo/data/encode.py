@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from massdpo.data import chat
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
@@ -44,7 +45,7 @@ class Encoder:
         if not self.chat_template:
             return prompt
         messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return chat.rendered(self.tokenizer, messages, example.id)
 
     def joined(self, rendered: str, response: str) -> str:
         """The response as it follows the rendered prompt: with the space that joins the two, if one does."""

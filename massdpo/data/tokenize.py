@@ -23,7 +23,7 @@ from massdpo.errors import UserError
 from massdpo.store import Cache, digest
 
 # tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "fitting", "ragged", "tokenize", "tokens")]
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("chat", "encode", "fitting", "ragged", "tokenize", "tokens")]
 
 
 def tokenize_splits(

@@ -39,12 +39,12 @@ def select(config: DictConfig) -> None:
     subset = trainer.preference.limit, config.dataset.seed, "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = start.instantiate(config.selector)
+    features = selector.features if selector.needs_scores else None
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
-    sft_folder = start.sft_start(config, data, model, cache, score, NoLogger())
+    sft_folder = start.sft_start(config, data, model, features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
-    features = selector.features if selector.needs_scores else None
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, scorer, cache, score)
     loss = start.instantiate(config.loss)
