@@ -14,11 +14,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import massdpo
 from massdpo import launch, stages
 from massdpo.benchmark.measure import commit, in_words, machine
 from massdpo.card import model_card
-from massdpo.config import identity, resolved, run_name, without_secrets
+from massdpo.config import resolved, run_name, without_secrets
 from massdpo.data.baselines import baselines
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
@@ -26,10 +25,11 @@ from massdpo.evaluation import evaluate, predictions, ranking
 from massdpo.generation import Answer, generate_split, generation_metrics
 from massdpo.inputs import Data, cache_of, gathered, instantiate, load, load_start, reference_scores, scoring, sft_start
 from massdpo.policies import save_policy
+from massdpo.provenance import run_parts
 from massdpo.runs import CHECKPOINTS, claim, draw_history, holding, peak_memory_mb, show, take_over, telling
 from massdpo.scoring import PreferenceScorer
 from massdpo.selectors import check_selection
-from massdpo.store import Cache, build_folder, digest, write_json, write_text
+from massdpo.store import Cache, build_folder, write_json, write_text
 from massdpo.tracking import History, NoLogger, Tracker
 from massdpo.training import Stage, fit
 
@@ -43,18 +43,18 @@ def train(config: DictConfig) -> Path:
     cache = cache_of(config)
     folder = Path(config.runs_dir) / config.sweep / (config.name or run_name(config))
     data, model = load(config, cache)
-    key = digest(massdpo.__version__, identity(config), data.key, accelerator.num_processes)
+    parts = run_parts(config, data.key, data.model_key, accelerator)
     with holding(folder, accelerator):
         if accelerator.is_main_process and not config.force:
-            take_over(folder, key)
+            take_over(folder, parts)
         accelerator.wait_for_everyone()
-        if not claim(folder, key, config.force, accelerator):
+        if not claim(folder, parts, config.force, accelerator):
             return folder
         accelerator.wait_for_everyone()
         logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
         tracker: Tracker = hydra.utils.instantiate(logger) if accelerator.is_main_process else NoLogger()
         try:
-            with telling(folder, key, accelerator):
+            with telling(folder, parts, accelerator):
                 compute(config, data, model, cache, folder, tracker, accelerator)
         except BaseException:
             tracker.finish(None)
@@ -92,9 +92,10 @@ def compute(
     scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     started = time.perf_counter()
     bfloat16 = trainer.precision == "bfloat16"
-    with accelerator.autocast():  # as in training, or rewards would not start at 0
-        reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
-        reference_seconds = time.perf_counter() - started
+    scorer.to(accelerator.device)
+    reference = reference_scores(config, data, rows, start_folder, scorer, cache, score, accelerator)
+    reference_seconds = time.perf_counter() - started
+    with accelerator.autocast():
         stages.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
 
     width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))

@@ -3,7 +3,6 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import massdpo
 from massdpo import stages
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
@@ -24,18 +22,15 @@ from massdpo.data.tokenize import tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation import SplitScores, ranking, score_split
-from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy
+from massdpo.provenance import model_key, reference_key, start_key
+from massdpo.runs import alone
 from massdpo.scoring import PreferenceScorer
-from massdpo.store import Cache, digest, is_whole, write_json
+from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.tracking import History, Tracker
 from massdpo.training import Stage, fit
 
 Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
-# Options of the trainer that change the SFT start.
-SFT_OPTIONS = (
-    *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
-    *("batch_size", "accumulate", "weight_decay", "max_grad_norm", "warmup", "keep", "keep_metric", "log_every"),
-)
 
 
 @dataclass
@@ -48,6 +43,7 @@ class Data:
     val: TokenizedSplit
     test: TokenizedSplit
     key: str
+    model_key: str  # of the start weights and the model's configuration
 
     @property
     def pad_id(self) -> int:
@@ -56,7 +52,7 @@ class Data:
 
 
 def cache_of(config: DictConfig) -> Cache:
-    return Cache(Path(config.cache_dir).expanduser())
+    return Cache(Path(config.cache_dir).expanduser(), config.force)
 
 
 def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
@@ -76,7 +72,9 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
             yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
             yield from (f" {response}" for response in example.pool)
 
-    model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
+    model, tokenizer = source.load(
+        texts, config.seed, cache, digest(package_code("data", "model", "store"), splits.digest)
+    )
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
@@ -86,7 +84,7 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
     key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
-    return Data(splits, tokenizer, **tokens, key=key), model
+    return Data(splits, tokenizer, **tokens, key=key, model_key=model_key(model)), model
 
 
 def sft_start(
@@ -100,11 +98,7 @@ def sft_start(
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
     trainer = config.trainer
-    options: Any = OmegaConf.to_container(trainer, resolve=True)
-    chosen = {name: options[name] for name in SFT_OPTIONS}
-    # The number of threads changes last digits, and a start of other threads would change a repeated run's.
-    machine_shape = accelerator.num_processes, torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, machine_shape)
+    key = start_key(config, data.key, data.model_key, accelerator)
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
     def make() -> Callable[[Path], None]:
@@ -158,19 +152,19 @@ def reference_scores(
     config: DictConfig,
     data: Data,
     rows: Sequence[TokenizedExample],
+    start: Path,
     scorer: nn.Module,
     cache: Cache,
     score: Score,
     accelerator: Accelerator,
 ) -> dict[str, SplitScores]:
-    """Log-probs of every split under the policy as the preference stage starts, by weights, tokenizer and data."""
+    """Log-probs of every split under the policy as the preference stage starts: that in the folder `start`."""
     splits = {"train": rows, "val": data.val, "test": data.test}
-    limit = config.trainer.preference.limit, config.dataset.seed
-    precision = config.trainer.precision, torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, precision)
+    key = reference_key(config, start)
 
     def make() -> Callable[[Path], None]:
-        scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
+        with accelerator.autocast():  # as in training, or rewards would not start at 0
+            scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
 
         def write(folder: Path) -> None:
             for name, values in scores.items():
@@ -189,12 +183,13 @@ def shared_folder(
     if accelerator.num_processes == 1:
         return cache.folder(kind, key, lambda folder: make()(folder))
     place = cache.path(kind, key)
-    with cache.lock(kind, key) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            cache.holds(kind, key)  # sets a damaged one aside before the others look
+    with alone(accelerator, lambda meanwhile: cache.lock(kind, key, meanwhile)):
+        held = accelerator.is_main_process and cache.holds(kind, key)  # sets a damaged one aside
         accelerator.wait_for_everyone()
-        there = torch.tensor(float(is_whole(place)), device=accelerator.device)
-        if int(accelerator.reduce(there, "sum")) < accelerator.num_processes:
+        # One process of each machine looks at every byte.
+        there = held or (cache.believes(kind, key) if accelerator.is_local_main_process else place.is_dir())
+        count = torch.tensor(float(there), device=accelerator.device)
+        if int(accelerator.reduce(count, "sum")) < accelerator.num_processes:
             write = make()
             if accelerator.is_main_process:
                 cache.build(kind, key, write)

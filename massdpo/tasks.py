@@ -100,12 +100,11 @@ def select(config: DictConfig) -> None:
     policy = inputs.load_start(start, config)
     features = selector.features if selector.needs_scores else None
     scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
-    reference = inputs.reference_scores(config, data, rows, scorer, inputs.cache_of(config), score, accelerator)[
-        "train"
-    ]
+    reference = inputs.reference_scores(config, data, rows, start, scorer, cache, score, accelerator)["train"]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
     picking = Preference(selector, inputs.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
-    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
+    with accelerator.autocast():
+        picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):

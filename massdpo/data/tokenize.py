@@ -12,25 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-import massdpo
 from massdpo.data.encode import Encoder, last_word
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest
+from massdpo.store import Cache, digest, package_code
 
-# tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "ragged", "tokenize", "tokens")]
+ASKED = PreferenceExample("", "a prompt", "", (), ())
 
 
 def tokenize_splits(
     splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, cache: Cache
 ) -> dict[str, TokenizedSplit]:
     """`train`, `val` and `test` as `tokenize_split` makes them, once for the same data, tokenizer and options."""
-    key = digest(
-        massdpo.__version__, splits.digest, tokenizer_key(tokenizer, chat_template), max_length, chat_template, *CODE
-    )
+    how = tokenizer_key(tokenizer, chat_template), max_length, chat_template
+    key = digest(package_code("data", "store"), splits.digest, how)
 
     def tokens(name: str) -> TokenizedSplit:
         def build(folder: Path) -> None:
@@ -44,10 +41,11 @@ def tokenize_splits(
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
     """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
     template = tokenizer.chat_template if chat_template else None
+    rendered = Encoder(tokenizer, chat_template).rendered(ASKED)  # what the template makes of it: it may name the day
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # as every call here leaves it: what an earlier call left behind decides nothing
     backend.no_truncation()
-    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template]
+    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template, rendered]
 
 
 def tokenize_split(

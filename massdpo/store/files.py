@@ -31,6 +31,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = name_beside(path)
     try:
+        beside.touch(exist_ok=False)
         yield beside
         with open(beside, "rb") as file:
             os.fsync(file.fileno())
