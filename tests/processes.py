@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["massdpo.experiment", "massdpo.tasks", "tests.processes"])
+CONTEXT.set_forkserver_preload(["massdpo.runs.pipeline", "massdpo.tasks", "tests.processes"])
 
 
 def start(*arguments: str, log: Path, before: Callable[[], None] | None = None) -> BaseProcess:

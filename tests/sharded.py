@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
-from massdpo import checkpoints
-from massdpo.runs import CHECKPOINTS
+from massdpo.runs.folder import CHECKPOINTS
+from massdpo.training import checkpoints
 from tests.conftest import ROOT
 
 closed, save = AcceleratorState.__init__, checkpoints.save

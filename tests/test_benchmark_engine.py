@@ -11,7 +11,7 @@ import torch
 
 from massdpo.benchmark import engine, measure
 from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES
-from massdpo.scoring import PreferenceScorer
+from massdpo.model.scoring import PreferenceScorer
 
 SMALL = replace(
     engine.CPU, layers=2, width=32, inner=48, heads=2, key_value_heads=2, vocabulary=101, prompt=12, response=4,

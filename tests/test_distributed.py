@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM
 
-from massdpo import launch
 from massdpo.errors import UserError
+from massdpo.runs import launch
 from tests.conftest import ROOT
 
 SMALL = (

@@ -19,8 +19,8 @@ import pytest
 
 from massdpo.data import download
 from massdpo.data.download import SOURCES, HubSet, WebFiles, extract, fetch
-from massdpo.data.mcqa import MedMCQA, MultipleChoice
 from massdpo.data.prepare import prepare
+from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.test_prepare import node

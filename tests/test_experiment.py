@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from massdpo import experiment
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.errors import UserError
+from massdpo.runs import pipeline
 from massdpo.store import MANIFEST, Cache, file_digest, write_json
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
@@ -58,7 +58,7 @@ def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def train(*overrides: str) -> Path:
-    return experiment.train(compose([*TINY, *overrides]))
+    return pipeline.train(compose([*TINY, *overrides]))
 
 
 def metrics(folder: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def test_no_test_example_is_in_training(cache: Path) -> None:
 def test_selector_trains_two_steps_with_every_loss(
     selector: str, places: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiment, "draw_history", lambda *_: None)  # half of such a run's time
+    monkeypatch.setattr(pipeline, "draw_history", lambda *_: None)  # half of such a run's time
     for loss in LOSSES:
         if loss == "dpo" and selector == "full":
             continue  # refused: tests/test_config.py
@@ -337,7 +337,7 @@ def test_lastfm_for_real(places: list[str]) -> None:
     tiny = [option for option in TINY if not option.startswith("dataset.")]
     limits = ["dataset.limit_train=64", "dataset.limit_val=16", "dataset.limit_test=32"]
     raw = f"dataset.raw_dir={SHARED_DATA / 'lastfm'}"
-    folder = experiment.train(compose([*tiny, *places, "dataset=lastfm", raw, *limits]))
+    folder = pipeline.train(compose([*tiny, *places, "dataset=lastfm", raw, *limits]))
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").open(encoding="utf-8")]
     assert [len(line["scores"]) for line in lines] == [20] * 32
     ranks = [line["rank"] for line in lines]
@@ -352,7 +352,7 @@ def test_on_the_default_world_mass_is_above_random_and_above_its_start(tmp_path:
     for seed in range(3):
         for selector in ("mass", "random"):
             places = [f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "logger=none"]
-            result = metrics(experiment.train(compose([*places, f"selector={selector}", f"seed={seed}"])))
+            result = metrics(pipeline.train(compose([*places, f"selector={selector}", f"seed={seed}"])))
             found[selector].append(result["accuracy"])
         found["start"].append(result["sft/accuracy"])
     means = {name: sum(values) / 3 for name, values in found.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, PreTrainedModel
 
-from massdpo.features import head_kernel, last_features, mean_features, projected_gradients
+from massdpo.model.features import head_kernel, last_features, mean_features, projected_gradients
 
 VOCABULARY, HIDDEN = 37, 16
 SIZES = {

@@ -1,6 +1,6 @@
 """The log-det maximisers against brute force in float64, the Fisher information against autograd.
 
-Suffixes as in massdpo/fisher/.
+Suffixes as in massdpo/selection/logdet/.
 """
 
 import itertools
@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from massdpo import fisher
 from massdpo.errors import UserError
-from massdpo.fisher import (
+from massdpo.selection import logdet
+from massdpo.selection.logdet import (
     design_gram,
     design_vectors,
     limits,
-    logdet,
     pl_fisher,
     select_logdet,
     select_logdet_gram,
     select_subset_fisher,
+    solve,
     subset_fisher_logdet,
 )
 
@@ -188,7 +188,7 @@ def test_design_vectors_by_hand() -> None:
     assert float(pair_scale_B) == 0.25
 
 
-@pytest.mark.parametrize("variant", fisher.VARIANTS)
+@pytest.mark.parametrize("variant", logdet.VARIANTS)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gram_form_equals_vectors_and_masks(variant: str, normalize: bool) -> None:
     noise = generator(3)
@@ -276,7 +276,7 @@ def test_subset_fisher_masks_and_short_rows() -> None:
 # Edges ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_uncertified_selection_is_the_same(solver: str) -> None:
     """`certify=False` leaves out the bound and nothing else; by rows as by the matrix."""
     vectors_BND = torch.randn(12, 9, 4, generator=generator(20), dtype=torch.float64)
@@ -288,7 +288,7 @@ def test_uncertified_selection_is_the_same(solver: str) -> None:
         assert bool(bare.upper_bound_B.isnan().all())
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_ties_take_the_lowest_index(solver: str) -> None:
     same_BND = torch.ones(1, 5, 3)
     assert select_logdet(same_BND, 3, 0.1, solver=solver).indices_BK.tolist() == [[0, 1, 2]]
@@ -305,13 +305,13 @@ def test_zero_vectors_certify_as_optimal_and_ties_are_counted() -> None:
     assert select_logdet(torch.diag(torch.tensor([3.0, 2.0, 1.0]))[None], 2, 1.0).ties_B.tolist() == [0]
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_duplicates_are_the_last_resort(solver: str) -> None:
     vectors_BND = torch.tensor([[[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]]])
     assert set(select_logdet(vectors_BND, 2, 0.01, solver=solver).indices_BK[0].tolist()) == {0, 2}
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_masked_candidates_are_never_picked(solver: str) -> None:
     noise = generator(5)
     vectors_BND = torch.randn(30, 8, 3, generator=noise)
@@ -335,7 +335,7 @@ def test_masked_candidates_are_never_picked(solver: str) -> None:
             assert open_N[alone.indices_BK[0]].tolist() == real
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 @pytest.mark.parametrize(("pool", "k"), [(1, 1), (4, 4), (3, 5)])
 def test_whole_pools(solver: str, pool: int, k: int) -> None:
     vectors_BND = torch.randn(6, pool, 2, generator=generator(6), dtype=torch.float64)
@@ -347,7 +347,7 @@ def test_whole_pools(solver: str, pool: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("ridge", [1e-8, 1e-4, 1.0, 1e4])
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_any_ridge_and_rank_below_k(ridge: float, solver: str) -> None:
     """Rank 2, four picks. At 1e-8 the third gain is of order one after a diagonal of 1e8: round-off of 1e-8 remains."""
     plane_BND = torch.randn(20, 6, 2, generator=generator(7), dtype=torch.float64)
@@ -409,7 +409,7 @@ def test_identical_features_have_no_direction() -> None:
     assert bool((design_gram(features @ features.mT, rewards_BC, 0.5)[0] == 0).all())
 
 
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_permutation_equivariance(solver: str) -> None:
     noise = generator(15)
     features_BCD = torch.randn(20, 9, 5, generator=noise)
@@ -431,7 +431,7 @@ def test_large_pool_needs_no_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> Non
     by_matrix = select_logdet_gram(vectors_BND @ vectors_BND.mT, 5, 0.1)
     assert by_rows.indices_BK.tolist() == by_matrix.indices_BK.tolist()
     torch.testing.assert_close(by_rows.gains_BK, by_matrix.gains_BK)
-    monkeypatch.setattr(logdet, "select_logdet_gram", None)  # would hold 800 MB a prompt
+    monkeypatch.setattr(solve, "select_logdet_gram", None)  # would hold 800 MB a prompt
     large_BND = torch.randn(2, 10_000, 64, generator=generator(17))
     solved = select_logdet(large_BND, 4, 1.0)
     for row in range(2):

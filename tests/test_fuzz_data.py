@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from massdpo.config import compose
-from massdpo.data.jsonl import Jsonl
+from massdpo.data.readers.preferences import Jsonl
 from massdpo.errors import UserError
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_readers_fuzz import READERS, check

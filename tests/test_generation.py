@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from massdpo.batch import Batch
 from massdpo.data.tokens import TokenizedExample, collate
-from massdpo.evaluation import SplitScores
-from massdpo.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
-from massdpo.models import learn_tokenizer
-from massdpo.scoring import PreferenceScorer
+from massdpo.evaluation.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
+from massdpo.evaluation.scores import SplitScores
+from massdpo.model.load import learn_tokenizer
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.tensors import Batch
 from tests.test_engine_families import FAMILIES
 from tests.test_scoring import VOCABULARY, tiny
 

@@ -15,12 +15,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
-from massdpo.data.baselines import baselines, compute, guessed, leak_check
-from massdpo.data.inspect import export, inspect
-from massdpo.data.recommendation import LastFM, UserSequences
+from massdpo.data.readers.recommendation import LastFM, UserSequences
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
+from massdpo.evaluation.baselines import baselines, compute, guessed, leak_check
 from massdpo.store import Cache
+from massdpo.tasks.inspect import export
+from massdpo.tasks.inspect import page as page_of
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_recommendation import write_interactions
 
@@ -55,7 +56,8 @@ def test_legacy_slates_give_the_target_away() -> None:
 
 
 def test_the_look_up_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("massdpo.data.baselines.crc32", lambda text: 0)  # who was never a target is judged as a is
+    # who was never a target is judged as a is
+    monkeypatch.setattr("massdpo.evaluation.baselines.crc32", lambda text: 0)
     train = [("a", "a", "x", "y"), ("a", "a", "y", "z"), ("a", "z", "a", "x"), ("b", "x", "y", "b")]
     test = [
         ("a", "a", "x", "q"),  # a at its usual place beside a remembered x: found
@@ -141,7 +143,7 @@ def test_only_recommendation_has_baselines_and_they_are_kept(tmp_path: Path, mon
     first = baselines(splits, cache)
     assert first == compute(splits)
     assert {name.split("/")[0] for name in first} == {"popularity", "lookup"} and "lookup/ndcg@10" in first
-    monkeypatch.setattr("massdpo.data.baselines.compute", None)  # would fail if it were computed again
+    monkeypatch.setattr("massdpo.evaluation.baselines.compute", None)  # would fail if it were computed again
     assert baselines(splits, cache) == first
 
 
@@ -158,7 +160,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
-    page = inspect(prepared, tokenizer, "val")
+    page = page_of(prepared, tokenizer, "val")
     for expected in ("train: 216 examples", "val: 27 examples", "pool sizes: 19 (216x)"):
         assert expected in page
     for example in prepared.val[:3]:
@@ -168,12 +170,12 @@ def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
     assert "leak check, standard error:" in page and "lookup/accuracy:" in page and "popularity/mrr:" in page
     assert "of a response: 2 to 2, median 2" in page  # "Thing 001" in words
     with pytest.raises(UserError, match="split is train, val or test"):
-        inspect(prepared, tokenizer, "dev")
+        page_of(prepared, tokenizer, "dev")
 
 
 def test_what_repeats_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     """All prompts of `splits_of` are equal, and one slate holds a text twice but for its case."""
-    page = inspect(splits_of([("a", "a", "b"), ("a", "a", "A")], [("a", "a", "b")], [("b", "a", "b")] * 3), tokenizer)
+    page = page_of(splits_of([("a", "a", "b"), ("a", "a", "A")], [("a", "a", "b")], [("b", "a", "b")] * 3), tokenizer)
     train, val, test = page.split("\n\n")[1:4]
     assert "prompts that repeat an earlier one: 1" in train and "slates with equal texts: 1" in train
     assert "prompts that stand in train too: 1" in val and "slates with equal texts: 0" in val
@@ -182,7 +184,7 @@ def test_what_repeats_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_the_export(prepared: Splits, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "test.jsonl"
-    assert "27 examples of test written" in inspect(prepared, tokenizer, "test", out)
+    assert "27 examples of test written" in page_of(prepared, tokenizer, "test", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == len(prepared.test)
     for row, example in zip(rows, prepared.test, strict=True):

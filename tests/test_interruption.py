@@ -18,14 +18,16 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
-from massdpo import experiment, inputs, models, training
 from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
-from massdpo.runs import claim
+from massdpo.model import load
+from massdpo.runs import pipeline, start
+from massdpo.runs.folder import claim
 from massdpo.store import MANIFEST, is_whole
+from massdpo.training import loop
+from tests import processes
 from tests.conftest import ROOT
-from tests.processes import start
 from tests.test_experiment import TINY, Main, main, steps, timeless  # noqa: F401  a fixture too
 from tests.test_recommendation import write_interactions
 
@@ -57,7 +59,7 @@ class Place:
 
     def start(self, *overrides: str, before: Callable[[], None] | None = None) -> BaseProcess:
         self.root.mkdir(parents=True, exist_ok=True)
-        return start(*self.arguments, *overrides, log=self.log, before=before)
+        return processes.start(*self.arguments, *overrides, log=self.log, before=before)
 
     def until(self, happens: Callable[[], object], process: BaseProcess) -> None:
         deadline = time.monotonic() + 120
@@ -67,7 +69,7 @@ class Place:
 
     def train(self, *overrides: str) -> Path:
         """In this process."""
-        return experiment.train(compose([*self.arguments, *overrides]))
+        return pipeline.train(compose([*self.arguments, *overrides]))
 
     def status(self) -> dict[str, Any]:
         return json.loads((self.run / "status.json").read_text())
@@ -151,7 +153,7 @@ def test_sigterm_between_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is learned in these phases: the run ends at once, the checkpoint before them is written already."""
-    score = training.Stage.__init__ if phase == "select" else inputs.score_split
+    score = loop.Stage.__init__ if phase == "select" else start.score_split
 
     def stopped(*arguments: Any, **named: Any) -> Any:
         if phase == "select":
@@ -163,7 +165,7 @@ def test_sigterm_between_the_steps(
         return score(*arguments, **named)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((training.Stage, "__init__") if phase == "select" else (inputs, "score_split")), stopped)
+        patch.setattr(*((loop.Stage, "__init__") if phase == "select" else (start, "score_split")), stopped)
         place.train()
     assert place.status()["status"] == "interrupted" and "SIGTERM" in place.status()["why"]
     place.train()
@@ -253,15 +255,15 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run that was stopped in its second epoch, with the best policy of the first beside its checkpoint."""
     place = Place(tmp_path_factory.mktemp("begun"))
     with pytest.MonkeyPatch.context() as patch:
-        step = training._step
+        step = loop._step
 
-        def stopping(stage: training.Stage, *rest: Any) -> dict[str, Any]:
+        def stopping(stage: loop.Stage, *rest: Any) -> dict[str, Any]:
             if stage.name == "preference" and rest[4].step == 23:
                 signal.raise_signal(signal.SIGTERM)
             return step(stage, *rest)
 
-        patch.setattr(training, "_step", stopping)
-        with pytest.raises(training.Stopped):
+        patch.setattr(loop, "_step", stopping)
+        with pytest.raises(loop.Stopped):
             place.train("trainer.keep=best")
     return place
 
@@ -438,10 +440,10 @@ class Counting:
 
             return call
 
-        for module in (inputs, experiment):  # the SFT start's, the preference stage's
+        for module in (start, pipeline):  # the SFT start's, the preference stage's
             module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
-        inputs.score_split = counted(lambda *rest: rest[-1], inputs.score_split)  # type: ignore[assignment]
-        models.learn_tokenizer = counted(lambda *_: "tokenizer", models.learn_tokenizer)  # type: ignore[assignment]
+        start.score_split = counted(lambda *rest: rest[-1], start.score_split)  # type: ignore[assignment]
+        load.learn_tokenizer = counted(lambda *_: "tokenizer", load.learn_tokenizer)  # type: ignore[assignment]
         prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]
 
 

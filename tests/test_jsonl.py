@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from massdpo.data.jsonl import Jsonl
+from massdpo.data.readers.preferences import Jsonl
 from massdpo.errors import UserError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from massdpo import losses
+from massdpo.training import losses
 
 # float64: two ways to sum a handful of exponentials differ by a few units of 2e-16, times rewards of order 10
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from massdpo.data.mcqa import MedMCQA, MultipleChoice
+from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
-from massdpo.metrics import (
+from massdpo.evaluation.metrics import (
     mean_interval,
     ranking_metrics,
     ranking_values,

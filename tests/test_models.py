@@ -16,10 +16,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from massdpo import models
 from massdpo.errors import UserError
-from massdpo.models import PretrainedModel, TinyModel, disable_dropout, learn_tokenizer
-from massdpo.policies import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.model import load
+from massdpo.model.load import PretrainedModel, TinyModel, disable_dropout, learn_tokenizer
+from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.store import Cache, is_whole
 from tests.conftest import ROOT
 
@@ -166,7 +166,7 @@ def test_tokenizer_is_cached_by_the_texts(tmp_path: Path, monkeypatch: pytest.Mo
     assert is_whole(folder)
     assert json.loads((folder / "learned_from.json").read_text()) == {"texts": len(TEXTS), "texts_left_out": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(models, "learn_tokenizer", lambda *_: pytest.fail("learned again"))
+        patch.setattr(load, "learn_tokenizer", lambda *_: pytest.fail("learned again"))
         assert built.load(TEXTS, 1, cache)[1].get_vocab() == vocabulary
     built.load([*TEXTS, "quite another text"], 0, cache)
     assert len([path for path in (tmp_path / "tokenizer").iterdir() if path.is_dir()]) == 2
@@ -175,7 +175,7 @@ def test_tokenizer_is_cached_by_the_texts(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_huge_corpus_is_cut_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(models, "TOKENIZER_BYTES", sum(len(text) for text in TEXTS[:100]))
+    monkeypatch.setattr(load, "TOKENIZER_BYTES", sum(len(text) for text in TEXTS[:100]))
     option("tiny_llama").load(TEXTS, 0, Cache(tmp_path))
     assert "first 100 of 300 training texts" in capsys.readouterr().err
 
@@ -291,7 +291,7 @@ def test_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise GatedRepoError("gated", response=MagicMock())
 
-    monkeypatch.setattr(models, "snapshot_download", refuse)
+    monkeypatch.setattr(load, "snapshot_download", refuse)
     message = told(PretrainedModel("owner/name"), tmp_path)
     assert all(part in message for part in ("https://huggingface.co/owner/name", "HF_TOKEN", "model.path=DIR"))
 

@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from massdpo.data import prepare as prepare_module
 from massdpo.data.prepare import Subset, limited, prepare
+from massdpo.data.readers.synthetic import SyntheticMCQA
 from massdpo.data.schema import PreferenceExample
-from massdpo.data.synthetic import SyntheticMCQA
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -129,7 +129,7 @@ def test_limits_are_seeded_subsets_in_order_one_within_another() -> None:
 def test_a_dataset_without_raw_files_is_made_once_and_limited_too(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = {"_target_": "massdpo.data.synthetic.SyntheticMCQA", "num_train": 20}
+    world = {"_target_": "massdpo.data.readers.synthetic.SyntheticMCQA", "num_train": 20}
     made = SyntheticMCQA(num_train=20).load()
     splits = prepare(world, cache)
     assert (list(splits.train), list(splits.val), list(splits.test)) == (made.train, made.val, made.test)
@@ -148,7 +148,7 @@ import json, sys, threading, time
 from pathlib import Path
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_splits
-from massdpo.models import learn_tokenizer
+from massdpo.model.load import learn_tokenizer
 from massdpo.store import Cache
 
 node, cache = json.loads(sys.argv[1]), Cache(Path(sys.argv[2]))

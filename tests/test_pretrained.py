@@ -16,23 +16,24 @@ from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from massdpo import experiment, launch, tasks
-from massdpo.card import model_card
+from massdpo import tasks
 from massdpo.config import compose, resolved
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import TokenizedSplit, collate
 from massdpo.errors import UserError
-from massdpo.evaluation import SplitScores, score_split
-from massdpo.losses import pl
-from massdpo.models import PretrainedModel, TinyModel
-from massdpo.policies import add_adapter, save_policy
-from massdpo.runs import SHOWN
-from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import Full
-from massdpo.stages import Preference, sft
+from massdpo.evaluation.scores import SplitScores, score_split
+from massdpo.model.load import PretrainedModel, TinyModel
+from massdpo.model.save import add_adapter, save_policy
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs import launch, pipeline
+from massdpo.runs.card import model_card
+from massdpo.runs.folder import SHOWN
+from massdpo.selection import Full
 from massdpo.store import Cache
+from massdpo.training.losses import pl
+from massdpo.training.objectives import Preference, sft
 from tests.conftest import ROOT
 from tests.test_models import ADAPTER, FAMILIES, load_tiny, option
 
@@ -99,9 +100,7 @@ def stand_in(splits: Splits, home: Path) -> Path:
 @pytest.fixture(scope="module", params=WAYS)
 def trained(request: pytest.FixtureRequest, stand_in: Path, data: list[str], home: Path) -> tuple[str, Path]:
     places = [f"model.path={stand_in}", f"cache_dir={home / request.param}", f"runs_dir={home / 'runs'}"]
-    return request.param, experiment.train(
-        compose([*RUN, *data, *WAYS[request.param], *places, f"name={request.param}"])
-    )
+    return request.param, pipeline.train(compose([*RUN, *data, *WAYS[request.param], *places, f"name={request.param}"]))
 
 
 def read(file: Path) -> Any:
@@ -183,7 +182,7 @@ def test_one_models_weights_are_in_memory_after_the_sft(
 ) -> None:
     """The model that the run started from lets go of its weights before the policy is loaded."""
     models, devices = [], []
-    load, load_start = experiment.load, experiment.load_start
+    load, load_start = pipeline.load, pipeline.load_start
 
     def loading(*given: Any) -> Any:
         models.append(load(*given))
@@ -193,10 +192,10 @@ def test_one_models_weights_are_in_memory_after_the_sft(
         devices.append({weight.device.type for weight in models[0][1].parameters()})
         return load_start(*given)
 
-    monkeypatch.setattr(experiment, "load", loading)
-    monkeypatch.setattr(experiment, "load_start", starting)
+    monkeypatch.setattr(pipeline, "load", loading)
+    monkeypatch.setattr(pipeline, "load_start", starting)
     places = [f"model.path={stand_in}", f"cache_dir={home / 'memory'}", f"runs_dir={home / 'runs'}", "name=memory"]
-    experiment.train(compose([*RUN, *data, *WAYS["plain"], *places, "trainer.generate=false"]))
+    pipeline.train(compose([*RUN, *data, *WAYS["plain"], *places, "trainer.generate=false"]))
     assert devices == [{"meta"}]
 
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from massdpo.data.jsonl import Jsonl
-from massdpo.data.mcqa import MedMCQA, MultipleChoice
-from massdpo.data.recommendation import LastFM, MovieLens1M, MovieLens100K, UserSequences
+from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
+from massdpo.data.readers.preferences import Jsonl
+from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, UserSequences
 from massdpo.errors import UserError
 from tests.test_mcqa import question
 from tests.test_recommendation import write_interactions, write_movielens

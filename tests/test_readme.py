@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from massdpo.config import compose, validate
-from massdpo.runs import GENERATED
+from massdpo.runs.folder import GENERATED
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -15,9 +15,9 @@ import numpy as np
 import pandas
 import pytest
 
-from massdpo.data.interactions import SPLITS
-from massdpo.data.public_logs import split_titles
-from massdpo.data.recommendation import LastFM, MovieLens1M, MovieLens100K, Recommendation, UserSequences, near
+from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.readers.public_logs import split_titles
+from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, Recommendation, UserSequences, near
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data

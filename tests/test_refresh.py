@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from massdpo import experiment
-from massdpo.batch import Picks, PoolStatistics
 from massdpo.config import compose
-from massdpo.selectors import Hardest, Mass
+from massdpo.runs import pipeline
+from massdpo.selection import Hardest, Mass
+from massdpo.tensors import Picks, PoolStatistics
 
 TINY = [
     *("dataset.num_train=40", "dataset.num_val=8", "dataset.num_test=8", "dataset.num_negatives=8", "k=3"),
@@ -39,7 +39,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 def train(refresh: str, home: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
     """The rows of the preference stage with something of the selection in them, and the last row of a step."""
     options = [f"refresh={refresh}", f"cache_dir={home}", f"runs_dir={home / 'runs'}"]
-    folder = experiment.train(compose([*TINY, *options]))
+    folder = pipeline.train(compose([*TINY, *options]))
     rows = [row for row in csv.DictReader((folder / "history.csv").open()) if row["stage"] == "preference"]
     return [row for row in rows if row["selection/hardest_overlap"]], [row for row in rows if row["loss"]][-1]
 

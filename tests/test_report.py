@@ -57,7 +57,7 @@ def make_run(
         "name": name,
         **{"k": k, "beta": beta, "seed": seed, "refresh": "step"},
         "choices": {"dataset": dataset, "model": model, "selector": selector, "loss": "pl", "method": method},
-        "selector": {"_target_": f"massdpo.selectors.{selector}", "k": k},
+        "selector": {"_target_": f"massdpo.selection.{selector}", "k": k},
         "dataset": {"name": dataset, **(data or {})},
         "trainer": {"preference": {"learning_rate": 1e-3, **(options or {})}},
     }

@@ -31,10 +31,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from massdpo import scoring
-from massdpo.batch import Batch, Picks, Scores
 from massdpo.errors import UserError
-from massdpo.scoring import PreferenceScorer
+from massdpo.model import scoring
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.tensors import Batch, Picks, Scores
 
 VOCABULARY = 61
 ALL_SHORT = (

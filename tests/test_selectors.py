@@ -14,10 +14,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from massdpo import fisher, selectors
-from massdpo.batch import Picks, PoolStatistics, Scores
+from massdpo import selection
 from massdpo.errors import UserError
-from massdpo.selectors import (
+from massdpo.selection import (
     Adpo,
     ByScore,
     Dpp,
@@ -33,9 +32,11 @@ from massdpo.selectors import (
     check_pools,
     check_selection,
     hardest_overlap,
+    logdet,
     overlap,
     take_best,
 )
+from massdpo.tensors import Picks, PoolStatistics, Scores
 from tests.conftest import ROOT
 
 EVERY = (Mass, Adpo, Dpp, Dynamic, Farthest, Hardest, HardestLogp, Interleaved, Random, Sampled)
@@ -296,17 +297,17 @@ def test_farthest_against_a_loop() -> None:
 @pytest.mark.parametrize("variant", ["centered", "relative"])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("ridge_relative", [True, False])
-@pytest.mark.parametrize("solver", fisher.SOLVERS)
+@pytest.mark.parametrize("solver", logdet.SOLVERS)
 def test_mass_is_the_maximiser_of_its_design(variant: str, normalize: bool, ridge_relative: bool, solver: str) -> None:
     pool = make_pool(seed=7)
     picks = Mass(3, variant, "mean", normalize, 0.2, ridge_relative, solver)(pool)
     features_BCD = pool.scores.features_BCD
     assert features_BCD is not None
-    vectors_BND, scale_B = fisher.design_vectors(features_BCD, pool.rewards_BC, pool.beta, variant, normalize)
+    vectors_BND, scale_B = logdet.design_vectors(features_BCD, pool.rewards_BC, pool.beta, variant, normalize)
     ridge_B = torch.full((6,), 0.2, dtype=torch.float64)
     if ridge_relative:
         ridge_B = 0.2 * (scale_B[:, None] * vectors_BND.square().sum(-1)).mean(-1)
-    expected = fisher.select_logdet(vectors_BND, 3, ridge_B, scale_B, solver=solver)
+    expected = logdet.select_logdet(vectors_BND, 3, ridge_B, scale_B, solver=solver)
     assert picks.index_BK.tolist() == expected.indices_BK.tolist()
     torch.testing.assert_close(picks.info["logdet"], expected.logdet_B.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(picks.info["certified_ratio"], expected.certified_ratio_B.float(), rtol=1e-4, atol=1e-5)
@@ -320,7 +321,7 @@ def test_mass_from_the_head_kernel_and_adpo() -> None:
     loses_BN = torch.sigmoid(pool.advantage_BN.double())
     weight_BN = pool.beta * (loses_BN * (1 - loses_BN)).sqrt()
     vectors_BND = weight_BN[..., None] * (features_BCD[:, :1] - features_BCD[:, 1:]).double()
-    expected = fisher.select_logdet(vectors_BND, 3, 0.3)
+    expected = logdet.select_logdet(vectors_BND, 3, 0.3)
     picks = Adpo(3, normalize=False, ridge=0.3, ridge_relative=False)(pool)
     assert picks.index_BK.tolist() == expected.indices_BK.tolist()
 
@@ -331,7 +332,7 @@ def test_mass_with_the_subset_fisher(solver: str) -> None:
     gram_BCC = pool.scores.gram_BCC
     assert gram_BCC is not None
     selector = Mass(3, "subset_fisher", normalize=False, ridge=0.3, ridge_relative=False, solver=solver)
-    expected = fisher.select_subset_fisher(gram_BCC, pool.rewards_BC, pool.beta, 3, 0.3, solver=solver)
+    expected = logdet.select_subset_fisher(gram_BCC, pool.rewards_BC, pool.beta, 3, 0.3, solver=solver)
     picks = selector(pool)
     assert picks.index_BK.tolist() == expected.indices_BK.tolist()
     assert "certified_ratio" not in picks.info  # nothing is proved, nothing is claimed
@@ -359,8 +360,8 @@ def test_mass_ignores_length_scale_when_normalised() -> None:
 BIG = """
 import torch
 from massdpo.benchmark.measure import peak_bytes
-from massdpo.batch import PoolStatistics, Scores
-from massdpo.selectors import Mass
+from massdpo.tensors import PoolStatistics, Scores
+from massdpo.selection import Mass
 
 noise = torch.Generator().manual_seed(0)
 logp_BC, mask_BC = torch.randn(1, 10_001, generator=noise), torch.ones(1, 10_001, dtype=torch.bool)
@@ -382,7 +383,7 @@ def test_mass_on_ten_thousand_candidates_in_bounded_memory() -> None:
 def test_large_pools_are_selected_from_by_rows() -> None:
     small = make_pool(batch=2, size=300, width=16)
     by_matrix = Mass(4)(small)
-    limit, fisher.limits.DENSE_POOL = fisher.limits.DENSE_POOL, 100
+    limit, logdet.limits.DENSE_POOL = logdet.limits.DENSE_POOL, 100
     try:
         assert Mass(4)(small).index_BK.tolist() == by_matrix.index_BK.tolist()
         with pytest.raises(UserError, match="needs all inner products"):
@@ -392,7 +393,7 @@ def test_large_pools_are_selected_from_by_rows() -> None:
         with pytest.raises(UserError, match="use solver=greedy"):
             Mass(2, solver="swap")(small)
     finally:
-        fisher.limits.DENSE_POOL = limit
+        logdet.limits.DENSE_POOL = limit
 
 
 def test_what_is_only_logged_is_computed_when_it_is_logged() -> None:
@@ -409,7 +410,7 @@ def test_dpp_follows_the_determinant() -> None:
     pool = make_pool(batch=1, size=5, width=3, seed=11)
     features_BCD = pool.scores.features_BCD
     assert features_BCD is not None
-    vectors_BND, _ = fisher.design_vectors(features_BCD, pool.rewards_BC, pool.beta)
+    vectors_BND, _ = logdet.design_vectors(features_BCD, pool.rewards_BC, pool.beta)
     ridge = 0.1 * float(vectors_BND.square().sum(-1).mean())
     subsets = list(itertools.combinations(range(5), 3))
     weights = [
@@ -454,7 +455,7 @@ def test_check_pools() -> None:
 
 def test_pools_are_checked_before_training() -> None:
     check_selection({"k": 3, "short_pool": "all"}, [1, 4])
-    check_selection({"_target_": "massdpo.selectors.Full"}, [1, 4])
+    check_selection({"_target_": "massdpo.selection.Full"}, [1, 4])
     check_selection({"k": 4, "short_pool": "error", "solver": "exact"}, [20, 20])
     with pytest.raises(UserError, match="1 of 2 prompts"):
         check_selection({"k": 3, "short_pool": "error"}, [1, 4])
@@ -520,7 +521,7 @@ def test_every_config_builds_its_selector(path: Path) -> None:
 
 def test_every_selector_has_a_config() -> None:
     built = {OmegaConf.load(path)["_target_"].split(".")[-1] for path in (ROOT / "conf/selector").glob("*.yaml")}
-    public = {name for name, value in vars(selectors).items() if isinstance(value, type) and "__call__" in vars(value)}
+    public = {name for name, value in vars(selection).items() if isinstance(value, type) and "__call__" in vars(value)}
     inherited = {kind.__name__ for kind in EVERY}
     assert built == (public | inherited) - {ByScore.__name__, "Selector"}
 

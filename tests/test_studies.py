@@ -11,14 +11,14 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from massdpo.batch import Batch
-from massdpo.selectors import Full, Mass, Random
+from massdpo.selection import Full, Mass, Random
 from massdpo.studies.features import features
 from massdpo.studies.loglinear import LoglinearWorld, loglinear, maximum_likelihood
 from massdpo.studies.optimality import optimality
 from massdpo.studies.pools import clustered_pools, mass_design, value_of
 from massdpo.studies.publish import with_interval
 from massdpo.studies.refresh import refresh as refresh_study
+from massdpo.tensors import Batch
 
 
 def assert_published(out: Path, name: str, rows: int) -> None:

@@ -13,11 +13,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from massdpo.config import compose, run_name, validate
+from massdpo.config.sweeps import NoteExpected, jobs_of
 from massdpo.report.rows import expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
-from massdpo.runs import take_over
-from massdpo.sweeps import NoteExpected, jobs_of
+from massdpo.runs.folder import take_over
 from tests.conftest import ROOT
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))

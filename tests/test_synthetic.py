@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from massdpo.data.synthetic import PARTS, QUESTIONS, RELATIONS, SyntheticMCQA, SyntheticRec
+from massdpo.data.readers.synthetic import PARTS, QUESTIONS, RELATIONS, SyntheticMCQA, SyntheticRec
 from massdpo.errors import UserError
 from massdpo.store import digest
 from tests.conftest import ROOT

@@ -17,14 +17,15 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from massdpo import experiment, inputs, tasks
+from massdpo import tasks
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
-from massdpo.policies import load_policy
+from massdpo.model.save import load_policy
+from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
-from massdpo.studies import task as studies
+from massdpo.tasks import study as studies
 from tests.conftest import ROOT
 from tests.test_mcqa import question
 
@@ -308,7 +309,7 @@ def test_trl_sees_our_tokens_and_takes_a_step(selected: Path, home: Path, tmp_pa
 def test_inspect_trains_nothing_and_tells_what_was_cut(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (experiment, inputs):
+    for module in (pipeline, start):
         monkeypatch.setattr(module, "fit", None)
     out = tmp_path / "val.jsonl"
     cut = ["dataset=synthetic_rec", "dataset.history=20", "trainer.max_length=50"]
@@ -378,7 +379,7 @@ def test_the_refresh_study_runs_each_kind_with_each_seed(
         write_json(folder / "metrics.json", dict.fromkeys(studies.MEASURED, float(config.seed)) | {"machine": "m"})
         return folder
 
-    monkeypatch.setattr(experiment, "train", train)
+    monkeypatch.setattr(pipeline, "train", train)
     assert call("task=study", "study=refresh", f"out={tmp_path / 'out'}", "k=2", "seed=5") == 0
     assert sorted(asked) == [(kind, seed) for kind in ("epoch", "once", "step") for seed in range(5, 10)]
     header, *rows = (tmp_path / "out" / "refresh.csv").read_text().splitlines()

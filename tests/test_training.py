@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from massdpo import experiment, losses, stages, training
 from massdpo.errors import UserError
+from massdpo.runs import pipeline
 from massdpo.store import is_whole
+from massdpo.training import loop, losses, objectives
 from tests.test_experiment import cache, metrics, places, steps, train  # noqa: F401  fixtures too
 
 CHANGE = "chosen_mean_logp_change"
@@ -28,15 +29,15 @@ def test_picks_are_selected_when_refresh_says(
 ) -> None:
     """Random picks, whose noise is keyed by the epoch, and hardest picks, which follow the policy."""
     seen: list[Tensor] = []
-    begin = training.Stage.__init__
+    begin = loop.Stage.__init__
 
-    def spy(stage: training.Stage, *args: object, **kwargs: object) -> None:
+    def spy(stage: loop.Stage, *args: object, **kwargs: object) -> None:
         begin(stage, *args, **kwargs)  # type: ignore[arg-type]
         if stage.name == "preference":
             validate = stage.validate
             stage.validate = lambda scorer: (seen.append(stage.state["index_SK"].clone()), validate(scorer))[1]
 
-    monkeypatch.setattr(training.Stage, "__init__", spy)
+    monkeypatch.setattr(loop.Stage, "__init__", spy)
     for selector in ("random", "hardest"):
         seen.clear()
         train(*places, f"selector={selector}", f"refresh={refresh}", "trainer.preference.epochs=3")
@@ -121,8 +122,8 @@ def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
     assert said.count("rewards run away") == said.count("log-probs collapse") == 1
     rows = [row for row in json.loads(steps(folder)) if row["stage"] == "preference" and row["loss"]]
     limits = {
-        "rewards run away": ("rejected_reward", -stages.RUNAWAY),
-        "log-probs collapse": (CHANGE, -stages.COLLAPSE),
+        "rewards run away": ("rejected_reward", -objectives.RUNAWAY),
+        "log-probs collapse": (CHANGE, -objectives.COLLAPSE),
     }
     for kind, (column, limit) in limits.items():
         first = next(int(row["step"]) for row in rows if float(row[column]) < limit)
@@ -133,10 +134,10 @@ def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
 
 def test_alarms_are_for_numbers_beyond_their_limits_only() -> None:
     quiet = {"chosen_reward": 15.9, "rejected_reward": -15.9, "chosen_mean_logp_change": -0.99}
-    assert stages.alarms(quiet) == {}
-    assert list(stages.alarms(quiet | {"chosen_reward": -16.1})) == ["rewards"]
-    assert "+16.1" in stages.alarms(quiet | {"rejected_reward": 16.1})["rewards"]
-    assert list(stages.alarms(quiet | {"chosen_mean_logp_change": -1.01})) == ["chosen"]
+    assert objectives.alarms(quiet) == {}
+    assert list(objectives.alarms(quiet | {"chosen_reward": -16.1})) == ["rewards"]
+    assert "+16.1" in objectives.alarms(quiet | {"rejected_reward": 16.1})["rewards"]
+    assert list(objectives.alarms(quiet | {"chosen_mean_logp_change": -1.01})) == ["chosen"]
 
 
 def test_keep_best_ends_with_the_best_epochs_policy(
@@ -146,12 +147,12 @@ def test_keep_best_ends_with_the_best_epochs_policy(
     """What comes out of the loop is validated once more, beside what was logged after each epoch."""
     ended: dict[str, float] = {}
 
-    def fit(stage: training.Stage, *rest: Any) -> Any:
-        scorer, position = training.fit(stage, *rest)
+    def fit(stage: loop.Stage, *rest: Any) -> Any:
+        scorer, position = loop.fit(stage, *rest)
         ended[stage.name] = stage.validate(scorer)["mrr"]
         return scorer, position
 
-    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr(pipeline, "fit", fit)
     rate = "trainer.preference.learning_rate=0.01"  # far too high: the policy gets worse
     options = ["trainer.preference.epochs=4", "trainer.keep_metric=mrr", "trainer.keep=best", rate]
     rows = json.loads(steps(train(*places, *options)))

@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from massdpo.batch import Batch, Picks, PoolStatistics, Scores
 from massdpo.benchmark import measure
 from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES, draw_growth, markdown, show
 from massdpo.errors import UserError
-from massdpo.losses import pl
-from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import Mass
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs import machine
+from massdpo.selection import Mass
 from massdpo.store import write_json, write_text
+from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
+from massdpo.training.losses import pl
 
 BETA = 0.1
 
@@ -231,8 +232,8 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
         "peak_bytes": memory,
         "growth": growth,
         "setting": asdict(setting),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
+        "commit": machine.commit(),
+        "machine": machine.machine(),
     }
     if setting.device == "cuda":
         report["share_of_matrix_rate"] = shares(setting, seconds)

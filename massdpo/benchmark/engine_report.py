@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from massdpo.benchmark.measure import in_words
+from massdpo.runs.machine import in_words
 from massdpo.store import replacing, write_text
 
 # Goals of a quiet machine: at least, or at most.

@@ -19,8 +19,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
-from massdpo.benchmark.measure import alternate, commit, machine, medians
-from massdpo.fisher import design_vectors, select_logdet
+from massdpo.benchmark.measure import alternate, medians
+from massdpo.runs.machine import commit, machine
+from massdpo.selection.logdet import design_vectors, select_logdet
 from massdpo.store import replacing, write_json, write_text
 
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from massdpo.batch import Batch
+from massdpo.tensors import Batch
 
 
 class _Stopwatch(TrainerCallback):

@@ -126,9 +126,9 @@ def _check_together(values: Mapping[str, Any]) -> None:
 
 def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
     takes_k = "k" in selector  # selector=full trains on the whole pool
-    if loss["_target_"] == "massdpo.losses.dpo" and not takes_k:
+    if loss["_target_"] == "massdpo.training.losses.dpo" and not takes_k:
         raise UserError("loss=dpo takes one negative, but this selector takes the whole pool: use loss=pl or pairwise")
-    if loss["_target_"] == "massdpo.losses.dpo" and selector["k"] != 1:
+    if loss["_target_"] == "massdpo.training.losses.dpo" and selector["k"] != 1:
         raise UserError(f"loss=dpo takes one negative, but k={selector['k']}: use k=1, or loss=pl or pairwise")
     pool = dataset.get("num_negatives")
     if takes_k and type(pool) is int and selector["k"] > pool and selector.get("short_pool", "error") == "error":

@@ -18,7 +18,7 @@ import hydra.utils
 import numpy as np
 
 from massdpo.data.download import fetch
-from massdpo.data.interactions import SPLITS
+from massdpo.data.readers.interactions import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json

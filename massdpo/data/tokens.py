@@ -14,9 +14,9 @@ from typing import overload
 import numpy as np
 import torch
 
-from massdpo.batch import Batch
 from massdpo.data.ragged import Ragged
 from massdpo.store import write_json
+from massdpo.tensors import Batch
 
 UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from massdpo import store
+from massdpo.console import summary_table
 from massdpo.errors import UserError
 from massdpo.report import figures, status, tables
 from massdpo.report.page import Section, write_page
@@ -17,7 +18,6 @@ from massdpo.report.rows import Rows, collect
 from massdpo.report.statistics import BootstrapCache
 from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, View, view_of
-from massdpo.tracking import summary_table
 
 PRINTED = 60  # lines; a longer table is only written
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from massdpo.metrics import ranking_values
+from massdpo.evaluation.metrics import ranking_values
 from massdpo.report.rows import Prompts
 from massdpo.report.statistics import BootstrapCache
 

@@ -13,14 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from massdpo import fisher
-from massdpo.batch import Batch, PoolStatistics
-from massdpo.features import FEATURES, projected_gradients
-from massdpo.scoring import PreferenceScorer
-from massdpo.selectors import Mass, Random, overlap
+from massdpo.model.features import FEATURES, projected_gradients
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.selection import Mass, Random, logdet, overlap
 from massdpo.store import keyed_seed
 from massdpo.studies.pools import mass_design, value_of
 from massdpo.studies.publish import panels, publish, style, with_interval
+from massdpo.tensors import Batch, PoolStatistics
 
 SKETCH = 4_096  # numbers that a gradient is projected to: inner products to about 1.6% of the norms
 MEASURED = {
@@ -110,7 +109,7 @@ def compared(pools: Mapping[str, PoolStatistics], k: int, ridge: float) -> list[
     picks["random"] = Random(k, short_pool="all")(pools["gradient"])
     gram_BNN, ridge_B = mass_design(pools["gradient"], "head")
     ridge_B, mask_BN = ridge * ridge_B, pools["gradient"].mask_BN
-    best_B = fisher.select_logdet_gram(gram_BNN, k, ridge_B, mask_BN=mask_BN, solver="swap").logdet_B
+    best_B = logdet.select_logdet_gram(gram_BNN, k, ridge_B, mask_BN=mask_BN, solver="swap").logdet_B
     rows = []
     for name, selection in picks.items():
         same_B, share_B = overlap(selection, picks["gradient"]), value_of(gram_BNN, ridge_B, selection) / best_B

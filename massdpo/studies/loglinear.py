@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from massdpo.selectors import Adpo, Full, Hardest, Mass, Random, Selector
+from massdpo.selection import Adpo, Full, Hardest, Mass, Random, Selector
 from massdpo.store import keyed_seed
 from massdpo.studies.pools import clustered_pools, pools_of
 from massdpo.studies.publish import panels, publish, style, with_interval

@@ -11,9 +11,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from massdpo import fisher
 from massdpo.report.figures import COLOURS
-from massdpo.selectors import Random
+from massdpo.selection import Random, logdet
 from massdpo.studies.pools import clustered_pools, mass_design, value_of
 from massdpo.studies.publish import panels, publish, style, with_interval
 
@@ -40,7 +39,7 @@ def optimality(
         for k in (k for k in ks if k <= size):
             reached = {}
             for solver in ("exact", "swap", "greedy"):
-                solved = fisher.select_logdet_gram(gram_BNN, k, ridge * mean_B, solver=solver)
+                solved = logdet.select_logdet_gram(gram_BNN, k, ridge * mean_B, solver=solver)
                 reached[solver] = solved.logdet_B, solved.certified_ratio_B
             value_B = value_of(gram_BNN, ridge * mean_B, Random(k)(pool))
             reached["random"] = value_B, torch.full_like(value_B, math.nan)

@@ -6,10 +6,9 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 import torch
 from torch import Tensor
 
-from massdpo import fisher
-from massdpo.batch import Picks, PoolStatistics, Scores
-from massdpo.selectors import candidate_gram
+from massdpo.selection import candidate_gram, logdet
 from massdpo.store import keyed_seed
+from massdpo.tensors import Picks, PoolStatistics, Scores
 
 
 def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, clusters: int = 5) -> PoolStatistics:
@@ -34,8 +33,8 @@ def pools_of(features_BCD: Tensor, logp_BC: Tensor, noise_BN: Tensor, beta: floa
 def mass_design(pool: PoolStatistics, features: str = "mean") -> tuple[Tensor, Tensor]:
     """Gram matrix of the design vectors and the ridge, both as `selector=mass` has them by default."""
     gram_BCC, mask_BC = candidate_gram(pool, features), pool.scores.mask_BC
-    gram_BNN, _ = fisher.design_gram(gram_BCC, pool.rewards_BC, pool.beta, mask_BC=mask_BC)
-    return gram_BNN, fisher.mean_square(gram_BNN.diagonal(dim1=-2, dim2=-1), pool.mask_BN)
+    gram_BNN, _ = logdet.design_gram(gram_BCC, pool.rewards_BC, pool.beta, mask_BC=mask_BC)
+    return gram_BNN, logdet.mean_square(gram_BNN.diagonal(dim1=-2, dim2=-1), pool.mask_BN)
 
 
 def value_of(gram_BNN: Tensor, ridge_B: Tensor, picks: Picks) -> Tensor:
@@ -43,4 +42,4 @@ def value_of(gram_BNN: Tensor, ridge_B: Tensor, picks: Picks) -> Tensor:
     chosen_BN = torch.zeros(gram_BNN.shape[:2], dtype=torch.int64, device=gram_BNN.device)
     chosen_BN.scatter_add_(1, picks.index_BK, picks.mask_BK.long())
     k = picks.index_BK.shape[1]
-    return fisher.select_logdet_gram(gram_BNN, k, ridge_B, mask_BN=chosen_BN > 0).logdet_B
+    return logdet.select_logdet_gram(gram_BNN, k, ridge_B, mask_BN=chosen_BN > 0).logdet_B

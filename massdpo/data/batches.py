@@ -1,0 +1,87 @@
+"""Which prompts a step has, in which process and batch: the same whatever stopped the stage before.
+
+Suffix: B prompts of a batch.
+"""
+
+import math
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.store import keyed_seed
+from massdpo.tensors import Batch
+
+
+def in_order(rows: int, *key: int | str) -> list[int]:
+    """The rows as an epoch sees them, decided by the key alone."""
+    return np.random.default_rng(keyed_seed("order", *key)).permutation(rows).tolist()
+
+
+def micro_batches(prompts: int, world: int, size: int) -> int:
+    """Batches a process, as many in each, that `prompts` make when every process takes its share."""
+    return math.ceil(math.ceil(prompts / world) / size)
+
+
+def batches(
+    examples: Sequence[TokenizedExample],
+    steps: Sequence[Sequence[int]],
+    options: DictConfig,
+    pad_id: int,
+    accelerator: Accelerator,
+) -> Iterator[Batch]:
+    """Batches of this process, step by step; as many in every process, filled up with a prompt that weighs nothing."""
+    found: list[list[int]] = []
+    for rows in steps:
+        own = list(rows[accelerator.process_index :: accelerator.num_processes])
+        micro = micro_batches(len(rows), accelerator.num_processes, options.batch_size)
+        for number in range(micro):
+            found.append(own[number * options.batch_size : (number + 1) * options.batch_size] or [rows[0]])
+    loader: DataLoader[Any] = DataLoader(
+        _Numbered(examples),
+        batch_sampler=found,
+        collate_fn=_Collate(pad_id),
+        num_workers=options.workers,
+        worker_init_fn=_outlive_signals,
+    )
+    return iter(loader)
+
+
+def _outlive_signals(worker: int) -> None:
+    """A terminal or cluster sends its signal to every process: the batches up to the checkpoint are still needed."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@dataclass(frozen=True)
+class _Numbered(Dataset[tuple[int, TokenizedExample]]):
+    rows: Sequence[TokenizedExample]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[int, TokenizedExample]:
+        return row, self.rows[row]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    pad_id: int
+
+    def __call__(self, rows: list[tuple[int, TokenizedExample]]) -> Batch:
+        return collate(rows, self.pad_id)
+
+
+def real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator: Accelerator) -> Tensor:
+    """1 for this process's own prompts, 0 for the filler that keeps processes in step."""
+    own = len(rows[accelerator.process_index :: accelerator.num_processes])
+    count = max(0, min(size, own - number * size))
+    return (torch.arange(len(batch.ids), device=accelerator.device) < count).float()

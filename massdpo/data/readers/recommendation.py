@@ -1,0 +1,241 @@
+"""Recommendation: a user's items so far are the prompt, the next one is the chosen response, others are the pool.
+
+One class a data set, all with the same options; rows are made when they are read (`histories.py`), so that memory does
+not grow with their number.
+
+Shapes: E (user, item) pairs.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from massdpo.data.readers import public_logs
+from massdpo.data.readers.histories import Prompting, RecommendationSplit, popularity, rows_of
+from massdpo.data.readers.interactions import SPLITS, BadRows, Log, raw_file, read_interactions, read_titles, tidy
+from massdpo.data.schema import Splits
+from massdpo.data.slates import LEGACY_HISTORY, LEGACY_NEGATIVES, CleanSlates
+from massdpo.data.text import normalise
+from massdpo.errors import UserError
+
+
+def near(title: str) -> str:
+    """What near-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
+    words = re.sub(r"[^\w\s]", " ", normalise(title).replace("&", " and ")).split()
+    return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title
+
+
+LEGACY_ITEMS = LEGACY_HISTORY + 1 + LEGACY_NEGATIVES
+MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near}
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"dataset.{name} is {' or '.join(allowed)}, not {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation(ABC):
+    """The options that every recommendation dataset has; `conf/dataset/lastfm.yaml` says what each does."""
+
+    raw_dir: str | None = None
+    seed: int = 0
+    num_negatives: int = 19
+    split: str = "user"
+    slate: str = "clean"
+    negatives: str = "uniform"
+    merge_titles: str = "equal"
+    min_history: int = 3
+    max_history: int = 10
+    list_candidates: bool = True
+    prompts: str = "one"
+    bad_rows: str = "error"
+
+    noun: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        _one_of("split", self.split, ("user", "first_seen", "time"))
+        _one_of("slate", self.slate, ("clean", "legacy"))
+        _one_of("negatives", self.negatives, ("uniform", "popularity"))
+        _one_of("merge_titles", self.merge_titles, tuple(MERGES))
+        _one_of("prompts", self.prompts, ("one", "several"))
+        BadRows(self.bad_rows)
+        for name, least in (("seed", 0), ("num_negatives", 1), ("min_history", 1), ("max_history", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"dataset.{name} must be a whole number of at least {least}, not {value!r}")
+        if not isinstance(self.list_candidates, bool):
+            raise UserError(f"dataset.list_candidates is true or false, not {self.list_candidates!r}")
+        if self.slate == "legacy" and self.num_negatives != LEGACY_NEGATIVES:
+            raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
+
+    @abstractmethod
+    def files(self) -> list[Path]:
+        """The raw files that `load` reads: their content, with the options, decides the outcome."""
+
+    @abstractmethod
+    def log(self, bad: BadRows) -> Log: ...
+
+    def prompting(self) -> Prompting:
+        return Prompting(self.noun, self.seed, self.prompts == "several", self.list_candidates, self.max_history)
+
+    def load(self) -> Splits:
+        """Raises UserError for a missing or damaged raw file, and for a pool that cannot be filled."""
+        bad = BadRows(self.bad_rows)
+        log = self.log(bad)
+        if not any(map(len, log.sequences)):
+            raise UserError(f"{self.files()[0]}: no interaction is left to learn from")
+        if self.slate == "clean":
+            log = tidy(log, MERGES[self.merge_titles])
+        elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
+            raise UserError(f"dataset.slate=legacy needs {LEGACY_ITEMS} titles or more that differ: use slate=clean")
+        rows = rows_of(log, self.split, self.seed, self.min_history)
+        weights_I = popularity(log, rows["train"]) if self.negatives == "popularity" else None
+        seen_E = np.unique(np.concatenate([u * len(log.titles) + items for u, items in enumerate(log.sequences)]))
+
+        def split_of(name: str) -> RecommendationSplit:
+            clean = CleanSlates(self.seed, name, self.num_negatives, len(log.titles), seen_E, weights_I)
+            return RecommendationSplit(
+                name, log, rows[name], clean if self.slate == "clean" else None, self.prompting()
+            )
+
+        splits = {name: split_of(name) for name in SPLITS}
+        report = {
+            "users": len(log.users),
+            "items": len(log.titles),
+            "interactions": sum(map(len, log.sequences)),
+            **{f"{split}_rows": len(splits[split]) for split in SPLITS},
+            **log.report,
+            **bad.report(),
+        }
+        return Splits(splits["train"], splits["val"], splits["test"], report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastFM(Recommendation):
+    """Next artist on Last.fm (HetRec 2011, as cut by LLaRA and S-DPO): 976 / 122 / 122 users as published.
+
+    The folder holds either `sequences.jsonl` and `id2name.txt`, or S-DPO's three ready-made `lastfm-*.json`; of the
+    latter, `slate=legacy` takes the candidates as they are and `clean` draws new ones. LLaRA's tables are pickles,
+    which can run code: they are never loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
+    """
+
+    noun: ClassVar[str] = "artist"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.split != "user":
+            raise UserError(f"dataset.split={self.split}: LastFM has no times, only its published split by user")
+
+    def _is_ready_made(self) -> bool:
+        folder = Path(self.raw_dir or "")
+        return not (folder / "sequences.jsonl").is_file() and any(folder.glob("lastfm-*.json"))
+
+    def _ready(self) -> dict[str, Path]:
+        what = "S-DPO's ready-made 20-candidate rows"
+        return {split: raw_file(self.raw_dir, f"lastfm-{split}.json", what) for split in SPLITS}
+
+    def files(self) -> list[Path]:
+        if self._is_ready_made():
+            return list(self._ready().values())
+        folder = Path(self.raw_dir or "")
+        if not (folder / "sequences.jsonl").is_file() and (tables := sorted(folder.glob("*.df"))):
+            raise UserError(
+                f"{tables[0]} is a pickled table of LLaRA's, which can run code: it is never loaded; "
+                "conf/dataset/lastfm.yaml has the lines that turn such tables into sequences.jsonl"
+            )
+        return [
+            raw_file(self.raw_dir, "sequences.jsonl", "split, user and items of every user, or S-DPO's lastfm-*.json"),
+            raw_file(self.raw_dir, "id2name.txt", "lines <id>::<artist>"),
+        ]
+
+    def log(self, bad: BadRows) -> Log:
+        if self._is_ready_made():
+            return public_logs.chain_ready_rows(self._ready(), bad)
+        sequences, names = self.files()
+        return public_logs.read_lastfm_sequences(sequences, names, bad)
+
+    def load(self) -> Splits:
+        if not (self._is_ready_made() and self.slate == "legacy"):
+            return super().load()
+        bad = BadRows(self.bad_rows)
+        rows = public_logs.read_ready_rows(self._ready(), bad)
+        prompting = self.prompting()
+        train, val, test = (
+            [
+                prompting.example(f"{split}/{number}", row.history, row.target, row.candidates, {})
+                for number, row in enumerate(rows[split])
+            ]
+            for split in SPLITS
+        )
+        report = {f"{split}_rows": len(rows[split]) for split in SPLITS} | bad.report()
+        return Splits(train, val, test, report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovieLens(Recommendation):
+    """Next film among those a user rated at least `min_rating`, from GroupLens's own files."""
+
+    split: str = "first_seen"
+    min_rating: int = 3
+
+    noun: ClassVar[str] = "film"
+    ratings: ClassVar[tuple[str, str]]  # file name and separator
+    titles: ClassVar[tuple[str, str]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_rating not in (1, 2, 3, 4, 5):
+            raise UserError(f"dataset.min_rating is 1 to 5, not {self.min_rating!r}")
+
+    def files(self) -> list[Path]:
+        return [
+            raw_file(self.raw_dir, self.ratings[0], "ratings, as published by GroupLens"),
+            raw_file(self.raw_dir, self.titles[0], "titles, as published by GroupLens"),
+        ]
+
+    def log(self, bad: BadRows) -> Log:
+        ratings, titles = self.files()
+        title_of = public_logs.read_movielens_titles(titles, self.titles[1], bad)
+        return public_logs.read_movielens_ratings(ratings, self.ratings[1], title_of, self.min_rating, bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovieLens100K(MovieLens):
+    """MovieLens-100K: `u.data` and `u.item`."""
+
+    ratings: ClassVar[tuple[str, str]] = ("u.data", "\t")
+    titles: ClassVar[tuple[str, str]] = ("u.item", "|")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MovieLens1M(MovieLens):
+    """MovieLens-1M: `ratings.dat` and `movies.dat`."""
+
+    ratings: ClassVar[tuple[str, str]] = ("ratings.dat", "::")
+    titles: ClassVar[tuple[str, str]] = ("movies.dat", "::")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserSequences(Recommendation):
+    """Anyone's own interactions: a file of user, item, time and one of item, title; each JSONL or CSV."""
+
+    interactions_file: str = "interactions.csv"
+    items_file: str = "items.csv"
+
+    noun: ClassVar[str] = "item"
+
+    def files(self) -> list[Path]:
+        return [
+            raw_file(self.raw_dir, self.interactions_file, "user, item, time"),
+            raw_file(self.raw_dir, self.items_file, "item, title"),
+        ]
+
+    def log(self, bad: BadRows) -> Log:
+        rows, titles = self.files()
+        return read_interactions(rows, read_titles(titles, bad), bad)

@@ -1,0 +1,136 @@
+"""Policies: a model with or without a LoRA adapter, written to a folder that `transformers` loads, and read back."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from massdpo.errors import UserError
+from massdpo.model.load import (
+    ADAPTER,
+    PretrainedModel,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    one_line,
+    plain,
+    seeded,
+)
+from massdpo.store import digest, keyed_seed, write_json, write_text
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # at run time only where there is an adapter: importing it takes seconds
+
+BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
+
+
+def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> "PeftModel":
+    """Freeze `model` and put a LoRA adapter (Hu et al. 2021) on it, trained in float32, that changes nothing yet.
+
+    `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    options = plain(adapter)
+    config = LoraConfig(
+        r=options["r"],
+        lora_alpha=options["alpha"],
+        target_modules=options["targets"],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with seeded(keyed_seed(seed, "adapter")):
+            adapted = get_peft_model(model, config, revision=getattr(model.config, "_commit_hash", None))
+    except ValueError as error:
+        raise UserError(f"trainer.adapter: {one_line(error)}") from error
+    return adapted
+
+
+def merge_adapter(model: "PeftModel") -> PreTrainedModel:
+    """The plain model with the adapter's update added to its weights, in place."""
+    merged = model.merge_and_unload()
+    merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
+    return merged
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A key of all parameters' and buffers' names and values, adapters included, one tensor in memory at a time."""
+    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0])
+    return digest([[name, digest(weight)] for name, weight in named])
+
+
+def save_policy(
+    model: "PreTrainedModel | PeftModel",
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write an ordinary Hugging Face folder: safetensors, config, tokenizer and, as README.md, the model's `card`.
+
+    An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
+    `weights` are the model's, by name, where it holds only a shard of them.
+    """
+    weights = model.state_dict() if weights is None else weights
+    if not isinstance(model, PreTrainedModel):
+        base: Any = model.get_base_model()
+        if base.name_or_path:
+            write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
+        else:
+            plain = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+            names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in plain}
+            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in plain.items()})
+        # save_embedding_layers="auto" would ask the hub whether they changed
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+    else:
+        model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    if card is not None:
+        write_text(folder / "README.md", card)  # peft has written one of its own there
+
+
+def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
+    """A policy that `save_policy` wrote, in the type that its weights had; an adapter is ready to be trained further.
+
+    Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
+    """
+    tokenizer = load_tokenizer(folder)
+    if not (folder / ADAPTER).is_file():
+        return load_model(folder, "auto"), tokenizer
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
+    adapter = _read_json(folder / ADAPTER)
+    if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
+        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
+    from peft import PeftModel
+
+    base = load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
+    try:
+        adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} holds an adapter that cannot be loaded: {one_line(error)}") from error
+    disable_dropout(adapted)
+    return adapted, tokenizer
+
+
+def _load_base(folder: Path) -> PreTrainedModel:
+    """The model that the adapter in `folder` was trained on, from where it was then."""
+    adapter = _read_json(folder / ADAPTER)
+    name = str(adapter.get("base_model_name_or_path"))
+    path = name if Path(name).is_absolute() else None
+    if path and not Path(path).is_dir():
+        raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
+    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error

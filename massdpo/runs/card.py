@@ -1,0 +1,176 @@
+"""The model card of a saved policy: what it was trained on and how, its terms, its numbers, how to load it.
+
+It says what the options say and never what the data say: no text of a dataset stands in it, and no path of a machine.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.repocard import metadata_load
+
+import massdpo
+from massdpo.runs.folder import GENERATED, SHOWN
+
+HUB = "https://huggingface.co"
+HUB_DATASETS = {  # by what name the hub knows the data of an option
+    "arc": "allenai/ai2_arc",
+    "commonsenseqa": "tau/commonsense_qa",
+    "medmcqa": "openlifescienceai/medmcqa",
+    "openbookqa": "allenai/openbookqa",
+    "qasc": "allenai/qasc",
+}
+LICENCE = ("license", "license_name", "license_link")
+
+
+def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> str:
+    """README.md of a policy, with the front matter that the hub reads.
+
+    `config` is the run's resolved configuration, `metrics` its metrics.json, `sizes` its prompts by split (`train`,
+    `preference`, `test`), `name` the run's.
+    """
+    trainer = config["trainer"]
+    blocks = [
+        "---\n" + yaml.safe_dump(_front_matter(config), sort_keys=True, allow_unicode=True) + "---",
+        f"# {name}",
+        "A causal language model, fine-tuned on chosen responses and then trained on preferences between each of them "
+        f"and several rejected ones, with massdpo {massdpo.__version__}: see [MASS-DPO](https://arxiv.org/abs/2605.10784).",
+        _table({"": ""} | _summary(config, sizes)),
+        "## Data\n\n" + _terms(config),
+        f"## Metrics\n\nOn the {sizes['test']} prompts of the test split. {METRICS_TEXT}\n\n" + _metrics(metrics),
+        "## Use\n\n" + (CHAT_TEXT if trainer["chat_template"] else PLAIN_TEXT) + "\n\n" + _code(trainer),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+    model, adapter = config["model"], config["trainer"]["adapter"]
+    tags = ["massdpo", "dpo", "preference-optimization", *(["lora"] if adapter else [])]
+    known: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
+    if "hub_id" in model:
+        known |= _licence(model)
+    if model.get("hub_id") and not model["path"]:
+        known |= {"base_model": model["hub_id"], "base_model_relation": "adapter" if adapter else "finetune"}
+    if data := HUB_DATASETS.get(config["choices"]["dataset"]):
+        known["datasets"] = [data]
+    return known
+
+
+def _licence(model: Mapping[str, Any]) -> dict[str, str]:
+    """The licence that the base model's own card names, where that card lies beside its weights."""
+    card = _base_folder(model) / "README.md"
+    try:
+        said = metadata_load(card) or {}
+    except (OSError, ValueError, yaml.YAMLError):  # there is none, or none that can be read
+        return {}
+    return {key: str(said[key]) for key in LICENCE if said.get(key)}
+
+
+def _base_folder(model: Mapping[str, Any]) -> Path:
+    if model["path"]:
+        return Path(model["path"]).expanduser()
+    config = try_to_load_from_cache(model["hub_id"], "config.json", revision=model["revision"])
+    return Path(str(config)).parent
+
+
+def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, str]:
+    trainer, adapter = config["trainer"], config["trainer"]["adapter"]
+    k = f", k = {config['selector']['k']}" if "k" in config["selector"] else ""
+    stages = {
+        stage: f"{sizes[count]} prompts, epochs: {trainer[stage]['epochs']}, peak learning rate: "
+        f"{trainer[stage]['learning_rate']:g}"
+        for stage, count in (("sft", "train"), ("preference", "preference"))
+    }
+    preference = {
+        "preference stage": stages["preference"],
+        "negatives trained on": f"`{config['choices']['selector']}`{k}; selected again: {config['refresh']}",
+        "loss": f"`{config['choices']['loss']}`, beta = {config['beta']:g}",
+    }
+    return {
+        "base model": _base(config),
+        "weights": f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}" if adapter else "all trained",
+        "data": f"`{config['choices']['dataset']}`",
+        "supervised fine-tuning": stages["sft"],
+        **(preference if trainer["preference"]["epochs"] else {"preference stage": "none"}),
+        "prompts an optimiser step": f"{trainer['batch_size'] * trainer['accumulate']} a process",
+        "precision": trainer["precision"],
+        "longest text": f"{trainer['max_length']} tokens",
+        "seed": str(config["seed"]),
+    }
+
+
+def _base(config: Mapping[str, Any]) -> str:
+    model, option = config["model"], config["choices"]["model"]
+    if "hub_id" not in model:
+        return f"none: random weights (`{option}`, family {model['config']['model_type']})"
+    if model["path"]:
+        return f"from a folder on disk (option `{option}`)"
+    folder = _base_folder(model)
+    commit = f", commit {folder.name}" if folder.parent.name == "snapshots" else ""
+    return f"[{model['hub_id']}]({HUB}/{model['hub_id']}){commit}"
+
+
+def _terms(config: Mapping[str, Any]) -> str:
+    option = config["choices"]["dataset"]
+    if terms := config["dataset"].get("terms"):
+        return f"Trained on `{option}`. Terms of these data: {terms}."
+    if option.startswith("synthetic"):
+        return f"Trained on `{option}`: a made-up world, without terms."
+    return f"Trained on data of its author's own (`{option}`), whose terms are not known here."
+
+
+def _metrics(metrics: Mapping[str, Any]) -> str:
+    rows = ["| metric | SFT start | this policy |", "|---|---|---|"]
+    for name in (*SHOWN, *(name for name in GENERATED if name in metrics)):
+        before = "" if name in GENERATED else f"{metrics.get(f'sft/{name}', 0.0):.4f}"
+        rows.append(f"| {name} | {before} | {metrics[name]:.4f} |")
+    return "\n".join(rows)
+
+
+def _table(cells: Mapping[str, str]) -> str:
+    first, *others = (f"| {name} | {value} |" for name, value in cells.items())
+    return "\n".join([first, "|---|---|", *others])
+
+
+METRICS_TEXT = (
+    "`accuracy`, `ndcg@5` and `mrr` rank the chosen response among all candidates by mean log-prob a token (`_sum`: by "
+    "their sum); rewards and margins compare with the SFT start."
+)
+PLAIN_TEXT = (
+    "It was trained on texts of the form `PROMPT RESPONSE`, joined by one space, with the tokenizer's begin token once "
+    "before them (where it has one) and its end token after them."
+)
+CHAT_TEXT = (
+    "It was trained on prompts as a user's turn of the tokenizer's chat template, and on responses that follow it at "
+    "once and close with the tokenizer's end token."
+)
+
+
+def _code(trainer: Mapping[str, Any]) -> str:
+    needs = "Needs `transformers` and `peft`." if trainer["adapter"] else "Needs `transformers`."
+    chat = """turn = [{"role": "user", "content": prompt}]
+text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)"""
+    text = chat if trainer["chat_template"] else 'text = (tokenizer.bos_token or "") + prompt'
+    return f"""{needs}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder, or its name on the hub
+prompt = "Your prompt:"
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+{text}
+inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+output = model.generate(**inputs, do_sample=False, max_new_tokens=64, eos_token_id=tokenizer.eos_token_id)
+answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+print(answer)
+```
+
+Scores of given candidates, with massdpo: `python run.py task=rank policy=FOLDER in=FILE out=FILE`."""

@@ -1,0 +1,211 @@
+"""A run's folder from outside: who holds it, whether it is done, what it used, and the table at its end."""
+
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from accelerate import Accelerator
+from filelock import FileLock
+
+from massdpo.config import without_secrets
+from massdpo.console import summary_table
+from massdpo.errors import UserError
+from massdpo.store import acquire, digest, remove_unfinished, replacing, set_aside, write_json, writing
+
+Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
+CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
+SHOWN = (  # metrics in the table at the end of a run
+    *("accuracy", "ndcg@5", "mrr", "accuracy_sum", "ndcg@5_sum"),
+    *("reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"),
+)
+GENERATED = ("hr@1", "valid_ratio", "hr@1_constrained", "constrained_agreement")  # below it, with trainer.generate
+
+
+@contextmanager
+def alone(
+    accelerator: Accelerator, lock: Callable[[Callable[[], object]], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """The main process takes a lock, for whom the others wait in rounds: one collective of its whole wait times out."""
+
+    def told(taken: bool) -> bool:
+        return bool(accelerator.reduce(torch.tensor(float(taken), device=accelerator.device), "sum") > 0)
+
+    if not accelerator.is_main_process:
+        while not told(False):
+            pass
+        yield
+        return
+    with lock(lambda: told(False)):
+        told(True)
+        yield
+
+
+@contextmanager
+def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder: a second run of the same config waits. The lock goes with the process that holds it."""
+
+    @contextmanager
+    def lock(meanwhile: Callable[[], object]) -> Iterator[None]:
+        with writing(folder, "set runs_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            held = FileLock(folder / ".lock")
+            acquire(
+                held,
+                lambda: f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting",
+                meanwhile,
+            )
+        try:
+            yield
+        finally:
+            held.release()
+
+    with alone(accelerator, lock):
+        yield
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """What status.json says; nothing where it is missing or damaged."""
+    try:
+        found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and {"status", "key"} <= found.keys() else {}
+
+
+@contextmanager
+def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[None]:
+    """Keep status.json true: `running`, then `finished`, `interrupted` or `failed` (and why), however the run ends.
+
+    SIGTERM, a cluster's preemption, ends a run as Ctrl-C does. Raises `UserError` where the folder takes no more.
+    """
+
+    def tell(state: str, **more: Any) -> None:
+        if accelerator.is_main_process:
+            found = {"status": state, "key": digest(parts), "parts": parts, **more}
+            write_json(folder / "status.json", without_secrets(found))
+
+    try:
+        with writing(folder, "free some room or set runs_dir; the last checkpoint is good"), _terminable():
+            tell("running", pid=os.getpid())
+            yield
+            tell("finished")
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        said = isinstance(error, UserError | KeyboardInterrupt)
+        try:
+            tell(state, why=str(error) or "Ctrl-C" if said else f"{type(error).__name__}: {error}")
+        except OSError:  # a full disk: what stopped the run matters more
+            print(f"warning: {folder / 'status.json'} could not be written either", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("SIGTERM; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> bool:
+    """May this run be computed into the folder? False, with a line that says so, where it is finished already.
+
+    Raises `UserError` where the folder holds a run that something else decided.
+    """
+    before, key = status(folder), digest(parts)
+    if before and before["key"] != key and not force:
+        raise UserError(f"{folder} holds a run {_otherwise(before, parts)}: set another name=, or force=true")
+    if before.get("status") == "finished" and not force:
+        if accelerator.is_main_process:
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
+            same = ", ".join(parts)
+            print(f"{folder} is finished already, with the same {same}: skipped (force=true computes it again)")
+        return False
+    if accelerator.is_main_process:
+        remove_unfinished(folder)
+        if not before and (folder / CHECKPOINTS).is_dir():
+            set_aside(folder / CHECKPOINTS)  # status.json is lost: nobody knows what config they belong to
+        if before and (before["key"] != key or before["status"] == "finished"):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != ".lock":
+                    path.unlink()
+    return True
+
+
+def _otherwise(before: Mapping[str, Any], parts: Parts) -> str:
+    known = before.get("parts")
+    if not isinstance(known, dict):
+        return "of another version"
+    return f"with other {' and '.join(name for name, key in parts.items() if known.get(name) != key)}"
+
+
+def take_over(folder: Path, parts: Parts) -> None:
+    """Copy the same run from another sweep beside this one, if it is finished there: tables share many runs."""
+    others = sorted(folder.parent.parent.glob(f"*/{glob.escape(folder.name)}"))
+    finished = {"status": "finished", "key": digest(parts), "parts": parts}
+    if not status(folder) and (other := next((path for path in others if status(path) == finished), None)):
+        print(f"{folder}: taken over from {other}")
+        shutil.copytree(
+            other, folder, ignore=shutil.ignore_patterns(".lock", "wandb", "status.json"), dirs_exist_ok=True
+        )
+        write_json(folder / "status.json", finished)  # last: now all of it is there
+
+
+def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
+    """The table at the end: the SFT start against the trained policy, where the files are, and what to try next."""
+    rows = []
+    for name in SHOWN:
+        before = metrics.get(f"sft/{name}", 0.0)  # rewards, margins and changes are 0 at the start, by definition
+        rows.append({"test metric": name, "SFT start": _number(before), "trained": _number(metrics[name])})
+    summary_table("SFT start against the trained policy, test split", rows)
+    if "hr@1" in metrics:
+        shares = [f"{name} {metrics[name]:.3f}" for name in GENERATED]
+        print(f"greedy decoding: {', '.join(shares)}")
+    seconds = [f"{metrics[f'{name}_seconds']:.0f} s" for name in ("sft", "train", "select")]
+    print(f"time:  SFT {seconds[0]}, preference stage {seconds[1]}, of which selection {seconds[2]}")
+    saved = ", policy/" if (folder / "policy").is_dir() else ""
+    print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png{saved})")
+    if sync:
+        print(f"W&B:   {sync}")
+    print("next:  python run.py -m selector=mass,random,hardest,full seed=0,1,2   # compare selectors over seeds")
+
+
+def _number(value: float) -> str:
+    return f"{value:+.3f}" if math.isfinite(value) and value < 0 else f"{value:.3f}"
+
+
+def draw_history(history: Sequence[dict[str, Any]], file: Path) -> None:
+    """Loss, margin and log-probs of the preference stage over its steps, as a PNG."""
+    from matplotlib.figure import Figure  # takes half a second to import; no global state
+
+    panels = {
+        "loss": ["loss"],
+        "margin (reward units)": ["margin", "margin_max"],
+        "log-prob (nats)": ["chosen_logp", "rejected_logp"],
+    }
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in history if name in row]  # none of method=sft
+            axes.plot([step for step, _ in points], [value for _, value in points], label=name)
+        axes.set(title=title, xlabel="optimiser step")
+        if len(names) > 1:
+            axes.legend(frameon=False)
+    with replacing(file) as beside:
+        figure.savefig(beside, format="png", dpi=120)

@@ -1,0 +1,60 @@
+"""Before anything is computed: threads, devices, processes, and what libraries may print."""
+
+import logging
+import os
+import warnings
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from omegaconf import DictConfig
+from transformers.utils import logging as transformers_logging
+
+from massdpo.errors import UserError
+from massdpo.runs.machine import reset_peak_memory
+
+
+def start(config: DictConfig) -> Accelerator:
+    """A fresh Accelerator: several jobs run in one process, and its state would keep the first one's precision."""
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # Renamed in the newest transformers; peft, and we for older ones, use the old names.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+    # It tells of every tied weight at every checkpoint.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        check_sharding(accelerator)
+    if config.trainer.generate and accelerator.distributed_type == DistributedType.FSDP:
+        raise UserError(
+            "trainer.generate=true cannot decode with sharded weights: leave it out here, and let "
+            "task=evaluate in=RUN trainer.generate=true do it afterwards"
+        )
+    reset_peak_memory()
+    return accelerator
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Hold Accelerate's FSDP settings against what a run needs; log-probs stay in float32 whatever the precision."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        raise UserError("Accelerate shards weights over several GPUs only: leave its FSDP settings out here")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise UserError("Accelerate's FSDP settings: set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise UserError(
+            "Accelerate's FSDP settings: set fsdp_cpu_ram_efficient_loading: false, as every process scores the "
+            "reference with whole weights before they are sharded"
+        )
+    if plugin.mixed_precision_policy is not None:
+        in_float32 = {"reduce_dtype": torch.float32, "output_dtype": None}  # None: as the scorer gives them
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **in_float32)

@@ -1,0 +1,71 @@
+"""What a run's numbers depend on beside its config: the code's commit, the machine, and the memory it took."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def commit() -> str:
+    """The commit of the code that runs, `+changes` where files differ from it, `unknown` outside a checkout."""
+    try:
+        root = Path(__file__).parent
+        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
+        status = ["git", "status", "--porcelain", "--untracked-files=no"]
+        changes = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.strip() + ("+changes" if changes.strip() else "")
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on, and nothing that names the computer."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
+
+
+def in_words(machine: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+
+
+def reset_peak_memory() -> None:
+    """Several jobs run in one process: each counts its own peak, where the system allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # not Linux: the peak of the whole process is reported
+
+
+def peak_memory_mb() -> float:
+    """Peak memory of this job: of the GPU where there is one, else resident memory of the process, in MB."""
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()) / 1e6
+
+
+def peak_resident() -> int:
+    """Peak resident memory of this process, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux counts the peak of the process that started this one into ru_maxrss
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

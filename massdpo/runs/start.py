@@ -1,0 +1,218 @@
+"""What the preference stage begins with: data, the SFT policy, reference log-probs; each computed once and shared."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from massdpo.data.prepare import prepare
+from massdpo.data.schema import Splits
+from massdpo.data.tokenize import tokenize_splits, tokenizer_key
+from massdpo.data.tokens import TokenizedExample, TokenizedSplit
+from massdpo.errors import UserError
+from massdpo.evaluation.scores import SplitScores, ranking, score_split
+from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs.folder import alone
+from massdpo.runs.provenance import model_key, reference_key, start_key
+from massdpo.store import Cache, digest, package_code, write_json
+from massdpo.training import objectives
+from massdpo.training.history import History, Tracker
+from massdpo.training.loop import Stage, fit
+
+Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
+
+
+@dataclass
+class Data:
+    """The splits as text and as tokens, and what determines them."""
+
+    splits: Splits
+    tokenizer: PreTrainedTokenizerBase
+    train: TokenizedSplit
+    val: TokenizedSplit
+    test: TokenizedSplit
+    key: str
+    model_key: str  # of the start weights and the model's configuration
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad  # masked wherever it stands
+
+
+def cache_of(config: DictConfig) -> Cache:
+    return Cache(Path(config.cache_dir).expanduser(), config.force)
+
+
+def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
+    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
+        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
+
+    return score
+
+
+def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
+    """The data as text and tokens, and the model with its start weights."""
+    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
+    source = instantiate(config.model)
+
+    def texts() -> Iterator[str]:
+        for example in splits.train:
+            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
+            yield from (f" {response}" for response in example.pool)
+
+    texts_key = digest(package_code("data", "model", "store"), splits.digest)
+    model, tokenizer = source.load(texts, config.seed, cache, texts_key)
+    context = model.config.get_text_config().max_position_embeddings
+    options = config.trainer.max_length, config.trainer.chat_template
+    if config.trainer.max_length > context:
+        raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    tokens = tokenize_splits(splits, tokenizer, *options, cache)
+    for name, split in tokens.items():
+        for line in split.warnings:
+            print(f"warning: {name}: {line}", file=sys.stderr)
+    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
+    return Data(splits, tokenizer, **tokens, key=key, model_key=model_key(model)), model
+
+
+def sft_start(
+    config: DictConfig,
+    data: Data,
+    model: nn.Module,
+    cache: Cache,
+    score: Score,
+    tracker: Tracker,
+    accelerator: Accelerator,
+) -> Path:
+    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
+    trainer = config.trainer
+    key = start_key(config, data.key, data.model_key, accelerator)
+    checkpoints = cache.root / "sft" / f"{key}.checkpoints"
+
+    def make() -> Callable[[Path], None]:
+        policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
+        if trainer.gradient_checkpointing:
+            checkpointing(policy)
+        stage = Stage(
+            name="sft",
+            rows=data.train,
+            epochs=trainer.sft.epochs,
+            learning_rate=trainer.sft.learning_rate,
+            objective=objectives.sft,
+            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
+            checkpoints=checkpoints,
+            seed=config.seed,
+            pad_id=data.pad_id,
+        )
+        history = History(checkpoints / "history.csv")
+        scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
+        scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+        trained, weights = accelerator.unwrap_model(scorer).model, gathered(scorer, accelerator)
+        accelerator.free_memory()
+
+        def write(folder: Path) -> None:
+            save_policy(trained, data.tokenizer, folder, weights=weights)
+            write_json(folder / "start.json", {"seconds": position.train_seconds, "history": position.history})
+
+        return write
+
+    place = shared_folder(cache, "sft", key, accelerator, make)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # weights and optimiser, three times the policy
+    return place
+
+
+def load_start(folder: Path, config: DictConfig) -> nn.Module:
+    """The policy as the preference stage starts, ready to be trained."""
+    trainer = config.trainer
+    policy: Any = load_policy(folder)[0]
+    if trainer.adapter and trainer.adapter.stages == "two" and not isinstance(policy, PreTrainedModel):
+        policy = merge_adapter(policy)
+    if trainer.adapter and isinstance(policy, PreTrainedModel):
+        policy = add_adapter(policy, trainer.adapter, config.seed + 1)
+    for name, weight in policy.named_parameters():
+        weight.requires_grad_("lora_" in name if trainer.adapter else True)
+    if trainer.gradient_checkpointing:
+        checkpointing(policy)
+    return policy
+
+
+def reference_scores(
+    config: DictConfig,
+    data: Data,
+    rows: Sequence[TokenizedExample],
+    start: Path,
+    scorer: nn.Module,
+    cache: Cache,
+    score: Score,
+    accelerator: Accelerator,
+) -> dict[str, SplitScores]:
+    """Log-probs of every split under the policy as the preference stage starts: that in the folder `start`."""
+    splits = {"train": rows, "val": data.val, "test": data.test}
+    key = reference_key(config, start)
+
+    def make() -> Callable[[Path], None]:
+        with accelerator.autocast():  # as in training, or rewards would not start at 0
+            scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
+
+        def write(folder: Path) -> None:
+            for name, values in scores.items():
+                values.save(folder / f"{name}.safetensors")
+
+        return write
+
+    folder = shared_folder(cache, "reference", key, accelerator, make)
+    return {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+
+
+def shared_folder(
+    cache: Cache, kind: str, key: str, accelerator: Accelerator, make: Callable[[], Callable[[Path], None]]
+) -> Path:
+    """The cached folder for `key`; else every process takes part in `make()`, and one writes what it returns."""
+    if accelerator.num_processes == 1:
+        return cache.folder(kind, key, lambda folder: make()(folder))
+    place = cache.path(kind, key)
+    with alone(accelerator, lambda meanwhile: cache.lock(kind, key, meanwhile)):
+        held = accelerator.is_main_process and cache.holds(kind, key)  # sets a damaged one aside
+        accelerator.wait_for_everyone()
+        # One process of each machine looks at every byte.
+        there = held or (cache.believes(kind, key) if accelerator.is_local_main_process else place.is_dir())
+        count = torch.tensor(float(there), device=accelerator.device)
+        if int(accelerator.reduce(count, "sum")) < accelerator.num_processes:
+            write = make()
+            if accelerator.is_main_process:
+                cache.build(kind, key, write)
+        accelerator.wait_for_everyone()
+    return place
+
+
+def gathered(scorer: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
+    """The policy's weights by name, where they are sharded; every process takes part, the main one gets them."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return None
+    names = [name for name, _ in scorer.named_parameters()]  # a tied matrix counts once
+    weights = accelerator.get_state_dict(scorer)
+    return {name.removeprefix("model."): weights[name] for name in names if name in weights}
+
+
+def checkpointing(policy: Any) -> None:
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.enable_input_require_grads()  # frozen embeddings would cut the graph below the adapters
+
+
+def instantiate(node: DictConfig) -> Any:
+    """The part a config node describes; a UserError of its own stays one."""
+    try:
+        return hydra.utils.instantiate(node)
+    except hydra.errors.InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None

@@ -1,0 +1,155 @@
+"""Where step metrics go beside a run's own files: Weights & Biases, or nowhere.
+
+Weights & Biases works in a thread of its own: training never waits for it, and one that fails or hangs costs a run
+one line of warning.
+"""
+
+import os
+import queue
+import shlex
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from massdpo.console import warn
+from massdpo.training.history import Number, Rows
+
+
+class NoLogger:
+    """Only the run's own files."""
+
+    def start(
+        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        pass
+
+    def table(self, name: str, rows: Rows) -> None:
+        pass
+
+    def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        return None
+
+
+class Wandb:
+    """Weights & Biases, into `<run_dir>/wandb`; offline it needs no account, no network and asks nothing.
+
+    `mode="online"` without credentials or network records offline, and says so. `timeout` (seconds) bounds how long the
+    end of a run waits for what is still under way. Not recorded: git remote, code, credentials, names of user and host.
+    """
+
+    def __init__(
+        self, project: str, mode: Literal["offline", "online"], entity: str | None = None, timeout: float = 30.0
+    ):
+        self.project, self.mode, self.entity, self.timeout = project, mode, entity, timeout
+        self._actions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._run: Any = None
+        self._broken = False
+
+    def start(
+        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        self._thread.start()
+        self._actions.put(lambda: self._init(config, run_dir, name, group, tags))
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        row = dict(metrics)
+        self._actions.put(lambda: self._run.log(row, step=step))
+
+    def table(self, name: str, rows: Rows) -> None:
+        """A table of the run, such as the picked negatives of some prompts; rows have the same columns."""
+        columns: list[str | int] = list(rows[0])
+        cells: list[Iterable[Any]] = [list(row.values()) for row in rows]
+
+        def log() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Table(columns=columns, data=cells)})
+
+        self._actions.put(log)
+
+    def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        self._actions.put(lambda: self._end(metrics, files))
+        self._actions.put(None)
+        self._thread.join(self.timeout)
+        if self._thread.is_alive():
+            self._give_up(f"no answer within {self.timeout:g} s")
+        if self._run is None or not self._run.offline:
+            return None
+        return f"wandb sync {shlex.quote(os.path.relpath(self._run.settings.sync_dir))}"
+
+    def _init(
+        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None, tags: Sequence[str]
+    ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # must stand before the import to keep the login notes away too
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_stats=True,
+            x_disable_meta=True,  # the command line as it was typed, the names of user and host
+            x_save_requirements=False,
+            init_timeout=self.timeout / 2,  # leaves time to record offline what a server did not take
+            finish_timeout=self.timeout,
+        )
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+        def init(mode: Literal["offline", "online"]) -> Any:
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                mode=mode,
+                dir=run_dir,
+                name=name,
+                group=group,
+                tags=[tag[:64] for tag in tags],  # W&B refuses longer ones
+                config=dict(config),
+                reinit="create_new",  # a job of the same process that died left its run open
+                settings=settings,
+            )
+
+        if self.mode == "online":
+            try:
+                if wandb.login(prompt=False):
+                    self._run = init("online")
+                    return
+                warn("logger.mode=online without W&B credentials: recorded offline (`wandb login`, then sync)")
+            except Exception as error:  # no network, a refused key, ...: nothing that was logged is lost
+                warn(f"W&B is not to be had ({_one_line(error)}): recorded offline")
+        self._run = init("offline")
+
+    def _end(self, metrics: Mapping[str, Any] | None, files: Sequence[Path]) -> None:
+        import wandb
+
+        if metrics is not None:
+            self._run.summary.update(dict(metrics))
+        if files:
+            artifact = wandb.Artifact(f"results-{self._run.id}", type="results")
+            for file in files:
+                artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
+        self._run.finish(exit_code=0 if metrics is not None else 1)
+
+    def _work(self) -> None:
+        while (action := self._actions.get()) is not None:
+            if not self._broken:
+                try:
+                    action()
+                except Exception as error:  # whatever W&B raises: the run and its own files matter more
+                    self._give_up(_one_line(error))
+
+    def _give_up(self, why: str) -> None:
+        if not self._broken:
+            self._broken = True
+            warn(f"W&B was left out ({why}); the run's own files are complete")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,124 @@
+"""Selectors by how unlike their picks are: a determinantal sample, and farthest first.
+
+Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected, L sizes of a
+sample (0 to k), X random numbers.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from massdpo.model.features import FEATURES
+from massdpo.selection import logdet
+from massdpo.selection.gram import candidate_gram, reorder, reorder_gram
+from massdpo.selection.information import Mass
+from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
+from massdpo.store import keyed_seed
+from massdpo.tensors import Picks, PoolStatistics
+
+
+class Dpp(Mass):
+    """A k-DPP sample of the kernel whose most probable set is the one `mass` looks for: P(S) ~ det H(S).
+
+    Sampling: Kulesza and Taskar 2012 (arXiv 1207.6083), algorithms 1 and 8, its random numbers keyed by the noise.
+    """
+
+    def __init__(
+        self,
+        k: int,
+        features: str = "mean",
+        normalize: bool = True,
+        ridge: float = 1.0,
+        short_pool: str = "error",
+    ):
+        super().__init__(k, "centered", features, normalize, ridge, True, "greedy", short_pool)
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        check_finite(pool)
+        mask_BN = pool.mask_BN
+        check_pools(mask_BN.sum(-1), self.k, self.short_pool)
+        gram_BCC, mask_BC = candidate_gram(pool, self.features), pool.scores.mask_BC
+        gram_BNN, _ = logdet.design_gram(gram_BCC, pool.rewards_BC, pool.beta, "centered", self.normalize, mask_BC)
+        ridge_B = self.ridge * logdet.mean_square(gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN)
+        kernel_BNN = gram_BNN / ridge_B[:, None, None] + torch.diag_embed(mask_BN.double())
+        return as_picks(*sample_dpp(kernel_BNN, self.k, mask_BN, pool.noise_BN))
+
+
+class Farthest:
+    """Farthest first, diversity alone: each pick is farthest from the chosen response and all picks before it."""
+
+    needs_scores = True  # the features come with them
+
+    def __init__(self, k: int, features: str = "mean", normalize: bool = True, short_pool: str = "error"):
+        check_options(k, short_pool)
+        logdet.check_name("features", features, FEATURES)
+        self.k, self.features, self.normalize, self.short_pool = k, features, normalize, short_pool
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        check_finite(pool)
+        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
+        order_BN = noise_order(pool)
+        gram_BCC = reorder_gram(candidate_gram(pool, self.features), order_BN)
+        mask_BC = reorder(pool.scores.mask_BC, order_BN)
+        if self.normalize:  # about the plain mean of the pool: equal rewards
+            gram_BCC = logdet.unit_gram(gram_BCC, torch.zeros_like(gram_BCC[..., 0]), mask_BC)
+        square_BC = gram_BCC.diagonal(dim1=-2, dim2=-1)
+        distance_BCC = square_BC[:, :, None] + square_BC[:, None, :] - 2 * gram_BCC
+        nearest_BN = distance_BCC[:, 0, 1:].masked_fill(~mask_BC[:, 1:], -math.inf)
+        rows_B = torch.arange(len(order_BN), device=order_BN.device)
+        picked = []
+        for _ in range(min(self.k, order_BN.shape[1])):
+            best_B1 = nearest_BN.amax(-1, keepdim=True)
+            index_B1 = (nearest_BN >= best_B1 - 1e-10 * best_B1.abs()).to(torch.uint8).argmax(-1, keepdim=True)
+            picked.append(order_BN.gather(1, index_B1))
+            nearest_BN = torch.minimum(nearest_BN, distance_BCC[rows_B, index_B1[:, 0] + 1, 1:])
+            nearest_BN = nearest_BN.scatter(1, index_B1, -math.inf)
+        index_BK = torch.cat(picked, dim=1)
+        real_BK = torch.arange(index_BK.shape[1], device=rows_B.device) < pool.mask_BN.sum(-1, keepdim=True)
+        return as_picks(index_BK, real_BK)
+
+
+def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """A k-DPP sample a prompt from kernels that are zero where masked: indices and mask, `(B, K)`."""
+    batch, pool = mask_BN.shape
+    count_B = mask_BN.sum(-1)
+    uniform_BX = torch.zeros(batch, pool + k, dtype=torch.float64)
+    for row in range(batch):  # by the real candidates' noise alone, so that padding changes nothing
+        generator = torch.Generator().manual_seed(keyed_seed("dpp", noise_BN[row][mask_BN[row]]))
+        numbers = torch.rand(int(count_B[row]) + k, generator=generator, dtype=torch.float64)
+        uniform_BX[row, -len(numbers) :] = numbers
+    uniform_BX = uniform_BX.to(kernel_BNN.device)
+    value_BN, vector_BNN = torch.linalg.eigh(kernel_BNN)
+    value_BN = (value_BN / value_BN[:, -1:]).clamp(min=0.0)  # a k-DPP does not change with the kernel's scale
+    # symmetric[n]: the elementary symmetric polynomials e_0..e_k of the first n eigenvalues
+    symmetric = [torch.nn.functional.pad(value_BN.new_zeros(batch, k), (1, 0), value=1.0)]
+    for n in range(pool):
+        shifted_BL = torch.nn.functional.pad(symmetric[-1][:, :-1], (1, 0))
+        symmetric.append(symmetric[-1] + value_BN[:, n : n + 1] * shifted_BL)
+    left_B1 = count_B.clamp(max=k)[:, None]
+    chosen_BN = torch.zeros_like(mask_BN)
+    for n in reversed(range(pool)):  # which eigenvectors span the sample
+        with_it_B1 = value_BN[:, n : n + 1] * symmetric[n].gather(1, (left_B1 - 1).clamp(min=0))
+        take_B1 = (left_B1 > 0) & (uniform_BX[:, n : n + 1] * symmetric[n + 1].gather(1, left_B1) < with_it_B1)
+        chosen_BN[:, n : n + 1] = take_B1
+        left_B1 = left_B1 - take_B1.long()
+    span_BNN = vector_BNN * chosen_BN[:, None]
+    projection_BNN = span_BNN @ span_BNN.mT
+    left_BN = projection_BNN.diagonal(dim1=-2, dim2=-1).clamp(min=0.0)
+    rows_B = torch.arange(batch, device=mask_BN.device)
+    picked: list[Tensor] = []
+    factors: list[Tensor] = []
+    for step in range(min(k, pool)):  # a candidate in proportion to its squared length, then project it out
+        cumulative_BN = (left_BN * mask_BN).cumsum(-1)
+        threshold_B1 = uniform_BX[:, pool + step : pool + step + 1] * cumulative_BN[:, -1:]
+        index_B = (cumulative_BN <= threshold_B1).sum(-1).clamp(max=pool - 1)
+        picked.append(index_B)
+        row_BN = projection_BNN[rows_B, index_B]
+        for factor_BN in factors:
+            row_BN = row_BN - factor_BN * factor_BN[rows_B, index_B][:, None]
+        factors.append(row_BN * left_BN[rows_B, index_B].clamp(min=1e-300).rsqrt()[:, None])
+        left_BN = (left_BN - factors[-1].square()).clamp(min=0.0)
+        left_BN = left_BN.scatter(1, index_B[:, None], 0.0)
+    index_BK = torch.stack(picked, dim=1)
+    return index_BK, torch.arange(index_BK.shape[1], device=mask_BN.device) < count_B[:, None]

@@ -1,0 +1,112 @@
+"""The subset with the largest Fisher information of its own loss (`subset_fisher`): no guarantee, none claimed.
+
+Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected, M subsets,
+J members of a subset.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from massdpo.selection.logdet import limits
+from massdpo.selection.logdet.arguments import check_exact, check_finite, check_name, factor, selectable
+from massdpo.selection.logdet.design import centre_gram
+from massdpo.selection.logdet.greedy import LogdetSelection, rows
+from massdpo.selection.logdet.search import all_subsets
+
+
+def subset_fisher_logdet(
+    gram_BCC: Tensor, rewards_BC: Tensor, beta: float, ridge: float | Tensor, subsets_BMJ: Tensor
+) -> Tensor:
+    """log det(ridge I + Fisher of the loss over {0} + S) - D log ridge, `(B, M)` float64, for subsets of negatives.
+
+    q, its mean feature and so the whole matrix are the subset's: log det(I + (beta^2 / ridge) (diag q - q q^T) G_S).
+    Neither monotone nor submodular in S. `gram_BCC`: inner products of the features, chosen one first.
+    """
+    columns_BMC = torch.nn.functional.pad(subsets_BMJ + 1, (1, 0))
+    row_B11 = rows(columns_BMC)
+    share_BMC = rewards_BC.double()[row_B11, columns_BMC].softmax(-1)
+    gram_BMCC = gram_BCC.double()[row_B11[..., None], columns_BMC[..., :, None], columns_BMC[..., None, :]]
+    size = columns_BMC.shape[-1]
+    centred = centre_gram(gram_BMCC.flatten(0, 1), share_BMC.flatten(0, 1)).view_as(gram_BMCC)
+    weight_BMC = share_BMC.sqrt()
+    factor_B = factor(ridge, beta**2, gram_BCC)
+    information = centred * weight_BMC[..., :, None] * weight_BMC[..., None, :] * factor_B[:, None, None, None]
+    identity = torch.eye(size, dtype=torch.float64, device=gram_BCC.device)
+    return torch.linalg.slogdet(identity + information).logabsdet
+
+
+def select_subset_fisher(
+    gram_BCC: Tensor,
+    rewards_BC: Tensor,
+    beta: float,
+    k: int,
+    ridge: float | Tensor,
+    mask_BN: Tensor | None = None,
+    solver: str = "greedy",
+) -> LogdetSelection:
+    """Choose k negatives a prompt that make `subset_fisher_logdet` large: greedily, or the best of all by `exact`.
+
+    Greedy has no guarantee here, so `upper_bound_B` is NaN; gains may be negative. Rows of fewer than k take all.
+    """
+    check_name("solver", solver, ("greedy", "exact"))
+    mask_BN = selectable(mask_BN, rewards_BC[:, 1:])
+    real_BC = torch.nn.functional.pad(mask_BN, (1, 0), value=True)
+    check_finite(gram_BCC.masked_fill(~(real_BC[:, :, None] & real_BC[:, None, :]), 0.0))
+    check_finite(rewards_BC.masked_fill(~real_BC, 0.0))
+    if solver == "exact":
+        check_exact(int(mask_BN.sum(-1).max()), k)
+        members_BN = _enumerate_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)
+        best = _greedy_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, members_BN)
+        return best._replace(upper_bound_B=best.logdet_B)
+    return _greedy_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)
+
+
+def _greedy_subset_fisher(
+    gram_BCC: Tensor, rewards_BC: Tensor, beta: float, k: int, ridge: float | Tensor, mask_BN: Tensor
+) -> LogdetSelection:
+    batch, pool = mask_BN.shape
+    taken_BJ = torch.zeros(batch, 0, dtype=torch.int64, device=mask_BN.device)
+    count_B = mask_BN.sum(-1)
+    reached = [gram_BCC.new_zeros(batch, dtype=torch.float64)]
+    ties_B = torch.zeros_like(count_B)
+    available_BN = mask_BN
+    each_BN1 = torch.arange(pool, device=mask_BN.device).expand(batch, pool)[..., None]
+    for step in range(k):
+        subsets_BNJ = torch.cat([taken_BJ[:, None].expand(batch, pool, step), each_BN1], dim=-1)
+        value_BN = subset_fisher_logdet(gram_BCC, rewards_BC, beta, ridge, subsets_BNJ)
+        value_BN = value_BN.masked_fill(~available_BN, -math.inf)
+        best_B = value_BN.amax(-1)
+        tied_BN = value_BN >= (best_B - 1e-10 * (1.0 + best_B.abs()))[:, None]
+        index_B1 = tied_BN.to(torch.uint8).argmax(-1, keepdim=True)
+        real_B = count_B > step
+        reached.append(torch.where(real_B, best_B, reached[-1]))
+        ties_B = ties_B + (real_B & (tied_BN.sum(-1) > 1))
+        taken_BJ = torch.cat([taken_BJ, index_B1 * real_B[:, None]], dim=1)
+        available_BN = available_BN.scatter(1, index_B1, False)
+    gains_BK = torch.stack(reached, dim=1).diff(dim=1)
+    mask_BK = torch.arange(k, device=mask_BN.device) < count_B[:, None]
+    return LogdetSelection(taken_BJ, gains_BK, reached[-1], torch.full_like(reached[-1], math.nan), mask_BK, ties_B)
+
+
+def _enumerate_subset_fisher(
+    gram_BCC: Tensor, rewards_BC: Tensor, beta: float, k: int, ridge: float | Tensor, mask_BN: Tensor
+) -> Tensor:
+    batch, pool = mask_BN.shape
+    members_BN = mask_BN.clone()
+    if pool <= k:
+        return members_BN
+    subsets_MK = all_subsets(pool, k).to(mask_BN.device)
+    best_B = torch.full((batch,), -math.inf, dtype=torch.float64, device=mask_BN.device)
+    long_B = mask_BN.sum(-1) > k
+    chunk = max(1, limits.CHUNK_NUMBERS // (batch * (k + 1) ** 2))
+    for part_MK in subsets_MK.split(chunk):
+        value_BM = subset_fisher_logdet(gram_BCC, rewards_BC, beta, ridge, part_MK.expand(batch, -1, -1))
+        value_BM = value_BM.masked_fill(~mask_BN[:, part_MK].all(-1), -math.inf)
+        top_B, where_B = value_BM.max(-1)
+        better_B = long_B & (top_B > best_B)
+        found_BN = torch.zeros_like(mask_BN).scatter(1, part_MK[where_B], True)
+        members_BN = torch.where(better_B[:, None], found_BN, members_BN)
+        best_B = torch.where(better_B, top_B, best_B)
+    return members_BN

@@ -1,0 +1,170 @@
+"""Selectors by what the pool's log-probs and rewards say of each negative: one score, several, or none.
+
+Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected, S scores.
+"""
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from massdpo.selection import logdet
+from massdpo.selection.pools import (
+    as_picks,
+    check_finite,
+    check_options,
+    check_pools,
+    noise_order,
+    overlap,
+    take_best,
+    to_resolution,
+)
+from massdpo.tensors import Picks, PoolStatistics
+
+
+class ByScore(ABC):
+    """The k negatives with the largest `score_BN(pool)`."""
+
+    features: str | None = None
+    needs_scores = True
+
+    def __init__(self, k: int, short_pool: str = "error"):
+        check_options(k, short_pool)
+        self.k, self.short_pool = k, short_pool
+
+    @abstractmethod
+    def score_BN(self, pool: PoolStatistics) -> Tensor: ...
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        if self.needs_scores:
+            check_finite(pool)
+        return take_best(pool, self.score_BN(pool), self.k, self.short_pool)
+
+
+class Random(ByScore):
+    """k of the pool, uniformly (S-DPO, arXiv 2406.09215)."""
+
+    needs_scores = False
+
+    def score_BN(self, pool: PoolStatistics) -> Tensor:
+        return pool.noise_BN
+
+
+class Hardest(ByScore):
+    """The k with the largest s_i = r_i - r_0: what the policy has come to prefer most against the reference."""
+
+    def score_BN(self, pool: PoolStatistics) -> Tensor:
+        return to_resolution(pool.advantage_BN / pool.beta)
+
+
+class HardestLogp(ByScore):
+    """The k that the policy itself finds likeliest, by the mean log-prob of their tokens or by the `sum`."""
+
+    def __init__(self, k: int, score: str = "mean", short_pool: str = "error"):
+        super().__init__(k, short_pool)
+        logdet.check_name("score", score, ("mean", "sum"))
+        self.score = score
+
+    def score_BN(self, pool: PoolStatistics) -> Tensor:
+        logp_BC = pool.scores.mean_logp_BC if self.score == "mean" else pool.scores.logp_BC
+        return to_resolution(logp_BC[:, 1:])
+
+
+class Sampled(ByScore):
+    """k without replacement in proportion to p = softmax(s): the largest of s_i plus Gumbel noise (Vieira 2014)."""
+
+    def score_BN(self, pool: PoolStatistics) -> Tensor:
+        uniform_BN = pool.noise_BN.double().clamp(min=torch.finfo(torch.float64).tiny)
+        return pool.advantage_BN - (-uniform_BN.log()).log()
+
+
+class Full:
+    """The whole pool."""
+
+    features: str | None = None
+    needs_scores = False
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        mask_BN = pool.mask_BN
+        return as_picks(torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN), mask_BN)
+
+
+class Interleaved:
+    """This project's own: three scores take turns, each time the best negative not yet picked.
+
+    The scores are logp_i - logp_0, s_i = r_i - r_0 and the difference of mean token log-probs; which begins is chance.
+    """
+
+    features: str | None = None
+    needs_scores = True
+
+    def __init__(self, k: int, short_pool: str = "error"):
+        check_options(k, short_pool)
+        self.k, self.short_pool = k, short_pool
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        check_finite(pool)
+        mask_BN = pool.mask_BN
+        check_pools(mask_BN.sum(-1), self.k, self.short_pool)
+        order_BN = noise_order(pool)  # so that the first of equals is the one with the largest noise
+        values = (pool.scores.logp_BC, pool.rewards_BC / pool.beta, pool.scores.mean_logp_BC)
+        scores_BSN = torch.stack([to_resolution(value_BC[:, 1:] - value_BC[:, :1]) for value_BC in values], dim=1)
+        scores_BSN = scores_BSN.masked_fill(~mask_BN[:, None], -math.inf).gather(2, order_BN[:, None].expand(-1, 3, -1))
+        start_B = ((pool.noise_BN.double() * mask_BN).sum(-1).frac() * 3).long()  # uniform, in whatever order they come
+        rows_B = torch.arange(len(start_B), device=start_B.device)
+        picked = []
+        for step in range(min(self.k, mask_BN.shape[1])):
+            best_B1 = scores_BSN[rows_B, (start_B + step) % 3].argmax(-1, keepdim=True)
+            picked.append(order_BN.gather(1, best_B1))
+            scores_BSN = scores_BSN.scatter(2, best_B1[..., None].expand(-1, 3, 1), -math.inf)
+        index_BK = torch.cat(picked, dim=1)
+        return as_picks(index_BK, torch.arange(index_BK.shape[1], device=rows_B.device) < mask_BN.sum(-1, keepdim=True))
+
+
+class Dynamic:
+    """Negatives on the decision boundary: the boundary set of DynamicPO (arXiv 2605.00327), at most k of it.
+
+    Those that the policy finds at least as likely as the chosen response; where there are none, the top cluster of a
+    3-means of the pool's log-probs (centres start at its minimum, middle and maximum). The likeliest k are taken where
+    the set is larger, and all of it where it is smaller. The paper's varying beta belongs to its loss and is left out.
+    """
+
+    features: str | None = None
+    needs_scores = True
+    rounds = 50  # of Lloyd's algorithm at most; a pool of 20 settles within ten
+
+    def __init__(self, k: int, short_pool: str = "error"):
+        check_options(k, short_pool)
+        self.k, self.short_pool = k, short_pool
+
+    def __call__(self, pool: PoolStatistics) -> Picks:
+        check_finite(pool)
+        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
+        logp_BC = to_resolution(pool.scores.logp_BC)
+        logp_BN = logp_BC[:, 1:]
+        above_BN = (logp_BN >= logp_BC[:, :1]) & pool.mask_BN
+        boundary_BN = torch.where(above_BN.any(-1, keepdim=True), above_BN, self._top_cluster(logp_BN, pool.mask_BN))
+        best = take_best(pool, logp_BN.masked_fill(~boundary_BN, -math.inf), self.k, "all")
+        info = {"boundary_size": boundary_BN.sum(-1).float()}
+        return as_picks(best.index_BK, best.mask_BK & boundary_BN.gather(1, best.index_BK), info)
+
+    def _top_cluster(self, value_BN: Tensor, mask_BN: Tensor) -> Tensor:
+        low_B = value_BN.masked_fill(~mask_BN, math.inf).amin(-1)
+        high_B = value_BN.masked_fill(~mask_BN, -math.inf).amax(-1)
+        centre_B3 = torch.stack([low_B, (low_B + high_B) / 2, high_B], dim=1)
+        for _ in range(self.rounds):
+            nearest_BN = (value_BN[..., None] - centre_B3[:, None]).abs().argmin(-1)
+            member_BN3 = torch.nn.functional.one_hot(nearest_BN, 3) * mask_BN[..., None]
+            size_B3 = member_BN3.sum(1)
+            mean_B3 = (member_BN3 * value_BN[..., None]).sum(1) / size_B3.clamp(min=1)
+            before_B3, centre_B3 = centre_B3, torch.where(size_B3 > 0, mean_B3, centre_B3)
+            if torch.equal(before_B3, centre_B3):
+                break
+        top_B1 = nearest_BN.masked_fill(~mask_BN, 0).amax(-1, keepdim=True)  # centres keep their order
+        return (nearest_BN == top_B1) & mask_BN
+
+
+def hardest_overlap(pool: PoolStatistics, picks: Picks) -> Tensor:
+    """Jaccard similarity `(B,)` with what `hardest` would pick from the same pools."""
+    return overlap(picks, Hardest(k=picks.index_BK.shape[1], short_pool="all")(pool))

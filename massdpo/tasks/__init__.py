@@ -1,0 +1,31 @@
+"""What each `task` does, one file each; where results go is what `out` says."""
+
+from omegaconf import DictConfig
+
+from massdpo.config import validate
+from massdpo.runs import pipeline
+from massdpo.tasks.evaluate import evaluate
+from massdpo.tasks.inspect import inspect
+from massdpo.tasks.rank import rank
+from massdpo.tasks.select import select
+from massdpo.tasks.study import study
+
+
+def run(config: DictConfig) -> None:
+    """Do what `task` says.
+
+    Raises:
+        UserError: anything a user can cause; nothing half-written is left where a result is expected.
+    """
+    validate(config)
+    TASKS[config.task](config)
+
+
+TASKS = {
+    "train": pipeline.train,
+    "evaluate": evaluate,
+    "select": select,
+    "rank": rank,
+    "inspect": inspect,
+    "study": study,
+}

@@ -1,0 +1,121 @@
+"""What will be trained on, for a person to see; with what can be guessed without any model (`baselines.py`)."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.text import normalise
+from massdpo.errors import UserError
+from massdpo.evaluation.baselines import compute, leak_check
+from massdpo.runs import launch, start
+from massdpo.store import replacing
+from massdpo.tasks.rank import writing_to
+
+SHOWN = 3  # examples printed whole
+MEASURED = 2000  # examples whose tokens are counted, spread evenly over the split
+
+
+def inspect(config: DictConfig) -> None:
+    """Print what will be trained on; with `split` and `out`, write every prepared example of a split as JSON lines."""
+    launch.start(config)
+    data, _ = start.load(config, start.cache_of(config))
+    out = Path(config.out) if config.out else None
+    with writing_to(config.out):
+        shown = page(data.splits, data.tokenizer, config.split or "train", out)
+    counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
+    sys.stdout.write("\n".join([shown, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
+
+
+def page(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train", out: Path | None = None) -> str:
+    """A page about a prepared dataset; with `out`, every example of `split` is written there as JSON Lines.
+
+    Raises:
+        UserError: `split` is none of train, val, test.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split is train, val or test, not {split!r}")
+    lines = [f"digest {splits.digest}"]
+    lines += [f"  {name}: {value}" for name, value in splits.report.items()]
+    trained_on = {hash(example.prompt) for example in splits.train}
+    for name in SPLITS:
+        lines += _about(name, getattr(splits, name), tokenizer)
+        if name != "train":
+            also = sum(hash(example.prompt) in trained_on for example in getattr(splits, name))
+            lines.append(f"  prompts that stand in train too: {also}")
+    leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(splits).items()}
+    lines += ["", "without a model, on the test split, equals guessed evenly:"]
+    lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(splits)).items()]
+    for example in getattr(splits, split)[:SHOWN]:
+        lines += ["", f"{example.id}  {json.dumps(example.meta, ensure_ascii=False)}", f"prompt: {example.prompt}"]
+        place = example.candidates.index(example.chosen) + 1
+        lines += [f"chosen, number {place} of its slate of {len(example.candidates)}: {example.chosen}"]
+        lines += [f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]
+    if out is not None:
+        lines += ["", f"{export(getattr(splits, split), split, out)} examples of {split} written to {out}"]
+    return "\n".join(lines)
+
+
+def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> int:
+    """Write `split`, `id`, `prompt`, `chosen`, `pool`, `candidates` (in slate order), a line each; return how many."""
+    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+        for example in examples:
+            row = {
+                "split": split,
+                "id": example.id,
+                "prompt": example.prompt,
+                "chosen": example.chosen,
+                "pool": example.pool,
+                "candidates": example.candidates,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return len(examples)
+
+
+def _about(split: str, examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    pools: Counter[int] = Counter()
+    prompts: set[int] = set()  # their hashes: the texts of a large split would not fit
+    repeated = 0
+    for example in examples:
+        pools[len(example.pool)] += 1
+        prompts.add(hash(example.prompt))
+        texts = {normalise(text) for text in example.candidates}
+        repeated += len(texts) < len(example.candidates)
+    some = [examples[row] for row in np.linspace(0, len(examples) - 1, min(MEASURED, len(examples))).astype(int)]
+    prompt_lengths = _lengths([example.prompt for example in some], tokenizer)
+    response_lengths = _lengths([text for example in some for text in example.candidates], tokenizer)
+    return [
+        "",
+        f"{split}: {len(examples)} examples",
+        f"  pool sizes: {_counts(pools)}",
+        f"  prompts that repeat an earlier one: {len(examples) - len(prompts)}",
+        f"  slates with equal texts: {repeated}",
+        f"  tokens of a prompt: {_spread(prompt_lengths)}; of a response: {_spread(response_lengths)}"
+        + (f" (of {len(some)} examples)" if len(some) < len(examples) else ""),
+    ]
+
+
+def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _spread(lengths: list[int]) -> str:
+    low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
+    return f"{low} to {high}, median {middle}"
+
+
+def _counts(counter: Counter[int]) -> str:
+    return ", ".join(f"{size} ({count}x)" for size, count in sorted(counter.items()))
+
+
+def _token_counts(data: start.Data) -> dict[str, str]:
+    """Every count of the tokeniser's report, over the splits."""
+    reports = {name: getattr(data, name).report for name in ("train", "val", "test")}
+    return {key: ", ".join(f"{name} {report[key]}" for name, report in reports.items()) for key in reports["train"]}

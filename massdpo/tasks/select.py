@@ -1,0 +1,82 @@
+"""`task=select`: the training split with the negatives that a selector picks, for other trainers."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from massdpo.data.prepare import limited
+from massdpo.errors import UserError
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs import launch, start
+from massdpo.runs.trackers import NoLogger
+from massdpo.selection import check_selection
+from massdpo.store import build_folder, is_whole
+from massdpo.tasks.rank import writing_to
+from massdpo.training.objectives import Preference
+
+
+def select(config: DictConfig) -> None:
+    """Write the training split with the negatives that `selector` picks under the SFT start, for other trainers.
+
+    In the folder `out`: train.jsonl and dataset/ (`datasets.load_from_disk`) with `prompt`, `chosen`, the picked texts
+    `rejected` and their places in the pool `rejected_index`, in pick order; pairs.jsonl with a line for each picked
+    negative, whose responses bring the space that joins them to the prompt (none with a chat template), as TRL wants.
+
+    Raises:
+        UserError: a pool below k, or an `out` that holds something else.
+    """
+    accelerator = launch.start(config)
+    out, trainer = Path(config.out), config.trainer
+    if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
+    cache = start.cache_of(config)
+    data, model = start.load(config, cache)
+    subset = trainer.preference.limit, config.dataset.seed, "preference"
+    rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
+    selector = start.instantiate(config.selector)
+    pools = [len(example.pool) for example in examples]
+    check_selection(config.selector, pools)
+    score = start.scoring(config, accelerator, data.pad_id)
+    sft_folder = start.sft_start(config, data, model, cache, score, NoLogger(), accelerator)
+    policy = start.load_start(sft_folder, config)
+    features = selector.features if selector.needs_scores else None
+    scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
+    reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score, accelerator)["train"]
+    width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
+    picking = Preference(selector, start.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
+    with accelerator.autocast():
+        picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
+    index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
+    table = []
+    for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
+        places = index_K[mask_K].tolist()
+        rejected = [example.pool[place] for place in places]
+        row = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected, "rejected_index": places}
+        table.append(row)
+    if accelerator.is_main_process:
+        import datasets  # seconds
+
+        datasets.disable_progress_bars()
+        space = "" if trainer.chat_template else " "
+        pairs = [
+            {"prompt": row["prompt"], "chosen": space + row["chosen"], "rejected": space + rejected}
+            for row in table
+            for rejected in row["rejected"]
+        ]
+
+        def write(folder: Path) -> None:
+            _write_lines(folder / "train.jsonl", table)
+            _write_lines(folder / "pairs.jsonl", pairs)
+            datasets.Dataset.from_list(table).save_to_disk(folder / "dataset")
+
+        with writing_to(config.out):
+            build_folder(out, write)
+        print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
+
+
+def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with open(file, "w", encoding="utf-8", newline="\n") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

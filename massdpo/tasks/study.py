@@ -1,0 +1,113 @@
+"""`task=study`: which study, on which runs, and where its table and figure go."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from massdpo.data.tokens import collate
+from massdpo.errors import UserError
+from massdpo.model.save import load_policy
+from massdpo.runs import launch, pipeline, start
+from massdpo.runs.machine import commit, in_words, machine
+from massdpo.runs.trackers import NoLogger
+from massdpo.store import write_text
+
+SEEDS = 5  # training seeds of study=features and study=refresh, from `seed` on
+PROMPTS = 64  # training prompts whose gradients study=features compares
+MEASURED = {  # of each run of study=refresh
+    "accuracy": "accuracy (test)",
+    "ndcg@5": "NDCG@5 (test)",
+    "margin": "mean margin (test; beta nats)",
+    "chosen_logp_change": "change of the chosen log-prob (nats)",
+    "select_seconds": "selection (s)",
+    "train_seconds": "preference stage (s)",
+}
+
+
+def study(config: DictConfig) -> None:
+    """Compute the study that `study` names; its table and figure go to `out`, or results/studies.
+
+    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, with several
+    seeds, as runs that are kept and found again.
+    """
+    out = Path(config.out or "results/studies")
+    started = time.perf_counter()
+    STUDIES[config.study](config, out)
+    page = out / f"{config.study}.md"
+    source = f"`{pipeline.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
+    write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
+    print(page.read_text(encoding="utf-8"))
+    print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
+
+
+def _study_optimality(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.optimality import optimality  # seconds: tables and figures
+
+    optimality(out)
+
+
+def _study_loglinear(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.loglinear import loglinear
+
+    loglinear(out)
+
+
+def _study_refresh(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.refresh import refresh
+
+    def run(kind: str, seed: int) -> Mapping[str, float]:
+        folder = pipeline.train(_run_of(config, refresh=kind, seed=seed))
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return {name: metrics[name] for name in MEASURED}
+
+    refresh(out, run, _seeds(config), MEASURED)
+
+
+def _study_features(config: DictConfig, out: Path) -> None:
+    from massdpo.studies.features import features
+
+    accelerator = launch.start(config)
+    if not config.trainer.save_policy:
+        raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
+    cache = start.cache_of(config)
+    data, _ = start.load(config, cache)
+    rows = list(enumerate(data.train[:PROMPTS]))
+    batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]  # a backward pass walks all of one
+
+    def models(seed: int) -> Mapping[str, nn.Module]:
+        run = _run_of(config, seed=seed)
+        folder = pipeline.train(run)
+        data, model = start.load(run, cache)
+        score = start.scoring(config, accelerator, data.pad_id)
+        sft_folder = start.sft_start(run, data, model, cache, score, NoLogger(), accelerator)
+        before, after = start.load_start(sft_folder, run), load_policy(folder / "policy")[0]
+        trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
+        for name, weight in after.named_parameters():
+            weight.requires_grad_(name in trained)
+        return {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
+
+    features(out, models, batches, config.beta, config.k, _seeds(config))
+
+
+STUDIES = {
+    "optimality": _study_optimality,
+    "loglinear": _study_loglinear,
+    "refresh": _study_refresh,
+    "features": _study_features,
+}
+
+
+def _seeds(config: DictConfig) -> range:
+    return range(config.seed, config.seed + SEEDS)
+
+
+def _run_of(config: DictConfig, **options: Any) -> DictConfig:
+    """The same config as a training run of the group that the study names."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    run = {"task": "train", "study": None, "out": None, "name": None, "sweep": f"study_{config.study}"}
+    return OmegaConf.create(values | run | options)

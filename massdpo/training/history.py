@@ -1,0 +1,73 @@
+"""What a stage tells while it goes: its history file, and the tracker that step metrics go to beside it."""
+
+import csv
+import io
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from massdpo import store
+
+Number = int | float
+Rows = Sequence[Mapping[str, Any]]
+
+
+class History:
+    """`history.csv`: one row a logged step, each a dict of numbers; columns in the order in which they first appeared.
+
+    The file is written whole, at most every `write_every` seconds while rows are added and by `write()`.
+    """
+
+    def __init__(self, path: Path, rows: list[dict[str, Number]] | None = None, write_every: float = 10.0):
+        self.path = path
+        self.rows = rows or []
+        self.write_every = write_every
+        self._written = time.monotonic()
+
+    @classmethod
+    def load(cls, path: Path) -> "History":
+        """The history as it was written, to go on with; floats come back to the last digit."""
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: _number(cell) for name, cell in row.items() if cell != ""} for row in csv.DictReader(file)]
+        return cls(path, rows)
+
+    def append(self, row: Mapping[str, Number]) -> None:
+        self.rows.append(dict(row))
+        if time.monotonic() - self._written > self.write_every:
+            self.write()
+
+    def write(self) -> None:
+        columns = dict.fromkeys(name for row in self.rows for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        store.write_text(self.path, text.getvalue())
+        self._written = time.monotonic()
+
+
+def _number(cell: str) -> Number:
+    try:
+        return int(cell)
+    except ValueError:
+        return float(cell)
+
+
+class Tracker(Protocol):
+    """Where step metrics go beside `history.csv`. No method raises or waits; `finish` waits a bounded time."""
+
+    def start(
+        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
+    ) -> None: ...
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None: ...
+
+    def table(self, name: str, rows: Rows) -> None: ...
+
+    def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        """End the run with its final metrics (None: it failed) and result files, kept as an artifact.
+
+        Returns the command that uploads what was recorded offline, where there is one.
+        """
+        ...

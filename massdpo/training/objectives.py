@@ -1,0 +1,249 @@
+"""What the two stages learn: SFT on chosen responses, then preferences between the chosen and the picked negatives.
+
+Suffixes: S prompts of the training split, B prompts of a batch, C = 1 + N candidates (column 0 is the chosen one),
+K picked negatives.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from massdpo.data.tokens import TokenizedExample
+from massdpo.errors import UserError
+from massdpo.evaluation.scores import SplitScores, each_batch
+from massdpo.selection import Selector, hardest_overlap, overlap
+from massdpo.store import keyed_seed
+from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+TOLERANCE = 1e-4  # nats a response: two float32 passes over one model differ by less
+TOLERANCE_BFLOAT16 = 0.02  # nats a token
+
+
+# A margin of 16 leaves exp(-16), float32's epsilon, beside the 1 of log(1 + sum exp(-margin)): nothing more is learned.
+RUNAWAY = 16.0
+# Mean nats a token below the start: the chosen responses' perplexity is e times what SFT left.
+COLLAPSE = 1.0
+
+
+def sft(scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean negative log-prob a token of the chosen response, `(B,)`."""
+    scored: Scored = scorer(batch.chosen_only())
+    return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]}
+
+
+@dataclass
+class Preference:
+    """The preference objective: select negatives (at this step, or as last refreshed), score them, compare.
+
+    `refresh`: `step` selects with the current policy in the same pass that trains on it; `epoch` and `once` select for
+    the whole split beforehand. A selector that needs no scores picks without a pass over the pool.
+    """
+
+    selector: Selector
+    loss: Loss
+    beta: float
+    refresh: str
+    seed: int
+    reference: SplitScores
+    k: int  # columns of the picks table
+    state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
+    seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
+    _own: list[Tensor] = field(default_factory=list)  # rows that this process alone knows the newest picks of
+
+    def __post_init__(self) -> None:
+        size = len(self.reference.logp_SC)
+        self.state = {
+            "index_SK": torch.zeros(size, self.k, dtype=torch.int64),
+            "mask_SK": torch.zeros(size, self.k, dtype=torch.bool),
+            "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
+        }
+
+    def __call__(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each prompt `(B,)` and what is logged of it; `observe` asks for what costs an extra pass."""
+        started = time.perf_counter()
+        if self.refresh != "step":
+            picks, pool = self._stored(batch), None
+            scored: Scored = scorer(batch.take(picks))
+        elif self.selector.needs_scores:
+            scored = scorer(batch, lambda scores: self.selector(self._statistics(batch, scores, epoch, observe)))
+            assert scored.picks is not None and scored.pool is not None
+            picks, pool = scored.picks, scored.pool
+            self.seconds["select"] += scored.select_seconds
+        else:
+            picks, pool = self.selector(self._statistics(batch, unscored(batch), epoch)), None
+            self.seconds["select"] += time.perf_counter() - started
+            scored = scorer(batch.take(picks))
+        scores = scored.scores
+        reference_BC = picked(self._reference(batch), picks)
+        rewards_BC = self.beta * (scores.logp_BC - reference_BC)
+        loss_B = self.loss(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
+        logs = self._logs(scores, rewards_BC, picks)
+        with torch.no_grad():
+            logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
+        return loss_B, logs
+
+    def selecting(
+        self, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int
+    ) -> Callable[[nn.Module, int], dict[str, float]]:
+        """What to do at an epoch's begin: nothing, or select for every prompt of the split with the current policy.
+
+        It returns the means of what is logged of the picks; none where nothing was selected.
+        """
+
+        def begin(scorer: nn.Module, epoch: int) -> dict[str, float]:
+            done = int(self.state["selected_in"])
+            if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
+                return {}
+            started = time.perf_counter()
+            parts = []
+            for batch in each_batch(scorer, rows, accelerator, size, pad_id, "select"):
+                scores = scorer(batch).scores if self.selector.needs_scores else unscored(batch)
+                pool = self._statistics(batch, scores, epoch, observe=True)
+                picks = self.selector(pool)
+                logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+                if self.selector.needs_scores:
+                    logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
+                if done >= 0:
+                    logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+                on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
+                parts.append((batch.index_B.cpu(), on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+            values: dict[str, Tensor] = {}
+            for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
+                self._store(index_B, picks)
+                for name, value_B in logs.items():
+                    values.setdefault(name, torch.zeros(len(rows)))[index_B] = value_B.float()
+            self.state["selected_in"].fill_(epoch)
+            self.seconds["select"] += time.perf_counter() - started
+            return {name: float(value_S.mean()) for name, value_S in values.items()}
+
+        return begin
+
+    def share(self) -> None:
+        """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
+        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *self._own])
+        own = rows_S, self.state["index_SK"][rows_S], self.state["mask_SK"][rows_S]
+        for rows_B, index_BK, mask_BK in gather_object([own]):
+            self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
+        self._own.clear()
+
+    def _reference(self, batch: Batch) -> Tensor:
+        """Reference log-probs of the batch's candidates, `(B, C)`."""
+        width = batch.response_ids_BCT.shape[1]
+        return self.reference.logp_SC[batch.index_B.cpu(), :width].to(batch.index_B.device)
+
+    def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
+        draw = 0 if self.refresh == "once" else epoch
+        noise_BN = noise(batch, self.seed, draw)
+        return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
+
+    def _stored(self, batch: Batch) -> Picks:
+        rows_B, device = batch.index_B.cpu(), batch.index_B.device
+        return Picks(self.state["index_SK"][rows_B].to(device), self.state["mask_SK"][rows_B].to(device))
+
+    def _store(self, rows_B: Tensor, picks: Picks) -> None:
+        width = picks.index_BK.shape[1]
+        self.state["index_SK"][rows_B, :width] = picks.index_BK.cpu()
+        self.state["mask_SK"][rows_B] = False
+        self.state["mask_SK"][rows_B, :width] = picks.mask_BK.cpu()
+
+    def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
+        count_B = picks.mask_BK.sum(-1)
+        rejected = [(value_BC[:, 1:] * picks.mask_BK).sum(-1) / count_B for value_BC in (rewards_BC, scores.logp_BC)]
+        best_B = rewards_BC[:, 1:].masked_fill(~picks.mask_BK, -torch.inf).amax(-1)
+        return {
+            "chosen_reward": rewards_BC[:, 0],
+            "rejected_reward": rejected[0],
+            "margin": rewards_BC[:, 0] - rejected[0],
+            "margin_max": rewards_BC[:, 0] - best_B,
+            "reward_accuracy": (rewards_BC[:, 0] > best_B).float(),
+            "chosen_logp": scores.logp_BC[:, 0],
+            "chosen_mean_logp_change": rewards_BC[:, 0] / self.beta / scores.length_BC[:, 0],
+            "rejected_logp": rejected[1],
+            "k_effective": count_B.float(),
+        }
+
+    def _pick_logs(
+        self, scorer: nn.Module, batch: Batch, picks: Picks, pool: Scores | None, epoch: int, observe: bool
+    ) -> dict[str, Tensor]:
+        logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+        if self.refresh == "step":
+            if epoch:
+                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+            self._store(batch.index_B.cpu(), picks)
+            self._own.append(batch.index_B.cpu())
+        if observe:
+            started = time.perf_counter()
+            scores = scorer(batch).scores if pool is None else pool
+            logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
+            self.seconds["observe"] += time.perf_counter() - started
+        return logs
+
+
+def alarms(row: Mapping[str, float]) -> dict[str, str]:
+    """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
+    found = {}
+    reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
+    if abs(reward) > RUNAWAY:
+        found["rewards"] = (
+            f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from them): "
+            "lower trainer.preference.learning_rate"
+        )
+    if row["chosen_mean_logp_change"] < -COLLAPSE:
+        found["chosen"] = (
+            f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats a token since the "
+            "start, on average): lower trainer.preference.learning_rate"
+        )
+    return found
+
+
+def picked(value_BC: Tensor, picks: Picks) -> Tensor:
+    """The columns of the chosen response and the picks, `(B, 1 + K)`."""
+    return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
+
+
+def unscored(batch: Batch) -> Scores:
+    """What a selector that needs no scores is given: which candidates there are, and zeros."""
+    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.index_B.device)
+    return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
+
+
+def noise(batch: Batch, seed: int, draw: int) -> Tensor:
+    """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
+    sizes = (batch.mask_BC.sum(-1) - 1).tolist()
+    noise_BN = np.zeros((len(sizes), batch.mask_BC.shape[1] - 1))
+    for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
+        noise_BN[row, :size] = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(size)
+    return torch.from_numpy(noise_BN).to(batch.index_B.device)
+
+
+def check_reference(
+    scorer: nn.Module,
+    rows: Sequence[TokenizedExample],
+    reference: SplitScores,
+    accelerator: Accelerator,
+    pad_id: int,
+    bfloat16: bool,
+) -> None:
+    """At step 0 every reward must be 0: the stored log-probs must be those of the policy as it starts.
+
+    Raises `UserError` where they differ by more than 1e-4 nats a response (float32) or 0.02 nats a token (bfloat16).
+    """
+    first = rows[: 4 * accelerator.num_processes]
+    for batch in each_batch(scorer, first, accelerator, 4, pad_id, "check"):
+        scores: Scores = scorer(batch).scores
+        width = scores.logp_BC.shape[1]
+        stored_BC = reference.logp_SC[batch.index_B.cpu(), :width].to(scores.logp_BC.device)
+        allowed_BC = TOLERANCE_BFLOAT16 * scores.length_BC if bfloat16 else torch.full_like(stored_BC, TOLERANCE)
+        off_BC = (scores.logp_BC - stored_BC).abs() * scores.mask_BC
+        if (off_BC > allowed_BC).any():
+            raise UserError(
+                f"the stored reference log-probs do not belong to this policy ({float(off_BC.max()):.3g} nats off at "
+                f"{batch.ids[int(off_BC.amax(-1).argmax())]}): remove the folder reference/ from cache_dir"
+            )
