@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from filelock import FileLock
 

@@ -41,8 +41,9 @@ def start_key(config: DictConfig, data_key: str, weights: str, accelerator: Acce
 
 def reference_key(config: DictConfig, start: Path) -> str:
     """The reference log-probs': those of the policy in the folder `start`, on the rows that are trained on."""
-    rows = config.trainer.preference.limit, config.dataset.seed
-    return digest(start.name, (start / MANIFEST).read_text(encoding="utf-8"), rows)
+    files = json.loads((start / MANIFEST).read_text(encoding="utf-8"))
+    files.pop("start.json", None)  # how long it took
+    return digest(start.name, files, config.trainer.preference.limit, config.dataset.seed)
 
 
 def run_parts(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator) -> dict[str, str]:
