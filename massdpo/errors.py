@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause."""
+"""The one exception for what a user can cause, and how other errors are told in it."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     `run.py` prints the line and exits with 2, without a traceback (unless `debug=true`).
     """
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

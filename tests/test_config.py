@@ -31,6 +31,11 @@ BAD = [
     ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, random"),
     ("dataset=lastfn", r"unknown dataset 'lastfn'; did you mean 'lastfm'"),
     ("model=tiny_lama", r"did you mean 'tiny_llama'"),
+    ("model=/some/folder", r"unknown model '/some/folder'.*model=pretrained with model.path=DIR"),
+    ("model.hub_id=owner/name", r"the model chosen has no 'model.hub_id': model=.*\| pretrained \|.* has"),
+    ("selector=full selector.k=3", r"the selector chosen has no 'selector.k': selector=.*mass.* has"),
+    ("trainer.adapter.r=3", r"the trainer chosen has no 'trainer.adapter.r': trainer=lora has"),
+    ("model=pretrained", r"Set model.path=DIR \| FILE.gguf or model.hub_id=OWNER/NAME"),
     ("loss=plackett", r"unknown loss 'plackett'"),
     ("method=sdp", r"did you mean 'sdpo'"),
     ("trainer=cpuu", r"did you mean 'cpu'"),
@@ -266,6 +271,7 @@ NEEDED = {  # what an option cannot do without, or what this machine may not hav
     "gpu": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
+    "pretrained": ["model.path=DIR"],
 }
 
 

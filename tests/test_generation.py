@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from massdpo.data.tokens import TokenizedExample, collate
 from massdpo.evaluation.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
 from massdpo.evaluation.scores import SplitScores
-from massdpo.model.load import learn_tokenizer
 from massdpo.model.scoring import PreferenceScorer
+from massdpo.model.scratch import learn_tokenizer
 from massdpo.tensors import Batch
 from tests.test_engine_families import FAMILIES
 from tests.test_scoring import VOCABULARY, tiny

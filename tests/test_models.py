@@ -17,9 +17,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from massdpo.errors import UserError
-from massdpo.model import load
-from massdpo.model.load import PretrainedModel, TinyModel, disable_dropout, learn_tokenizer
+from massdpo.model import load, scratch
+from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.model.scratch import TinyModel, learn_tokenizer
 from massdpo.store import Cache, is_whole
 from tests.conftest import ROOT
 
@@ -70,14 +71,15 @@ def train_adapter(model: PeftModel) -> None:
 
 def test_the_options_are_those_promised() -> None:
     pretrained = ["llama3_2_1b", "llama3_2_3b", "gemma2_2b", "phi3_mini", "qwen2_5_1_5b", "qwen3_0_6b", "smollm2_135m"]
+    pretrained += ["pretrained", "smollm2_135m_q4", "gemma3_270m_q4"]
     scratch = [f"{size}_{family}" for size in ("tiny", "small") for family in FAMILIES]
     assert [path.stem for path in OPTIONS] == sorted(pretrained + scratch)
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_each_option_builds_and_says_what_each_line_does(path: Path) -> None:
-    built = instantiate(OmegaConf.load(path))
-    assert isinstance(built, TinyModel | PretrainedModel)
+    built = instantiate(OmegaConf.load(path), **({"path": "DIR"} if path.stem == "pretrained" else {}))
+    assert isinstance(built, TinyModel | PretrainedModel | PackagedModel)
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert all(" # " in line for line in lines[1:] if not line.startswith("_target_"))
@@ -166,7 +168,7 @@ def test_tokenizer_is_cached_by_the_texts(tmp_path: Path, monkeypatch: pytest.Mo
     assert is_whole(folder)
     assert json.loads((folder / "learned_from.json").read_text()) == {"texts": len(TEXTS), "texts_left_out": 0}
     with monkeypatch.context() as patch:
-        patch.setattr(load, "learn_tokenizer", lambda *_: pytest.fail("learned again"))
+        patch.setattr(scratch, "learn_tokenizer", lambda *_: pytest.fail("learned again"))
         assert built.load(TEXTS, 1, cache)[1].get_vocab() == vocabulary
     built.load([*TEXTS, "quite another text"], 0, cache)
     assert len([path for path in (tmp_path / "tokenizer").iterdir() if path.is_dir()]) == 2
@@ -175,7 +177,7 @@ def test_tokenizer_is_cached_by_the_texts(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_huge_corpus_is_cut_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(load, "TOKENIZER_BYTES", sum(len(text) for text in TEXTS[:100]))
+    monkeypatch.setattr(scratch, "TOKENIZER_BYTES", sum(len(text) for text in TEXTS[:100]))
     option("tiny_llama").load(TEXTS, 0, Cache(tmp_path))
     assert "first 100 of 300 training texts" in capsys.readouterr().err
 
@@ -206,16 +208,6 @@ def test_dtype_of_pretrained_weights(llama: Loaded, tmp_path: Path) -> None:
     assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
 
 
-def test_identity_is_the_content(llama: Loaded, tmp_path: Path) -> None:
-    model, tokenizer = llama
-    for name in ("one", "two", "three"):
-        save_policy(model, tokenizer, tmp_path / name)
-        next(model.parameters()).data += 0.0 if name == "one" else 1.0
-    one, two, three = (PretrainedModel("a/b", path=str(tmp_path / n)).identity() for n in ("one", "two", "three"))
-    assert one == two != three
-    assert json.loads(json.dumps(one)) == one
-
-
 def test_pad_token_where_a_tokenizer_has_none(llama: Loaded, tmp_path: Path) -> None:
     save_policy(*llama, tmp_path / "saved")
     path = tmp_path / "saved" / "tokenizer_config.json"
@@ -223,6 +215,25 @@ def test_pad_token_where_a_tokenizer_has_none(llama: Loaded, tmp_path: Path) -> 
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token is None
     _, tokenizer = PretrainedModel("a/b", path=str(tmp_path / "saved")).load([], 0, Cache(tmp_path))
     assert tokenizer.pad_token == tokenizer.eos_token == "<|eos|>"
+
+
+@pytest.mark.parametrize("extra", ["pad", "word", "image"])
+def test_a_token_beyond_the_embedding_is_refused_where_texts_can_bring_it(
+    llama: Loaded, tmp_path: Path, extra: str
+) -> None:
+    """A pad token added without resizing, or a word; not a special token that nothing writes (as in Gemma 3)."""
+    model, tokenizer = llama
+    if extra == "pad":
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    else:
+        tokenizer.add_tokens([f"<{extra}>"], special_tokens=extra == "image")
+    save_policy(model, tokenizer, tmp_path / "saved")
+    pretrained = PretrainedModel(path=str(tmp_path / "saved"))
+    if extra == "image":
+        assert len(pretrained.load([], 0, Cache(tmp_path))[1]) == model.config.vocab_size + 1
+    else:
+        rows = model.config.vocab_size
+        assert f"'<{extra}>' has the id {rows}, but the model's embedding has {rows} rows" in told(pretrained, tmp_path)
 
 
 def test_hub_model_comes_from_its_snapshot(llama: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +245,6 @@ def test_hub_model_comes_from_its_snapshot(llama: Loaded, tmp_path: Path, monkey
     (repository / "refs" / "main").write_text(commit)
     offline(tmp_path, monkeypatch)
     pretrained = PretrainedModel("owner/name")
-    assert pretrained.identity() == {"hub_id": "owner/name", "commit": commit, "dtype": "float32"}
     model, tokenizer = pretrained.load([], 0, Cache(tmp_path))
     assert torch.equal(logits(model, tokenizer), logits(*llama))
 
@@ -446,6 +456,23 @@ def test_adapter_targets(llama: Loaded) -> None:
     assert modules == {"q_proj", "v_proj"}
     with pytest.raises(UserError, match="nowhere"):
         add_adapter(adapted.unload(), {**ADAPTER, "targets": ["nowhere"]}, 0)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "embed_tokens"]], ids=str)
+def test_an_adapter_on_a_matrix_shared_by_input_and_output_is_refused(llama: Loaded, targets: list[str]) -> None:
+    """Merged, its update would reach both: the policy would no longer be the one that was trained."""
+    assert llama[0].config.tie_word_embeddings
+    with pytest.raises(UserError, match="share one matrix"):
+        add_adapter(llama[0], {**ADAPTER, "targets": targets}, 0)
+
+
+def test_an_adapter_on_an_output_matrix_of_its_own_is_merged_as_it_was(tmp_path: Path) -> None:
+    untied = TinyModel({**option("tiny_llama").options, "tie_word_embeddings": False}, 300)
+    model, tokenizer = untied.load(TEXTS, 0, Cache(tmp_path))
+    adapted = add_adapter(model, {**ADAPTER, "targets": ["q_proj", "lm_head"]}, 0)
+    train_adapter(adapted)
+    trained = logits(adapted, tokenizer)
+    torch.testing.assert_close(logits(merge_adapter(adapted), tokenizer), trained, atol=1e-5, rtol=1e-5)
 
 
 def test_merging_keeps_the_function(tiny: Loaded) -> None:

@@ -148,7 +148,7 @@ import json, sys, threading, time
 from pathlib import Path
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_splits
-from massdpo.model.load import learn_tokenizer
+from massdpo.model.scratch import learn_tokenizer
 from massdpo.store import Cache
 
 node, cache = json.loads(sys.argv[1]), Cache(Path(sys.argv[2]))

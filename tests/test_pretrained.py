@@ -24,9 +24,10 @@ from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import TokenizedSplit, collate
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScores, score_split
-from massdpo.model.load import PretrainedModel, TinyModel
+from massdpo.model.load import PretrainedModel
 from massdpo.model.save import add_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
+from massdpo.model.scratch import TinyModel
 from massdpo.runs import launch, pipeline
 from massdpo.runs.card import model_card
 from massdpo.runs.folder import SHOWN
@@ -257,6 +258,11 @@ def test_the_cards_own_code_runs(trained: tuple[str, Path], splits: Splits, caps
             {"base_model": "Qwen/Qwen2.5-1.5B-Instruct", "base_model_relation": "finetune"},
             ["non-commercial use only", "| preference stage | none |", "all trained"],
         ),
+        (
+            ["model=gemma3_270m_q4"],
+            {"library_name": "transformers"},
+            ["gguf-part1==1.0.0", "terms: the Gemma Terms of Use", ", dequantised from Q4_1"],
+        ),
         (["selector=full"], {"library_name": "transformers"}, ["none: random weights", "without terms", "| `full`; "]),
         (["dataset=jsonl", "dataset.path=mine.jsonl"], {}, ["data of its author's own", "not known here"]),
     ],
@@ -274,7 +280,8 @@ def test_the_cards_front_matter(
     (repository / "refs" / "main").write_text(snapshot.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     metrics = dict.fromkeys(SHOWN, 0.25)
-    text = model_card(resolved(compose(overrides)), metrics, {"train": 7, "preference": 5, "test": 3}, "a-run")
+    counts, blocks = {"train": 7, "preference": 5, "test": 3}, "Q4_1" if "q4" in overrides[0] else None
+    text = model_card(resolved(compose(overrides)), metrics, counts, "a-run", blocks)
     (tmp_path / "README.md").write_text(text)
     found = yaml.safe_load(text.split("---")[1])
     assert {name: found.get(name) for name in front} == front

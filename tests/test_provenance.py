@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from massdpo.config import RULES, compose
 from massdpo.data.tokenize import tokenizer_key
-from massdpo.model.load import TinyModel, learn_tokenizer
+from massdpo.model.scratch import TinyModel, learn_tokenizer
 from massdpo.runs import pipeline
 from massdpo.runs.provenance import model_key, reference_key, run_parts, start_key
 from massdpo.store import MANIFEST, Cache, code, digest

@@ -15,7 +15,7 @@ import numpy as np
 import pandas
 import pytest
 
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.readers.public_logs import split_titles
 from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, Recommendation, UserSequences, near
 from massdpo.data.schema import PreferenceExample

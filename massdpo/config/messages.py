@@ -9,7 +9,12 @@ from typing import Any
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError
 
-from massdpo.config.options import known_keys, options_of
+from massdpo.config.options import known_keys, options_of, options_with
+
+OF_YOUR_OWN = {  # what takes more than a group's names say
+    "dataset": "; data of your own: dataset=jsonl dataset.path=FILE",
+    "model": "; any other: model=pretrained with model.path=DIR | FILE.gguf or model.hub_id=OWNER/NAME",
+}
 
 
 def explain(error: Exception) -> str:
@@ -17,8 +22,11 @@ def explain(error: Exception) -> str:
     said = str(error)
     if isinstance(error, MissingConfigException) and (found := re.search(r"Could not find '(\w+)/([^']*)'", said)):
         group, option = found.groups()
-        return f"unknown {group} '{option}'{nearest(option, options_of(group))}"
+        return f"unknown {group} '{option}'{nearest(option, options_of(group))}{OF_YOUR_OWN.get(group, '')}"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", said):
+        if elsewhere := options_with(found[1]):
+            group = found[1].split(".")[0]
+            return f"the {group} chosen has no '{found[1]}': {group}={' | '.join(elsewhere)} has"
         return f"unknown key '{found[1]}'{nearest(found[1], known_keys())}"
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", said):
         return f"the key '{found[1]}' is there already: write {found[1]}=VALUE, without the +"

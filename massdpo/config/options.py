@@ -31,6 +31,14 @@ def known_keys() -> list[str]:
     return list(keys)
 
 
+def options_with(key: str) -> list[str]:
+    """The options of a dotted key's group whose files have the key."""
+    group = key.split(".")[0]
+    files = {name: root() / "conf" / group / f"{name}.yaml" for name in options_of(group)}
+    nodes = {name: yaml.safe_load(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    return [name for name, node in nodes.items() if key in dict(leaves({group: node}))]
+
+
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted keys with their values; an empty mapping is a value."""
     for key, value in values.items():

@@ -10,6 +10,7 @@ import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -18,7 +19,7 @@ import hydra.utils
 import numpy as np
 
 from massdpo.data.download import fetch
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
@@ -53,14 +54,16 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         for split in SPLITS:
             _write(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
+        write_json(folder / "catalogue.json", splits.catalogue)
 
     folder = cache.folder("prepared", key, build)
     train, val, test = (MappedSplit(folder, split) for split in SPLITS)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    catalogue = tuple(json.loads((folder / "catalogue.json").read_text(encoding="utf-8")))
     for line in _notes(name, report):
         print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
-    return _limit(Splits(train, val, test, report, content), limits, node)
+    return _limit(Splits(train, val, test, report, content, catalogue), limits, node)
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
@@ -74,7 +77,7 @@ def _notes(name: str, report: dict[str, Any]) -> list[str]:
 def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
     seed = node.get("seed", 0)
     train, val, test = (limited(getattr(splits, split), limits[split], seed, split) for split in SPLITS)
-    return Splits(train, val, test, splits.report, digest(splits.digest, limits, seed))
+    return replace(splits, train=train, val=val, test=test, digest=digest(splits.digest, limits, seed))
 
 
 def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:

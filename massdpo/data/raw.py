@@ -1,61 +1,207 @@
-"""Rows of anyone's preferences, wherever they lie: JSON Lines, what `datasets` reads from a disk, sets of the hub.
+"""The one door for data from outside: a file, a folder or a hub data set becomes splits of rows, each with its place.
 
-Only formats that hold nothing but data are read: JSON, Parquet, Arrow and CSV. No code that comes with a set is run.
+Which files belong to which split is decided here, once: what is read is what is in `Source.files`. No code that comes
+with a data set is run, and a folder is never left.
 """
 
-from collections.abc import Iterator
+import glob
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from massdpo.data.readers.interactions import BadRows
-from massdpo.data.text import read_jsonl
+import yaml
+
+from massdpo.data.containers import SUFFIXES, Reading, Row, read_rows
 from massdpo.errors import UserError
 
-Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
-SPLIT_NAMES = {"train": ("train",), "val": ("validation", "val", "dev", "eval"), "test": ("test",)}
-SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".csv")
-# What `datasets` raises of damaged files beside its own errors: it trusts that its JSON holds what it wrote.
-DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError)
+SPLITS = ("train", "val", "test")
+# the names that splits usually have, the most telling first; the word alone, where a longer name has it
+NAMES = {
+    "train": ("train", "train_prefs", "training"),
+    "val": ("validation", "val", "valid", "dev", "eval", "validation_prefs", "val_prefs"),
+    "test": ("test", "test_prefs", "testing"),
+}
+WORDS = {word: split for split, words in NAMES.items() for word in words if "_" not in word}
+WORD = re.compile(rf"(?<![a-z0-9])({'|'.join(WORDS)})(?![a-z0-9])")
+SHARD = re.compile(r"[-_.]\d{5}[-_]of[-_]\d{5}.*$")
 
 
-def row_files(path: Path) -> list[Path]:
-    """The files at `path`, whose content decides what `read_rows` gives.
+class BadRows:
+    """What to do with a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
+
+    def __init__(self, policy: str):
+        if policy not in ("error", "skip"):
+            raise UserError(f"dataset.bad_rows is error or skip, not {policy!r}")
+        self.policy = policy
+        self.count = 0
+        self.first = ""
+
+    def __call__(self, error: UserError) -> None:
+        if self.policy == "error":
+            raise error
+        self.count += 1
+        self.first = self.first or str(error)
+
+    def report(self) -> dict[str, Any]:
+        return {"bad_rows_skipped": self.count, "first_bad_row": self.first} if self.count else {}
+
+
+class Source:
+    """The rows at a path, by split.
+
+    `place` is a file, a folder of files (each with its split's name in its own or its folder's, or as the card
+    README.md assigns them to splits and, by `subset`, to configurations), or what `datasets.save_to_disk` wrote.
+    `names` says which of the splits found there is train, val and test; without it, those with the usual names are.
+    What names no split at all is train. `outside`: files may lie elsewhere, by links or by what the folder says.
 
     Raises:
-        UserError: there is nothing, or no file that could hold rows.
+        UserError: there is nothing, or nothing that could hold rows; a file outside the folder; a missing split.
     """
-    if not path.exists():
-        raise UserError(f"{path} cannot be read: No such file or directory")
-    if path.is_file():
-        return [path]
-    files = sorted(each for each in path.rglob("*") if each.suffix in SUFFIXES)
-    if not files:
-        raise UserError(
-            f"{path} holds no file of rows ({', '.join(SUFFIXES)}): give a JSONL file or a `datasets` folder"
-        )
-    return files
+
+    def __init__(
+        self,
+        place: Path,
+        reading: Reading | None = None,
+        subset: str | None = None,
+        names: Mapping[str, str] | None = None,
+        outside: bool = False,
+    ):
+        self.place = place.expanduser()
+        self.reading = reading or Reading()
+        self.subset = subset
+        self.names = names or {}
+        self.outside = outside
+        self.cards: list[Path] = []  # what says which files belong to which split
+
+    @cached_property
+    def found(self) -> dict[str, list[Path]]:
+        """The files of every split, by the name that it has here."""
+        if not self.place.exists():
+            raise UserError(f"{self.place} cannot be read: No such file or directory")
+        if self.place.is_file():
+            return {"train": [self.place]}
+        parts = self._saved() or self._by_card() or self._by_name()
+        for files in parts.values():
+            for file in files:
+                self._check_inside(file)
+        return parts
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """Which of train, val and test there are, and the name that each has here."""
+        if self.names:
+            for split, name in self.names.items():
+                if name not in self.found:
+                    raise UserError(f"dataset.splits.{split}={name}: {self.place} has {', '.join(self.found)}")
+            return dict(self.names)
+        lower = {name.lower(): name for name in reversed(self.found)}
+        usual = {split: next((lower[name] for name in names if name in lower), "") for split, names in NAMES.items()}
+        for name in self.found:
+            if (word := WORD.search(name.lower())) and not usual[WORDS[word[1]]]:
+                usual[WORDS[word[1]]] = name
+        return {split: name for split, name in usual.items() if name}
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that is read: their content decides what the rows are."""
+        read = [file for name in self.splits.values() for file in self.found[name]]
+        return self.cards + read
+
+    @property
+    def ignored(self) -> list[str]:
+        """The splits that are there and not asked for."""
+        return [name for name in self.found if name not in self.splits.values()]
+
+    def rows(self, split: str, bad: BadRows) -> Iterator[Row]:
+        for file in self.found[self.splits[split]]:
+            yield from read_rows(file, bad, self.reading)
+
+    def _check_inside(self, file: Path) -> None:
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {self.place} names it")
+        root = self.place.resolve()
+        if root.parent.name == "snapshots":
+            root = root.parents[1]  # the hub's cache, where all data sets' files are links into the same folder
+        if not self.outside and not file.resolve().is_relative_to(root):
+            raise UserError(
+                f"{file} lies outside {self.place}: dataset.outside=true reads it, if you trust what the folder says"
+            )
+
+    def _saved(self) -> dict[str, list[Path]]:
+        """The files of a folder that `save_to_disk` wrote."""
+        whole, single = self.place / "dataset_dict.json", self.place / "state.json"
+        if whole.is_file():
+            self.cards.append(whole)
+            names = _json(whole, "splits", list)
+            return {str(name): self._saved_files(self.place / str(name) / "state.json") for name in names}
+        return {"train": self._saved_files(single)} if single.is_file() else {}
+
+    def _saved_files(self, state: Path) -> list[Path]:
+        self._check_inside(state)
+        self.cards.append(state)
+        entries = _json(state, "_data_files", list)
+        if not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
+            raise UserError(f'{state}: "_data_files" must be a list of {{"filename"}}')
+        return [state.parent / entry["filename"] for entry in entries]
+
+    def _by_card(self) -> dict[str, list[Path]]:
+        """The files that a data set's card, as the hub has it, assigns to its splits."""
+        card = self.place / "README.md"
+        configs = _card_configs(card) if card.is_file() else []
+        if not configs:
+            return {}
+        self.cards.append(card)
+        by_name = {str(config.get("config_name", "default")): config for config in configs}
+        default = next((name for name, config in by_name.items() if config.get("default")), "default")
+        name = self.subset or (next(iter(by_name)) if len(by_name) == 1 else default)
+        if name not in by_name:
+            raise UserError(f"{self.place}: dataset.subset must name one of {', '.join(by_name)}")
+        data_files = by_name[name].get("data_files")
+        if not isinstance(data_files, list) or not all(isinstance(part, dict) for part in data_files):
+            data_files = [{"split": "train", "path": data_files}]
+        parts: dict[str, list[Path]] = {}
+        for part in data_files:
+            paths = part.get("path")
+            patterns = [str(path) for path in (paths if isinstance(paths, list) else [paths])]
+            parts[str(part.get("split", "train"))] = [file for each in patterns for file in self._matching(each)]
+        return parts
+
+    def _matching(self, pattern: str) -> list[Path]:
+        if (self.place / pattern).is_file():
+            return [self.place / pattern]
+        found = sorted(glob.glob(pattern, root_dir=self.place, recursive=True))
+        files = [self.place / name for name in found if (self.place / name).is_file()]
+        if not files:
+            raise UserError(f"{self.place} has no file {pattern}, which its README.md names")
+        return files
+
+    def _by_name(self) -> dict[str, list[Path]]:
+        """The files that could hold rows, by the split that each one's name, or its folder's, tells."""
+        root = self.place / (self.subset or "")
+        if not root.is_dir():
+            raise UserError(f"dataset.subset={self.subset}: {self.place} has no such folder")
+        parts: dict[str, list[Path]] = {}
+        for file in sorted(root.rglob("*")):
+            relative = file.relative_to(root)
+            if file.name.endswith(SUFFIXES) and not any(part.startswith((".", "_")) for part in relative.parts):
+                parts.setdefault(_split_name(relative), []).append(file)
+        if not parts:
+            raise UserError(
+                f"{root} holds no file of rows: JSON, JSON Lines, CSV, Parquet, Arrow, or what save_to_disk wrote"
+            )
+        told = {WORDS[word[1]] for name in parts if (word := WORD.search(name.lower()))}
+        return {name or ("(no split)" if "train" in told else "train"): files for name, files in parts.items()}
 
 
-def read_rows(path: Path, subset: str | None, bad: BadRows) -> dict[str, Iterator[Row]]:
-    """The rows at `path` by split; what has no name of a split is `train`.
-
-    A folder is one written by `datasets.save_to_disk`, or one of data files as `datasets.load_dataset` takes it, where
-    `subset` names one of several configurations.
-    """
-    files = row_files(path)
-    if path.is_file() and path.suffix not in (".parquet", ".arrow"):
-        return {"train": ((f"{path}:{number}", row) for number, row in read_jsonl(path, bad))}
-    from datasets.exceptions import DatasetsError  # seconds to import, and only needed here
-
-    try:
-        for file in files:
-            if file.suffix == ".arrow":
-                _check_arrow(file)
-        parts = _opened(path.resolve(), subset)
-    except (*DAMAGED, DatasetsError) as error:
-        raise _unreadable(path, error) from error
-    known = {name: split for split, names in SPLIT_NAMES.items() for name in names}
-    return {known.get(name, name): _numbered(path, name, part) for name, part in parts.items()}
+def _split_name(file: Path) -> str:
+    """The part of a path that tells a split, as `data/train_prefs-00000-of-00001.parquet` tells train_prefs."""
+    for part in (SHARD.sub("", file.name).split(".")[0], *reversed(file.parts[:-1])):
+        if WORD.search(part.lower()):
+            return part
+    return ""
 
 
 def hub_folder(hub_id: str, revision: str | None) -> Path:
@@ -68,61 +214,30 @@ def hub_folder(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"dataset.hub_id={hub_id} (revision {revision or 'main'}) cannot be fetched ({reason}): go online once, "
             "check its name, or set dataset.path to a copy of it"
         ) from error
 
 
-def _opened(path: Path, subset: str | None) -> dict[str, Any]:
-    """Splits as `datasets` opens them, read as a stream: nothing is copied into its cache."""
-    from datasets import DatasetDict, load_dataset_builder, load_from_disk
-    from datasets.packaged_modules.arrow.arrow import Arrow
-    from datasets.packaged_modules.csv.csv import Csv
-    from datasets.packaged_modules.json.json import Json
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        saved = load_from_disk(str(path))
-        return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-    if path.is_file():
-        builder = load_dataset_builder(path.suffix[1:], data_files=str(path))
-    else:
-        builder = load_dataset_builder(str(path), subset)
-    if not isinstance(builder, Json | Parquet | Arrow | Csv):
-        raise ValueError("its files are neither JSON, Parquet, Arrow nor CSV")
-    return dict(builder.as_streaming_dataset())
+def _json(file: Path, key: str, kind: type) -> Any:
+    """What stands below `key` in a small JSON file."""
+    try:
+        value = json.loads(file.read_bytes())[key]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): it may be damaged") from error
+    if not isinstance(value, kind):
+        raise UserError(f'{file}: "{key}" must be a {kind.__name__}')
+    return value
 
 
-def _check_arrow(file: Path) -> None:
-    """Raises ValueError where offsets or texts are damaged: Arrow's memory is read as it lies, unchecked, by others."""
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        try:
-            reader = pa.ipc.open_stream(source)  # what `datasets` writes
-        except pa.ArrowInvalid:
-            source.seek(0)
-            reader = pa.ipc.open_file(source)
-        reader.read_all().validate(full=True)
-
-
-def _numbered(path: Path, name: str, part: Any) -> Iterator[Row]:
-    from datasets.exceptions import DatasetsError
-
-    rows, number = iter(part), 0
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except (*DAMAGED, DatasetsError) as error:
-            raise _unreadable(path, error) from error
-        number += 1
-        yield f"{path} ({name}, row {number})", dict(row)
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
-    return UserError(f"{path} cannot be read by `datasets` ({reason}); give a JSONL file, or what save_to_disk wrote")
+def _card_configs(card: Path) -> list[dict[str, Any]]:
+    """The configurations that a card's head names; none where it has no head, or one that is not YAML."""
+    head = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        about = yaml.safe_load(head[1]) if head else None
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return []
+    configs = about.get("configs") if isinstance(about, dict) else None
+    return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

@@ -35,7 +35,8 @@ class Splits:
     """A prepared dataset: three sequences of examples and what happened on the way.
 
     `report` counts what was left out or changed, and why (flat, json-able); `digest`, which `prepare` gives, changes
-    whenever any example does.
+    whenever any example does. With a `catalogue`, tests rank each target against all its titles but those whose places
+    `meta["met"]` of the test example lists.
     """
 
     train: Sequence[PreferenceExample]
@@ -43,3 +44,4 @@ class Splits:
     test: Sequence[PreferenceExample]
     report: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
+    catalogue: tuple[str, ...] = ()

@@ -1,14 +1,20 @@
-"""Lines of text from outside: JSON Lines read with the place of every mistake, and when two texts are the same."""
+"""Lines of text from outside, with the place of every mistake; and when two texts are the same."""
 
+import codecs
+import gzip
+import io
 import json
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from massdpo.errors import UserError
 
-BOM = b"\xef\xbb\xbf"
+COMPRESSED = (".gz", ".zst")
+BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def normalise(text: str) -> str:
@@ -16,56 +22,108 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def read_lines(path: Path, bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, str]]:
-    """Yield (line number from 1, line without its end) for every line of a UTF-8 file that is not blank.
+def opened(path: Path) -> io.BufferedReader:
+    """The bytes of a file, decompressed where its name ends in .gz or .zst."""
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow as pa  # half a second, and rarely needed
 
-    A byte-order mark and CRLF line ends are accepted. A line that is not UTF-8 is a UserError that names file and line;
-    with `bad` the error is handed over and the line left out.
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+    return open(path, "rb")
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Tells in one line what goes wrong while a file is read: it is missing, a folder, or damaged."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def encoding_of(file: io.BufferedReader, encoding: str) -> str:
+    """The encoding that a byte-order mark tells, or else the one given."""
+    start = file.peek(3)
+    return next((name for bom, name in BOMS.items() if start.startswith(bom)), encoding)
+
+
+def read_lines(
+    path: Path, bad: Callable[[UserError], None] | None = None, encoding: str = "utf-8", whole: bool = False
+) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, line without its end) for every line of a file that is not blank.
+
+    CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that is not in the encoding is a
+    UserError that names file and line; with `bad` the error is handed over and the line left out. With `whole`, blank
+    lines and line ends are kept.
 
     Raises:
         UserError: the file is missing, a folder, unreadable, or has no line that is not blank.
     """
     empty = True
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                raw = raw.removeprefix(BOM) if number == 1 else raw
-                if not raw.strip():
-                    continue
-                empty = False
-                try:
-                    yield number, raw.rstrip(b"\r\n").decode("utf-8")
-                except UnicodeDecodeError as error:
-                    _report(
-                        f"{path}:{number}: not UTF-8 (byte {raw[error.start]:#04x} at column {error.start + 1}); "
-                        "save the file as UTF-8",
-                        bad,
-                    )
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    with reading_errors(path), opened(path) as file:
+        encoding = encoding_of(file, encoding)
+        for number, line in enumerate(_decoded(path, file, encoding, bad), start=1):
+            if line is None or not (whole or line.strip()):
+                continue
+            empty = empty and not line.strip()
+            yield number, line if whole else line.rstrip("\r\n")
     if empty:
         raise UserError(f"{path} is empty: at least one line is needed")
 
 
-def read_jsonl(path: Path, bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _decoded(
+    path: Path, file: io.BufferedReader, encoding: str, bad: Callable[[UserError], None] | None
+) -> Iterator[str | None]:
+    """Every line with its end; None in the place of one that was handed to `bad`."""
+    if "\n".encode(encoding.removesuffix("-sig")) != b"\n":  # more than a byte for each character
+        try:
+            yield from io.TextIOWrapper(file, encoding, newline="\n")
+        except UnicodeError as error:
+            raise UserError(f"{path} is not {encoding.upper()} as its beginning says ({error})") from error
+        return
+    for number, raw in enumerate(file, start=1):
+        try:
+            yield raw.decode(encoding if number == 1 else encoding.removesuffix("-sig"))
+        except UnicodeDecodeError as error:
+            report(
+                f"{path}:{number}: not {encoding.removesuffix('-sig').upper()} (byte {raw[error.start]:#04x} at column "
+                f"{error.start + 1}); save the file as UTF-8, or name its encoding",
+                bad,
+            )
+            yield None
+
+
+def read_jsonl(
+    path: Path, bad: Callable[[UserError], None] | None = None, encoding: str = "utf-8"
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line of a JSON Lines file that is not blank.
 
     Raises:
         UserError: as `read_lines`; and for a line that is no JSON object, naming file, line and mistake (or, with
             `bad`, the error is handed over and the line left out).
     """
-    for number, line in read_lines(path, bad):
+    for number, line in read_lines(path, bad, encoding):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            _report(f"{path}:{number}: not JSON ({error}); one JSON object a line is needed", bad)
+            report(f"{path}:{number}: not JSON ({error}); one JSON object a line is needed", bad)
             continue
-        if not isinstance(row, dict):
-            _report(f"{path}:{number}: a JSON object is needed, found {type(row).__name__}", bad)
-        elif "\\ud" in line.lower() and not _is_text(row):
-            _report(f"{path}:{number}: a lone surrogate (half a character, \\ud8.. to \\udf..) is not text", bad)
-        else:
-            yield number, row
+        if checked := json_object(row, f"{path}:{number}", bad, "\\ud" in line.lower()):
+            yield number, checked
+
+
+def json_object(
+    row: Any, where: str, bad: Callable[[UserError], None] | None, escapes: bool = True
+) -> dict[str, Any] | None:
+    """The row, if it is an object of proper text; `escapes`: it was written with some that may be half a character."""
+    if not isinstance(row, dict):
+        report(f"{where}: a JSON object is needed, found {type(row).__name__}", bad)
+    elif escapes and not _is_text(row):
+        report(f"{where}: a lone surrogate (half a character, \\ud8.. to \\udf..) is not text", bad)
+    else:
+        return row
+    return None
 
 
 def _is_text(row: dict[str, Any]) -> bool:
@@ -76,7 +134,7 @@ def _is_text(row: dict[str, Any]) -> bool:
     return True
 
 
-def _report(message: str, bad: Callable[[UserError], None] | None) -> None:
+def report(message: str, bad: Callable[[UserError], None] | None) -> None:
     if bad is None:
         raise UserError(message)
     bad(UserError(message))

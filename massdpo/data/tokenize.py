@@ -38,6 +38,28 @@ def tokenize_splits(
     return {name: tokens(name) for name in ("train", "val", "test")}
 
 
+def tokenize_catalogue(
+    titles: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    test: TokenizedSplit,
+    max_length: int,
+    chat_template: bool = False,
+) -> list[list[int]]:
+    """The ids of each title of a catalogue as a response to the prompts of `test`.
+
+    Raises:
+        UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
+    """
+    ids = [ids.tolist() for ids in Encoder(tokenizer, chat_template).responses(titles, titles)]
+    longest = max(map(len, ids), default=0)
+    if ids and test.report["longest_prompt"] + longest > max_length:
+        raise UserError(
+            f"dataset.candidates=all: the longest test prompt ({test.report['longest_prompt']} tokens) and the longest "
+            f"title ({longest}) exceed trainer.max_length={max_length}: raise it, or lower dataset.max_history"
+        )
+    return ids
+
+
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
     """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
     template = tokenizer.chat_template if chat_template else None

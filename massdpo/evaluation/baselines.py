@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.evaluation.metrics import ranking_values
 from massdpo.store import Cache, digest, package_code, write_json

@@ -69,10 +69,16 @@ def each_batch(
 def score_split(
     scorer: nn.Module, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int, what: str
 ) -> SplitScores:
-    """Every candidate's summed log-prob under the scorer's policy; every process gets the whole."""
+    """Every candidate's summed log-prob under the policy, at the run's precision; every process gets the whole.
+
+    The same batches give the same numbers to the last digit. Batches of another shape do not, as matrix products then
+    sum in another order: a response of T tokens moves by about 0.1 sqrt(T) nats under bfloat16 and 5e-6 sqrt(T) in
+    float32 (root mean square, 135M parameters). So far from 0, times beta, are rewards before the first step.
+    """
     parts = []
     for batch in each_batch(scorer, rows, accelerator, size, pad_id, what):
-        scored: Scored = scorer(batch)
+        with accelerator.autocast():
+            scored: Scored = scorer(batch)
         parts.append((batch.index_B.cpu(), scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
     if accelerator.num_processes > 1:
         parts = gather_object(parts)

@@ -1,16 +1,14 @@
-"""Language models to train: from scratch in a family's own classes, or pretrained.
+"""Pretrained language models: found, checked and loaded with their tokenizers.
 
-Each node of conf/model/ builds a `TinyModel` or a `PretrainedModel`; both `load` to a model and its tokenizer. Weights
-are read from safetensors only, and no code that comes with a model is ever run.
+Each node of conf/model/ builds a `PretrainedModel`, a `PackagedModel` or a `TinyModel` (scratch.py); all `load` to a
+model and its tokenizer. Weights are read from safetensors and GGUF only, and no code that comes with a model is run.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
@@ -18,11 +16,9 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    StrictDataclassError,
 )
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,159 +27,115 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
-from massdpo.errors import UserError
-from massdpo.store import Cache, digest, keyed_seed, write_json
+from massdpo.errors import UserError, one_line
+from massdpo.model.gguf import converted, packaged
+from massdpo.store import Cache
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
-SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
 ADAPTER = "adapter_config.json"
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # no pickles, no code
 
 
-class TinyModel:
-    """A family's own `transformers` classes with random weights, and a byte-level BPE learned from the training split.
-
-    Args:
-        config: `model_type` and that family's options, as `AutoConfig.for_model` takes them; the vocabulary's size and
-            the special tokens' ids come from the tokenizer.
-        vocab_size: the most tokens that the tokenizer may have, at least 259 (the bytes and three special tokens); a
-            small corpus yields fewer.
-    Raises `UserError` where the family or one of its options does not exist.
-    """
-
-    def __init__(self, config: Mapping[str, Any], vocab_size: int):
-        self.options = plain(config)
-        self.vocab_size = vocab_size
-        if vocab_size < 256 + len(SPECIAL):
-            raise UserError(f"model.vocab_size={vocab_size}: a byte-level vocabulary has at least {256 + len(SPECIAL)}")
-        model_type = str(self.options.get("model_type"))
-        try:
-            known = AutoConfig.for_model(model_type).to_dict()
-        except (ValueError, TypeError) as error:
-            raise UserError(f"model.config.model_type={model_type}: no such family in transformers") from error
-        # transformers takes any key without complaint, so that a misspelt one would change nothing
-        if unknown := sorted(self.options.keys() - known.keys()):
-            raise UserError(f"model.config: {model_type} has no option {', '.join(unknown)}")
-
-    def identity(self) -> dict[str, Any]:
-        """With the seed and the training texts, what determines the start weights."""
-        return {"config": self.options, "vocab_size": self.vocab_size}
-
-    def load(
-        self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model with weights drawn from `seed` (float32, on the CPU) and the tokenizer learned from `texts`."""
-        tokenizer = self.tokenizer(texts, cache, texts_key)
-        with seeded(keyed_seed(seed, "weights")):
-            model = _from_config(self.model_config(tokenizer))
-        disable_dropout(model)
-        return model, tokenizer
-
-    def tokenizer(self, texts: Texts, cache: Cache, texts_key: str | None = None) -> PreTrainedTokenizerBase:
-        """The tokenizer for `texts`, learned once: it is cached by what it is learned from.
-
-        `texts_key` names their content, so that a tokenizer that was learned before is found without reading them.
-        """
-        if texts_key is None:
-            texts = list(texts() if callable(texts) else texts)
-            texts_key = digest(texts)
-
-        def build(folder: Path) -> None:
-            used, left_out = _first_bytes(texts() if callable(texts) else texts, TOKENIZER_BYTES)
-            if not used:
-                raise UserError("the training split is empty: there is no text to learn a tokenizer from")
-            learn_tokenizer(used, self.vocab_size).save_pretrained(folder)
-            write_json(folder / "learned_from.json", {"texts": len(used), "texts_left_out": left_out})
-            if left_out:
-                total = f"{len(used) + left_out} training texts"
-                print(f"note: the tokenizer is learned from the first {len(used)} of {total}", file=sys.stderr)
-
-        how = tokenizers.__version__, SPECIAL, TOKENIZER_BYTES, self.vocab_size
-        key = digest("byte-level BPE", how, texts_key)
-        return PreTrainedTokenizerFast.from_pretrained(cache.folder("tokenizer", key, build))
-
-    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-        ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL}
-        options = {**self.options, **ids, "vocab_size": len(tokenizer)}
-        try:
-            return AutoConfig.for_model(**options)
-        except (StrictDataclassError, ValueError, TypeError) as error:
-            raise UserError(f"model.config: {one_line(error)}") from error
-
-
-def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens; any text survives encoding and decoding, and BOS opens it."""
-    bpe = Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    bos = SPECIAL["bos_token"]
-    bpe.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bpe.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **SPECIAL)
-
-
 class PretrainedModel:
-    """A pretrained model and its tokenizer, from the Hugging Face hub or from a folder.
+    """A pretrained model and its tokenizer, from the Hugging Face hub, a folder or a GGUF file.
 
     Args:
         hub_id: `owner/name` on the hub; also what a saved adapter names as its base.
-        path: a folder that holds the model instead (`save_pretrained`'s layout); null: the hub, or its cache.
+        path: a folder (`save_pretrained`'s layout) or a GGUF file that holds the model instead; null: the hub, or its
+            cache.
         revision: branch, tag or commit on the hub; null: main.
         dtype: of the weights, float32 or bfloat16.
     Raises `UserError` where the model cannot be had, is not a causal language model, or comes only in pickles.
     """
 
-    def __init__(self, hub_id: str, path: str | None = None, revision: str | None = None, dtype: str = "float32"):
+    def __init__(
+        self, hub_id: str | None = None, path: str | None = None, revision: str | None = None, dtype: str = "float32"
+    ):
+        if not hub_id and not path:
+            raise UserError("which pretrained model? Set model.path=DIR | FILE.gguf or model.hub_id=OWNER/NAME")
         self.hub_id = hub_id
         self.path = path
         self.revision = revision
-        if dtype not in ("float32", "bfloat16"):
-            raise UserError(f"model.dtype={dtype}: float32 or bfloat16")
-        self.dtype = dtype
-
-    def identity(self) -> dict[str, Any]:
-        """What determines the start weights: the hub's commit, or the content of the folder's files."""
-        folder = self.folder()
-        if self.path is None:
-            return {"hub_id": self.hub_id, "commit": folder.name, "dtype": self.dtype}
-        files = sorted(file for pattern in ("*.safetensors", "*.json") for file in folder.glob(pattern))
-        return {"files": {file.name: digest(file) for file in files}, "dtype": self.dtype}
+        self.dtype = _known(dtype)
 
     def load(
         self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and its tokenizer; neither depends on the training texts or the seed."""
-        return self.model(), load_tokenizer(self.folder())
+        """The model and its tokenizer, on the CPU; neither depends on the training texts or the seed."""
+        if self.path is None or not self.path.endswith(".gguf"):
+            return _fitting(self.model(), load_tokenizer(self.folder()))
+        file = Path(self.path).expanduser().resolve()
+        if not file.is_file():
+            raise UserError(f"model.path: there is no file {file}")
+        folder = converted([file], self.dtype, cache)
+        return _fitting(load_model(folder, self.dtype), load_tokenizer(folder))
 
     def model(self) -> PreTrainedModel:
-        """The model alone, on the CPU; a saved adapter names its base by the `name_or_path` and the commit set here."""
+        """The hub's or the folder's model; a saved adapter names its base by the `name_or_path` and commit set here."""
         folder = self.folder()
-        model = load_model(folder, getattr(torch, self.dtype))
-        model.name_or_path = self.hub_id if self.path is None else str(folder)
-        model.config._commit_hash = folder.name if self.path is None else None
+        model = load_model(folder, self.dtype)
+        model.name_or_path = str(folder) if self.path else self.hub_id
+        model.config._commit_hash = None if self.path else folder.name
         return model
 
     def folder(self) -> Path:
         """Where the model's files lie, fetched from the hub if they are not there yet."""
         if self.path is None:
-            return _fetch(self.hub_id, self.revision)
+            return _fetch(str(self.hub_id), self.revision)
         folder = Path(self.path).expanduser().resolve()
         _check_folder(folder)
         if (folder / ADAPTER).is_file():
             raise UserError(f"model.path: {folder} holds an adapter; a model to start from is whole: merge it first")
         return folder
+
+
+class PackagedModel:
+    """A pretrained model and its tokenizer, from a GGUF file that installed Python packages carry.
+
+    Args:
+        packages: as pip names them, each with its version and a part of the file, in order.
+        terms: of use, told when the file is first read and in the policy's card.
+        dtype: of the weights, float32 or bfloat16.
+    Raises `UserError` where a package is missing or damaged.
+    """
+
+    def __init__(self, packages: Sequence[str], terms: str, dtype: str = "float32"):
+        self.packages = packages
+        self.terms = terms
+        self.dtype = _known(dtype)
+
+    def load(
+        self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer, on the CPU; neither depends on the training texts or the seed."""
+        folder = converted(packaged(self.packages), self.dtype, cache, f"; terms: {self.terms}")
+        return _fitting(load_model(folder, self.dtype), load_tokenizer(folder))
+
+
+def _known(dtype: str) -> str:
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"model.dtype={dtype}: float32 or bfloat16")
+    return dtype
+
+
+def _fitting(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The two, which belong together: every id that texts can bring has a row of the embedding.
+
+    Special tokens that nothing here writes may lie beyond, as an image's does in the text models of Gemma 3.
+    """
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    unwritten = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
+    if beyond := sorted(index for index in set(tokenizer.get_vocab().values()) - unwritten if index >= rows):
+        raise UserError(
+            f"the tokenizer's token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the "
+            f"model's embedding has {rows} rows: resize it (resize_token_embeddings), or take its own tokenizer"
+        )
+    return model, tokenizer
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -202,21 +154,12 @@ def _zero_dropout(holder: Any) -> None:
             setattr(holder, name, 0.0)
 
 
-def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=_attention(config), dtype=torch.float32, trust_remote_code=False
-        )
-    except ValueError as error:
-        raise UserError(f"model.config: {one_line(error)}") from error
-
-
-def _attention(config: PreTrainedConfig) -> str:
+def attention(config: PreTrainedConfig) -> str:
     """SDPA, unless the model caps its attention scores (Gemma 2): SDPA cannot, and some versions then drop it."""
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else "sdpa"
 
 
-def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The causal language model that the folder holds, without the adapter that may lie beside it."""
     _check_folder(folder)
     try:
@@ -226,7 +169,7 @@ def load_model(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=_attention(config),
+            attn_implementation=attention(config),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -298,23 +241,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _first_bytes(texts: Iterable[str], limit: int) -> tuple[list[str], int]:
-    """The first texts, up to `limit` bytes, and how many were left out."""
-    used: list[str] = []
-    left_out = size = 0
-    for text in texts:
-        size += len(text.encode())
-        if size <= limit or not used:
-            used.append(text)
-        else:
-            left_out += 1
-    return used, left_out
-
-
 def plain(node: Mapping[str, Any]) -> dict[str, Any]:
     """A config node as plain dictionaries and lists."""
     return OmegaConf.to_object(node) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

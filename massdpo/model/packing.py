@@ -68,16 +68,21 @@ class Prompt:
 
 
 def attention_mask(causal_lm: PreTrainedModel, query: Row, *keys: Row) -> Tensor | dict[str, Tensor]:
-    """Who sees whom, in the form in which the model's layers want it: one mask, or one a layer type.
+    """Who sees whom, for the model's layers.
 
     A token sees its prompt and its own response up to itself. Padding sees padding: no row of a softmax may be empty.
     """
-    config = causal_lm.config.get_text_config()
     position_BK = torch.cat([key.position_BL for key in keys], dim=1)[:, None, None, :]
     segment_BK = torch.cat([key.segment_BL for key in keys], dim=1)[:, None, None, :]
     position_BQ, segment_BQ = query.position_BL[:, None, :, None], query.segment_BL[:, None, :, None]
     distance_BQK = position_BQ - position_BK
     seen_BQK = ((segment_BK == PROMPT) | (segment_BK == segment_BQ)) & (distance_BQK >= 0)
+    return layer_masks(causal_lm, seen_BQK, distance_BQK)
+
+
+def layer_masks(causal_lm: PreTrainedModel, seen_BQK: Tensor, distance_BQK: Tensor) -> Tensor | dict[str, Tensor]:
+    """Who sees whom `(B, 1, Q, K)` in the form in which the model's layers want it: one mask, or one per layer type."""
+    config = causal_lm.config.get_text_config()
 
     def shaped(visible_BQK: Tensor) -> Tensor:
         if causal_lm.config._attn_implementation != "eager":

@@ -10,14 +10,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 from massdpo.model.load import (
     ADAPTER,
     PretrainedModel,
     disable_dropout,
     load_model,
     load_tokenizer,
-    one_line,
     plain,
     seeded,
 )
@@ -35,6 +34,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
     `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
     """
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     options = plain(adapter)
     config = LoraConfig(
@@ -44,11 +44,18 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     try:
         with seeded(keyed_seed(seed, "adapter")):
             adapted = get_peft_model(model, config, revision=getattr(model.config, "_commit_hash", None))
     except ValueError as error:
         raise UserError(f"trainer.adapter: {one_line(error)}") from error
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if tied and any(isinstance(module, BaseTunerLayer) for module in ends):
+        raise UserError(
+            f"trainer.adapter.targets={options['targets']}: input and output share one matrix in this model, and "
+            "merging would change both: leave the embedding and the output matrix out"
+        )
     return adapted
 
 

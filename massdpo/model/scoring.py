@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from massdpo.errors import UserError
 from massdpo.model.features import head_kernel, last_features, mean_features
 from massdpo.model.packing import Prompt, Row, attention_mask
+from massdpo.model.trie import Catalogue
 from massdpo.tensors import Batch, Picks, Scored, Scores
 
 CHUNK_ELEMENTS = 2**24  # at most this many logits exist at a time: 64 MB in float32
@@ -68,14 +69,17 @@ class PreferenceScorer(nn.Module):
             warnings.warn(f"{name} cannot share prompts ({misfit}): each response repeats its prompt", stacklevel=1)
             self.packed = False
 
-    def forward(self, batch: Batch, select: Select | None = None) -> Scored:
+    def forward(self, batch: Batch, select: Select | None = None, catalogue: Catalogue | None = None) -> Scored:
         """Score every candidate of the batch, or, with `select`, the chosen response and the negatives it picks.
 
         `select` sees the scores of the whole pool, computed without gradients under the current weights, features
-        included. Without `select`, features come with the scores where no gradients are recorded.
+        included. Without `select`, features come with the scores where no gradients are recorded. With `catalogue`,
+        its responses are scored behind each prompt instead of the batch's own (no log-probs of single tokens).
 
         Raises `UserError` naming the examples where a log-prob is not finite.
         """
+        if catalogue is not None:
+            return Scored(self._against(batch, catalogue))
         checkpoints = self.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
         prompt = self._encode(batch) if self.packed and not checkpoints and _worth_a_pass(batch) else None
         if select is None:
@@ -101,16 +105,32 @@ class PreferenceScorer(nn.Module):
         else:
             token_logp_BCT, hidden_BCTD = self._repeated(batch, features is not None)
         logp_BC = token_logp_BCT.sum(-1)
-        finite_B = torch.isfinite(logp_BC).all(-1)
-        if not finite_B.all():
-            names = ", ".join(name for name, finite in zip(batch.ids, finite_B.tolist(), strict=True) if not finite)
-            raise UserError(f"log-probs that are not finite ({names}): lower the learning rate or check the weights")
+        _check_finite(batch, logp_BC)
         scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC)
         if hidden_BCTD is None:
             return scores
         with self._exact:
             self._add_features(scores, batch, features, hidden_BCTD)
         return scores
+
+    def _against(self, batch: Batch, catalogue: Catalogue) -> Scores:
+        """Every response of a catalogue behind each prompt, a part of them at a time."""
+        size = len(batch.ids)
+        logp_BI = torch.zeros(size, len(catalogue.length_I), device=batch.prompt_ids_BP.device)
+        if self.packed:
+            prompt = self._encode(batch)
+            for part in catalogue.parts:
+                row = part.row(prompt)
+                hidden_BMD = self._decode(row, part.mask(self.causal_lm, prompt, row), prompt.branch())
+                source_UD = torch.cat([prompt.end_BD[:, None], hidden_BMD], dim=1).flatten(0, 1)
+                logp_UC = self._logp(source_UD, part.target_UC.repeat(size, 1))
+                logp_BI[:, part.index_N] = part.response_logp(logp_UC.view(size, *part.target_UC.shape))
+        else:
+            for index_N, few in catalogue.behind(batch):
+                logp_BI[:, index_N] = self._repeated(few, False)[0].sum(-1)
+        _check_finite(batch, logp_BI)
+        length_BI = catalogue.length_I.expand(size, -1)
+        return Scores(logp_BI, logp_BI.new_zeros(*logp_BI.shape, 0), length_BI, length_BI > 0)
 
     @property
     def _exact(self) -> torch.autocast:
@@ -236,6 +256,13 @@ def _forward_from(causal_lm: PreTrainedModel, hidden_UD: Tensor, replaced: dict[
     head = copy.copy(causal_lm)
     head._modules = {**causal_lm._modules, causal_lm.base_model_prefix: _Given(), **replaced}
     return head(inputs_embeds=hidden_UD[None]).logits[0]
+
+
+def _check_finite(batch: Batch, logp_BC: Tensor) -> None:
+    finite_B = torch.isfinite(logp_BC).all(-1)
+    if not finite_B.all():
+        names = ", ".join(name for name, finite in zip(batch.ids, finite_B.tolist(), strict=True) if not finite)
+        raise UserError(f"log-probs that are not finite ({names}): lower the learning rate or check the weights")
 
 
 def _target_logp(logits_UV: Tensor, target_UC: Tensor) -> Tensor:

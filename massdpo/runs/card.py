@@ -25,11 +25,18 @@ HUB_DATASETS = {  # by what name the hub knows the data of an option
 LICENCE = ("license", "license_name", "license_link")
 
 
-def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> str:
+def model_card(
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    name: str,
+    dequantised_from: str | None = None,
+) -> str:
     """README.md of a policy, with the front matter that the hub reads.
 
     `config` is the run's resolved configuration, `metrics` its metrics.json, `sizes` its prompts by split (`train`,
-    `preference`, `test`), `name` the run's.
+    `preference`, `test`), `name` the run's, `dequantised_from` in which blocks
+    a GGUF file held the start weights.
     """
     trainer = config["trainer"]
     blocks = [
@@ -37,7 +44,7 @@ def model_card(config: Mapping[str, Any], metrics: Mapping[str, Any], sizes: Map
         f"# {name}",
         "A causal language model, fine-tuned on chosen responses and then trained on preferences between each of them "
         f"and several rejected ones, with massdpo {massdpo.__version__}: see [MASS-DPO](https://arxiv.org/abs/2605.10784).",
-        _table({"": ""} | _summary(config, sizes)),
+        _table({"": ""} | _summary(config, sizes, dequantised_from)),
         "## Data\n\n" + _terms(config),
         f"## Metrics\n\nOn the {sizes['test']} prompts of the test split. {METRICS_TEXT}\n\n" + _metrics(metrics),
         "## Use\n\n" + (CHAT_TEXT if trainer["chat_template"] else PLAIN_TEXT) + "\n\n" + _code(trainer),
@@ -79,7 +86,7 @@ def _base_folder(model: Mapping[str, Any]) -> Path:
     return Path(str(config)).parent
 
 
-def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, str]:
+def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_from: str | None) -> dict[str, str]:
     trainer, adapter = config["trainer"], config["trainer"]["adapter"]
     k = f", k = {config['selector']['k']}" if "k" in config["selector"] else ""
     stages = {
@@ -93,7 +100,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, s
         "loss": f"`{config['choices']['loss']}`, beta = {config['beta']:g}",
     }
     return {
-        "base model": _base(config),
+        "base model": _base(config) + (f", dequantised from {dequantised_from}" if dequantised_from else ""),
         "weights": f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}" if adapter else "all trained",
         "data": f"`{config['choices']['dataset']}`",
         "supervised fine-tuning": stages["sft"],
@@ -107,10 +114,12 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, s
 
 def _base(config: Mapping[str, Any]) -> str:
     model, option = config["model"], config["choices"]["model"]
+    if "packages" in model:
+        return f"`{option}`, from {', '.join(model['packages'])}; terms: {model['terms']}"
     if "hub_id" not in model:
         return f"none: random weights (`{option}`, family {model['config']['model_type']})"
     if model["path"]:
-        return f"from a folder on disk (option `{option}`)"
+        return f"from disk (option `{option}`)"
     folder = _base_folder(model)
     commit = f", commit {folder.name}" if folder.parent.name == "snapshots" else ""
     return f"[{model['hub_id']}]({HUB}/{model['hub_id']}){commit}"

@@ -18,6 +18,7 @@ from massdpo.config import resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
+from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
 from massdpo.evaluation.scores import evaluate, predictions, ranking
 from massdpo.model.save import save_policy
@@ -101,14 +102,11 @@ def compute(
     history.rows[:] = start_info["history"]
 
     policy = load_start(start_folder, config)
-    scorer: nn.Module = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer: Any = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
     scorer.to(accelerator.device)
     started = time.perf_counter()
-    bfloat16 = trainer.precision == "bfloat16"
     reference = reference_scores(config, data, rows, start_folder, scorer, cache, score, accelerator)
     reference_seconds = time.perf_counter() - started
-    with accelerator.autocast():
-        objectives.check_reference(scorer, rows, reference["train"], accelerator, data.pad_id, bfloat16)
 
     width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
     loss = hydra.utils.instantiate(config.loss)
@@ -137,6 +135,10 @@ def compute(
     answers: list[Answer] = []
     if trainer.generate:
         answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
+    against = None
+    if data.catalogue:
+        how = accelerator, trainer.eval_batch_size, data.pad_id
+        against = rank_catalogue(scorer, data.splits, data.test, data.catalogue, *how)
     weights = gathered(scorer, accelerator) if trainer.save_policy else None
     if not accelerator.is_main_process:
         return
@@ -145,6 +147,7 @@ def compute(
     metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     metrics |= generation_metrics(answers, final) if answers else {}
+    metrics |= against.metrics() if against else {}
     metrics |= baselines(data.splits, cache)
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
     metrics |= {
@@ -168,11 +171,14 @@ def compute(
     lines = predictions(final, reference["test"], config.beta, ids)
     for line, answer in zip(lines, answers, strict=False):  # without generation there is none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
+    for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
+        line["catalogue_rank"] = rank
     write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     if trainer.save_policy:
         policy = accelerator.unwrap_model(scorer).model
         counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
-        card = model_card(resolved(config), metrics, counts, folder.name)
+        blocks = getattr(policy.config, "dequantised_from", None)
+        card = model_card(resolved(config), metrics, counts, folder.name, blocks)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
     write_json(folder / "metrics.json", metrics)
     draw_history(position.history, folder / "history.png")

@@ -9,7 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from massdpo.console import summary_table
 from massdpo.data.prepare import prepare
-from massdpo.data.tokenize import tokenize_split
+from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
+from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
 from massdpo.evaluation.scores import ranking, score_split
 from massdpo.model.scoring import PreferenceScorer
@@ -45,9 +46,14 @@ def evaluate(config: DictConfig) -> None:
     answers: list[Answer] = []
     if config.trainer.generate:
         answers = generate_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer)
+    options = config.trainer.max_length, config.trainer.chat_template
+    against = {}
+    if title_ids := tokenize_catalogue(splits.catalogue, tokenizer, rows, *options):
+        how = accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id
+        against = rank_catalogue(scorer, splits, rows, title_ids, *how).metrics()
     if not accelerator.is_main_process:
         return
-    metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {})
+    metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {}) | against
     print(f"{run} on the test split of {config.choices.dataset}, {len(rows)} prompts")
     summary_table("test split", [{"test metric": name, "policy": value} for name, value in metrics.items()])
     if config.out:

@@ -10,7 +10,7 @@ import numpy as np
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
-from massdpo.data.readers.interactions import SPLITS
+from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError

@@ -43,12 +43,11 @@ def select(config: DictConfig) -> None:
     sft_folder = start.sft_start(config, data, model, cache, score, NoLogger(), accelerator)
     policy = start.load_start(sft_folder, config)
     features = selector.features if selector.needs_scores else None
-    scorer = PreferenceScorer(policy, features, trainer.layout).to(accelerator.device)
+    scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score, accelerator)["train"]
     width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
     picking = Preference(selector, start.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
-    with accelerator.autocast():
-        picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
+    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):

@@ -15,16 +15,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.data.tokens import TokenizedExample
-from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScores, each_batch
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-TOLERANCE = 1e-4  # nats a response: two float32 passes over one model differ by less
-TOLERANCE_BFLOAT16 = 0.02  # nats a token
-
 
 # A margin of 16 leaves exp(-16), float32's epsilon, beside the 1 of log(1 + sum exp(-margin)): nothing more is learned.
 RUNAWAY = 16.0
@@ -221,29 +217,3 @@ def noise(batch: Batch, seed: int, draw: int) -> Tensor:
     for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
         noise_BN[row, :size] = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(size)
     return torch.from_numpy(noise_BN).to(batch.index_B.device)
-
-
-def check_reference(
-    scorer: nn.Module,
-    rows: Sequence[TokenizedExample],
-    reference: SplitScores,
-    accelerator: Accelerator,
-    pad_id: int,
-    bfloat16: bool,
-) -> None:
-    """At step 0 every reward must be 0: the stored log-probs must be those of the policy as it starts.
-
-    Raises `UserError` where they differ by more than 1e-4 nats a response (float32) or 0.02 nats a token (bfloat16).
-    """
-    first = rows[: 4 * accelerator.num_processes]
-    for batch in each_batch(scorer, first, accelerator, 4, pad_id, "check"):
-        scores: Scores = scorer(batch).scores
-        width = scores.logp_BC.shape[1]
-        stored_BC = reference.logp_SC[batch.index_B.cpu(), :width].to(scores.logp_BC.device)
-        allowed_BC = TOLERANCE_BFLOAT16 * scores.length_BC if bfloat16 else torch.full_like(stored_BC, TOLERANCE)
-        off_BC = (scores.logp_BC - stored_BC).abs() * scores.mask_BC
-        if (off_BC > allowed_BC).any():
-            raise UserError(
-                f"the stored reference log-probs do not belong to this policy ({float(off_BC.max()):.3g} nats off at "
-                f"{batch.ids[int(off_BC.amax(-1).argmax())]}): remove the folder reference/ from cache_dir"
-            )

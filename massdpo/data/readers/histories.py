@@ -12,7 +12,8 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from massdpo.data.readers.interactions import SPLITS, Ints, Log
+from massdpo.data.raw import SPLITS
+from massdpo.data.readers.interactions import Ints, Log
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.slates import CleanSlates, legacy_slate
 from massdpo.errors import UserError
@@ -136,15 +137,25 @@ def popularity(log: Log, train: Rows) -> NDArray[np.float64]:
 class RecommendationSplit(Sequence[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
-    Without `slates` the candidates are the published legacy ones.
+    Without `slates` the candidates are the published legacy ones. With `tell_met`, `meta["met"]` has the items that the
+    user met before the target.
     """
 
-    def __init__(self, name: str, log: Log, rows: Rows, slates: CleanSlates | None, prompting: Prompting):
+    def __init__(
+        self,
+        name: str,
+        log: Log,
+        rows: Rows,
+        slates: CleanSlates | None,
+        prompting: Prompting,
+        tell_met: bool = False,
+    ):
         self.name = name
         self.log = log
         self.rows = rows
         self.slates = slates
         self.prompting = prompting
+        self.tell_met = tell_met
 
     def __len__(self) -> int:
         return len(self.rows.user_R)
@@ -170,12 +181,15 @@ class RecommendationSplit(Sequence[PreferenceExample]):
         for row, user, position, slate in zip(
             range(start, stop), user_R.tolist(), position_R.tolist(), slates, strict=True
         ):
+            meta: dict[str, Any] = {"user": self.log.users[user], "position": position}
+            if self.tell_met:
+                meta["met"] = self.log.sequences[user][:position].tolist()
             yield self.prompting.example(
                 f"{self.name}/{row}",
                 [titles[item] for item in self._history(user, position)],
                 titles[self.log.sequences[user][position]],
                 [titles[item] for item in slate],
-                {"user": self.log.users[user], "position": position},
+                meta,
             )
 
     def _slates(self, start: int, user_R: Ints, position_R: Ints) -> list[list[int]]:

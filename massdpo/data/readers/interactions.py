@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from massdpo.data.raw import BadRows
 from massdpo.data.text import normalise, read_jsonl, read_lines
 from massdpo.errors import UserError
 
 Ints = NDArray[np.int64]
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -28,26 +27,6 @@ class Log:
     times: list[NDArray[np.float64]] | None = None  # of each item of each sequence; None: the data has none
     split_of: list[str] | None = None  # the published split of each user; None: there is none
     report: dict[str, Any] = field(default_factory=dict)
-
-
-class BadRows:
-    """What to do with a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
-
-    def __init__(self, policy: str):
-        if policy not in ("error", "skip"):
-            raise UserError(f"dataset.bad_rows is error or skip, not {policy!r}")
-        self.policy = policy
-        self.count = 0
-        self.first = ""
-
-    def __call__(self, error: UserError) -> None:
-        if self.policy == "error":
-            raise error
-        self.count += 1
-        self.first = self.first or str(error)
-
-    def report(self) -> dict[str, Any]:
-        return {"bad_rows_skipped": self.count, "first_bad_row": self.first} if self.count else {}
 
 
 def raw_file(raw_dir: str | None, name: str, what: str) -> Path:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from massdpo.data.readers.interactions import SPLITS, BadRows, field_of, raw_file
+from massdpo.data.raw import SPLITS, BadRows
+from massdpo.data.readers.interactions import field_of, raw_file
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise, read_jsonl
 from massdpo.errors import UserError

@@ -12,9 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from massdpo.data.containers import Row
 from massdpo.data.messages import as_text, checked_messages, found, with_prompt
-from massdpo.data.raw import SPLIT_NAMES, Row, hub_folder, read_rows, row_files
-from massdpo.data.readers.interactions import BadRows
+from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
@@ -57,17 +57,18 @@ class Jsonl:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
 
     @cached_property
-    def _place(self) -> Path:
+    def _source(self) -> Source:
         if bool(self.path) == bool(self.hub_id):
             raise UserError(
                 "dataset=jsonl needs dataset.path=FILE (lines of prompt, chosen, rejected) or dataset.hub_id"
             )
-        return hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
+        place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
+        return Source(place, subset=self.subset)
 
     def files(self) -> list[Path]:
         """The files that `load` reads: their content, with the options, decides the outcome."""
-        others = [Path(path) for path in (self.val_path, self.test_path) if path]
-        return [file for path in (self._place, *others) for file in row_files(path)]
+        others = [Source(Path(path)) for path in (self.val_path, self.test_path) if path]
+        return [file for source in (self._source, *others) for file in source.files]
 
     def load(self) -> Splits:
         self._report = Counter()
@@ -80,20 +81,23 @@ class Jsonl:
         trained_on = {row.prompt for row in parts["train"]}
         for split in ("val", "test"):
             report[f"{split}_prompts_also_in_train"] = sum(row.prompt in trained_on for row in parts[split])
-        train, val, test = (self._numbered(split, parts[split]) for split in SPLIT_NAMES)
+        train, val, test = (self._numbered(split, parts[split]) for split in SPLITS)
         return Splits(train, val, test, report)
 
     def _sources(self, bad: BadRows) -> dict[str, Iterator[Row]]:
         """The rows of each split that was given; a later one takes the place of one that `path` brought."""
-        sources = read_rows(self._place, self.subset, bad)
-        if "train" not in sources:
-            raise UserError(f"{self.hub_id or self.path} has no split 'train', only {', '.join(sources)}")
+        source = self._source
+        if "train" not in source.splits:
+            raise UserError(f"{source.place} has no split 'train', only {', '.join(source.found)}")
+        sources = {split: source.rows(split, bad) for split in source.splits}
         for split, path in (("val", self.val_path), ("test", self.test_path)):
             if path:
-                given = read_rows(Path(path), None, bad)
-                if split not in given and len(given) > 1:
-                    raise UserError(f"dataset.{split}_path={path} has the splits {', '.join(given)}, but no {split!r}")
-                sources[split] = given.get(split) or next(iter(given.values()))
+                given = Source(Path(path))
+                if split not in given.splits and len(given.splits) > 1:
+                    raise UserError(
+                        f"dataset.{split}_path={path} has the splits {', '.join(given.found)}, but no {split!r}"
+                    )
+                sources[split] = given.rows(split if split in given.splits else next(iter(given.splits)), bad)
         return sources
 
     def _examples(self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows) -> list[PreferenceExample]:
@@ -204,7 +208,7 @@ class Jsonl:
                 f"{self.path}: {len(sizes)} different prompts are too few to hold out validation and test rows; "
                 "add rows, or give dataset.val_path and dataset.test_path"
             )
-        drawn = {split: [row for row in rows if place.get(row.prompt, "train") == split] for split in SPLIT_NAMES}
+        drawn = {split: [row for row in rows if place.get(row.prompt, "train") == split] for split in SPLITS}
         return drawn | {split: part for split, part in given.items() if split != "train"}
 
     def _numbered(self, split: str, rows: list[PreferenceExample]) -> list[PreferenceExample]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from massdpo.data.readers.interactions import SPLITS, BadRows, Ints, Log, Table, field_of
+from massdpo.data.raw import SPLITS, BadRows
+from massdpo.data.readers.interactions import Ints, Log, Table, field_of
 from massdpo.data.text import read_jsonl, read_lines
 from massdpo.errors import UserError
 

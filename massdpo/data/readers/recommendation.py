@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
 from massdpo.data.readers.histories import Prompting, RecommendationSplit, popularity, rows_of
-from massdpo.data.readers.interactions import SPLITS, BadRows, Log, raw_file, read_interactions, read_titles, tidy
+from massdpo.data.readers.interactions import Log, raw_file, read_interactions, read_titles, tidy
 from massdpo.data.schema import Splits
 from massdpo.data.slates import LEGACY_HISTORY, LEGACY_NEGATIVES, CleanSlates
 from massdpo.data.text import normalise
@@ -49,6 +50,7 @@ class Recommendation(ABC):
     split: str = "user"
     slate: str = "clean"
     negatives: str = "uniform"
+    candidates: str = "sampled"
     merge_titles: str = "equal"
     min_history: int = 3
     max_history: int = 10
@@ -62,6 +64,7 @@ class Recommendation(ABC):
         _one_of("split", self.split, ("user", "first_seen", "time"))
         _one_of("slate", self.slate, ("clean", "legacy"))
         _one_of("negatives", self.negatives, ("uniform", "popularity"))
+        _one_of("candidates", self.candidates, ("sampled", "all"))
         _one_of("merge_titles", self.merge_titles, tuple(MERGES))
         _one_of("prompts", self.prompts, ("one", "several"))
         BadRows(self.bad_rows)
@@ -71,6 +74,10 @@ class Recommendation(ABC):
                 raise UserError(f"dataset.{name} must be a whole number of at least {least}, not {value!r}")
         if not isinstance(self.list_candidates, bool):
             raise UserError(f"dataset.list_candidates is true or false, not {self.list_candidates!r}")
+        if self.candidates == "all" and self.list_candidates:
+            raise UserError(
+                "dataset.candidates=all ranks every item, so no prompt may list some: set dataset.list_candidates=false"
+            )
         if self.slate == "legacy" and self.num_negatives != LEGACY_NEGATIVES:
             raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
 
@@ -101,7 +108,12 @@ class Recommendation(ABC):
         def split_of(name: str) -> RecommendationSplit:
             clean = CleanSlates(self.seed, name, self.num_negatives, len(log.titles), seen_E, weights_I)
             return RecommendationSplit(
-                name, log, rows[name], clean if self.slate == "clean" else None, self.prompting()
+                name,
+                log,
+                rows[name],
+                clean if self.slate == "clean" else None,
+                self.prompting(),
+                tell_met=name == "test" and self.candidates == "all",
             )
 
         splits = {name: split_of(name) for name in SPLITS}
@@ -113,7 +125,8 @@ class Recommendation(ABC):
             **log.report,
             **bad.report(),
         }
-        return Splits(splits["train"], splits["val"], splits["test"], report)
+        catalogue = tuple(log.titles) if self.candidates == "all" else ()
+        return Splits(splits["train"], splits["val"], splits["test"], report, catalogue=catalogue)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,109 @@
+"""Which column is which: told by a mapping, or found by the names that people give them."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from massdpo.errors import UserError
+
+
+class Columns:
+    """The parts that a row is made of, by the columns that hold them.
+
+    `usual` has, for each part, the names that its column usually has, the most usual first; `given` says which column
+    (or which of several) it is, and goes before. What one of `several` is may also stand in numbered columns, as
+    rejected_1, rejected_2. A part of `optional` may be given without being there. `mapped` says what was found,
+    `ignored` counts the columns that mean nothing here.
+
+    Raises:
+        UserError: `given` names a part that is none.
+    """
+
+    def __init__(
+        self,
+        usual: Mapping[str, tuple[str, ...]],
+        given: Mapping[str, str | list[str]] | None = None,
+        several: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+    ):
+        self.usual, self.given, self.several, self.optional = usual, given or {}, several, optional
+        for part in self.given:
+            if part not in usual:
+                raise UserError(f"dataset.columns.{part} is not possible: {', '.join(usual)}")
+        self.mapped: dict[str, str] = {}
+        self.ignored: Counter[str] = Counter()
+        self._known: dict[tuple[str, ...], dict[str, list[str]]] = {}
+
+    def parts(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row has of each part: one value, or a list of those of several columns; nulls are left out."""
+        keys = tuple(row)
+        if keys not in self._known:
+            self._known[keys] = self._found(where, keys)
+        parts: dict[str, Any] = {}
+        for part, columns in self._known[keys].items():
+            if len(columns) == 1:
+                if row[columns[0]] is not None:
+                    parts[part] = row[columns[0]]
+            elif values := [row[column] for column in columns if row[column] not in (None, "")]:
+                parts[part] = values
+        read = {column for columns in self._known[keys].values() for column in columns}
+        self.ignored.update(key for key in keys if key not in read and row[key] is not None)
+        return parts
+
+    def missing(self, where: str, row: Mapping[str, Any], part: str, needed: tuple[str, ...]) -> UserError:
+        """What to say of a row without `part`: the columns that are there, and which of them could be the `needed`."""
+        named = self._known[tuple(row)]
+        free = [key for key in row if all(key not in columns for columns in named.values())]
+        guess = {}
+        for wanted in needed:
+            if wanted not in named and free:
+                close = [key for name in self.usual[wanted] for key in get_close_matches(name, free, 1)]
+                guess[wanted] = (close or free)[0]
+                free.remove(guess[wanted])
+        mapping = ", ".join(f"{wanted}: {safe(column)}" for wanted, column in (guess or {part: "NAME"}).items())
+        return UserError(
+            f'{where}: no "{part}" in the columns {shown(row)}; say which they are, as dataset.columns={{{mapping}}}'
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What was mapped to what and what was ignored, to be told."""
+        found = {"columns": ", ".join(f"{part} = {names}" for part, names in self.mapped.items())}
+        return found | {f"ignored_column_{safe(name)}": count for name, count in self.ignored.most_common(20)}
+
+    def _found(self, where: str, keys: tuple[str, ...]) -> dict[str, list[str]]:
+        lower = {key.strip().lower(): key for key in reversed(keys)}
+        named: dict[str, list[str]] = {}
+        for part, given in self.given.items():
+            columns = [given] if isinstance(given, str) else list(given)
+            if all(column in keys for column in columns):
+                named[part] = columns
+            elif part not in self.optional:
+                raise UserError(
+                    f"{where}: no column {safe(' or '.join(columns))} (dataset.columns.{part}) among {shown(keys)}"
+                )
+        for part, names in self.usual.items():
+            if part in self.given:
+                continue
+            taken = {column for columns in named.values() for column in columns}
+            free = {name: key for name, key in lower.items() if key not in taken}
+            if here := [free[name] for name in names if name in free]:
+                named[part] = here[:1]
+            elif part in self.several:
+                pattern = re.compile(rf"(?:{'|'.join(names)})[ _-]?(\d{{1,4}})")
+                numbered = {int(number[1]): free[name] for name in free if (number := pattern.fullmatch(name))}
+                if numbered:
+                    named[part] = [numbered[number] for number in sorted(numbered)]
+        self.mapped |= {part: " + ".join(map(safe, columns)) for part, columns in named.items()}
+        return named
+
+
+def safe(name: str) -> str:
+    """A name from outside for a line of text: without control characters, and not too long."""
+    return repr(name)[1:-1][:60]
+
+
+def shown(names: Any) -> str:
+    names = list(names)
+    return ", ".join(map(safe, names[:12])) + (", ..." if len(names) > 12 else "") if names else "(none)"

@@ -1,0 +1,173 @@
+"""The rows of one file, whatever holds them: JSON in its forms, columns of text, Parquet or Arrow; each with its place.
+
+Only formats that hold nothing but data are read, piece by piece: memory does not grow with the file.
+"""
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+from massdpo.data.json_text import JsonText
+from massdpo.data.text import COMPRESSED, json_object, read_jsonl, read_lines
+from massdpo.errors import UserError
+
+Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
+Bad = Callable[[UserError], None]
+
+JSON = (".jsonl", ".json", ".ndjson")
+RECBOLE = (".inter", ".item", ".user")  # tabs, and quotation marks that mean nothing
+COLUMNS = (".csv", ".tsv", ".tab", ".psv", *RECBOLE)
+PARQUET = (".parquet",)
+ARROW = (".arrow", ".feather")
+SUFFIXES = tuple(f"{kind}{end}" for kind in (*JSON, *COLUMNS) for end in ("", *COMPRESSED)) + PARQUET + ARROW
+ARRAY_KEYS = ("data", "rows", "examples", "instances", "records", "train")  # where an array of rows usually stands
+SEPARATORS = (",", "\t", ";", "|")
+# What pyarrow raises of damaged files: beside its own errors, whatever a wrong offset leads to.
+DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a file does not say of itself. `separator` None: found in its first line; `rows`: the key of the array."""
+
+    separator: str | None = None
+    encoding: str = "utf-8"
+    rows: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.separator == "":
+            raise UserError("dataset.separator is empty: give what stands between two columns, or null")
+        try:
+            "\n".encode(self.encoding)
+        except (LookupError, TypeError) as error:
+            raise UserError(f"dataset.encoding={self.encoding} is not known: utf-8, latin-1, cp1252, utf-16") from error
+
+
+def suffix_of(path: Path) -> str:
+    """What the name ends in, without .gz or .zst."""
+    name = path.with_suffix("") if path.suffix in COMPRESSED else path
+    return name.suffix.lower()
+
+
+def read_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterator[Row]:
+    """The rows of a file, by what its name ends in; a name that says nothing, by its first character.
+
+    Raises:
+        UserError: the file is missing, empty, damaged, or not what it seems; what is wrong with a single row is handed
+            to `bad`.
+    """
+    reading, suffix = reading or Reading(), suffix_of(path)
+    if suffix in PARQUET + ARROW:
+        return _table_rows(path, _parquet_batches(path) if suffix in PARQUET else _arrow_batches(path))
+    if suffix in JSON or (suffix not in COLUMNS and _first_character(path) in "{["):
+        return _json_rows(path, bad, reading)
+    return _column_rows(path, bad, reading)
+
+
+def _first_character(path: Path) -> str:
+    for _, line in read_lines(path, lambda error: None, "latin-1"):
+        return line.lstrip()[:1]
+    return ""
+
+
+def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
+    with JsonText(path, reading.encoding) as text:
+        usual = ARRAY_KEYS if suffix_of(path) == ".json" else ()
+        if text.seek((reading.rows,) if reading.rows else usual):
+            for element, (line, row) in enumerate(text.elements(), start=1):
+                where = f"{path}:{line} (row {element})"  # many may stand in one line
+                if checked := json_object(row, where, bad):
+                    yield where, checked
+            return
+        if reading.rows or text.is_one_object:
+            raise UserError(
+                f"{path} is one JSON object with the keys {', '.join(text.keys)[:200] or '(none)'}: "
+                "dataset.rows=KEY names the one that holds the array of rows"
+            )
+    for number, row in read_jsonl(path, bad, reading.encoding):
+        yield f"{path}:{number}", row
+
+
+def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
+    """Rows of separated columns, named by the first line. A cell is a text, whatever it looks like."""
+    names: list[str] = []
+    for number, cells in _cells(path, reading):
+        where = f"{path}:{number}"
+        if not names:
+            names = [name.strip() for name in cells]
+            if len(set(names)) < len(names):
+                raise UserError(f"{where}: two columns have one name in the header: {', '.join(names)[:200]}")
+        elif len(cells) != len(names):
+            bad(UserError(f"{where}: {len(cells)} fields, but the header has {len(names)} (see dataset.separator)"))
+        else:
+            yield where, dict(zip(names, cells, strict=True))
+
+
+def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+    """The cells of every row that is not blank, with the line in which it begins."""
+    lines = (line for _, line in read_lines(path, None, reading.encoding, whole=True))
+    begun = [next(lines)]
+    while not begun[-1].strip():
+        begun.append(next(lines))
+    separator = reading.separator or separator_of(begun[-1])
+    if len(separator) > 1:
+        for number, line in enumerate(chain(begun, lines), start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n").split(separator)
+        return
+    csv.field_size_limit(1 << 24)  # a cell may be long; Python's own limit is 131,072 characters
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if suffix_of(path) in RECBOLE else csv.QUOTE_MINIMAL
+    rows = csv.reader(chain(begun, lines), delimiter=separator, strict=True, quoting=quoting)
+    while True:
+        number = rows.line_num + 1
+        try:
+            cells = next(rows, None)
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: not CSV ({error})") from error
+        if cells is None:
+            return
+        if cells:
+            yield number, cells
+
+
+def separator_of(header: str) -> str:
+    """The separator that divides a header into the most columns, of the usual ones."""
+    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator))))
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq  # half a second, and only needed here
+
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=1024)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Batches whose offsets and texts are checked: Arrow's memory is read as it lies, unchecked, by others."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as source:  # not mapped: a file that was cut short would end the process
+        try:
+            stream = pa.ipc.open_stream(source)  # what `datasets` writes
+        except pa.ArrowInvalid:
+            source.seek(0)
+            whole = pa.ipc.open_file(source)
+            stream = map(whole.get_batch, range(whole.num_record_batches))
+        for batch in stream:
+            batch.validate(full=True)
+            yield batch
+
+
+def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+    number = 0
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path} (row {number})", row
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} cannot be read after row {number} ({reason}): it may be damaged") from error

@@ -1,0 +1,78 @@
+"""The test split ranked against the whole catalogue: metrics on a few sampled candidates can order policies otherwise.
+
+(Krichene and Rendle, On Sampled Metrics for Item Recommendation, KDD 2020.) A target's rivals are all items but those
+that its user met before it.
+
+Suffixes: S prompts of a split, B prompts of a batch, I items of the catalogue.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from massdpo.data.schema import Splits
+from massdpo.data.tokens import TokenizedExample
+from massdpo.evaluation.metrics import ranking_metrics, target_ranks
+from massdpo.evaluation.scores import each_batch
+from massdpo.model.trie import Catalogue
+from massdpo.tensors import Scored
+
+PROMPTS = 8  # behind which a part of the catalogue is fed at once, at most
+
+
+@dataclass(frozen=True)
+class CatalogueRanks:
+    """Where each test target stands in the catalogue, by mean and by summed log-prob; 1 is best."""
+
+    rank_S: Tensor  # int64
+    rank_sum_S: Tensor
+    items: int
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """The ranking metrics under `catalogue/` (`_sum`: by summed log-prob), and what they cost."""
+        by_sum = {f"{name}_sum": value for name, value in ranking_metrics(self.rank_sum_S).items()}
+        values = ranking_metrics(self.rank_S) | by_sum | {"items": self.items, "seconds": self.seconds}
+        return {f"catalogue/{name}": value for name, value in values.items()}
+
+
+def rank_catalogue(
+    scorer: nn.Module,
+    splits: Splits,
+    rows: Sequence[TokenizedExample],
+    title_ids: Sequence[Sequence[int]],
+    accelerator: Accelerator,
+    size: int,
+    pad_id: int,
+) -> CatalogueRanks:
+    """Rank the targets of the test split, whose tokens are `rows`, among all titles; every process gets all ranks."""
+    started = time.perf_counter()
+    catalogue = Catalogue.of(title_ids).to(accelerator.device)
+    place_of = {title: place for place, title in enumerate(splits.catalogue)}
+    parts = []
+    for batch in each_batch(scorer, rows, accelerator, min(size, PROMPTS), pad_id, "catalogue"):
+        scored: Scored = scorer(batch, catalogue=catalogue)
+        examples = [splits.test[row] for row in batch.index_B.tolist()]
+        target_B = torch.tensor([place_of[example.chosen] for example in examples], device=accelerator.device)
+        rival_BI = torch.ones_like(scored.scores.mask_BC)
+        for row, example in enumerate(examples):
+            rival_BI[row, [*example.meta["met"], place_of[example.chosen]]] = False
+        both = scored.scores.mean_logp_BC, scored.scores.logp_BC
+        parts.append((batch.index_B.cpu(), *(_ranks(score_BI, target_B, rival_BI).cpu() for score_BI in both)))
+    if accelerator.num_processes > 1:
+        parts = gather_object(parts)
+    rank_S, rank_sum_S = torch.zeros(2, len(rows), dtype=torch.int64)
+    for index_B, rank_B, rank_sum_B in parts:
+        rank_S[index_B], rank_sum_S[index_B] = rank_B, rank_sum_B
+    return CatalogueRanks(rank_S, rank_sum_S, len(title_ids), time.perf_counter() - started)
+
+
+def _ranks(score_BI: Tensor, target_B: Tensor, rival_BI: Tensor) -> Tensor:
+    target_B1 = score_BI.gather(1, target_B[:, None])
+    mask_BC = torch.nn.functional.pad(rival_BI, (1, 0), value=True)
+    return target_ranks(torch.cat([target_B1, score_BI], dim=1), mask_BC)
