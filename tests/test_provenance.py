@@ -277,7 +277,7 @@ def test_runs_side_by_side_share_what_they_have_in_common_and_force_shares_nothi
     capsys.readouterr()
     train()
     said = capsys.readouterr().out
-    assert "finished already, with the same options, code, data, model" in said
+    assert "finished already: skipped, with the same options, code, data, model" in said
     before = metrics(plain)
     train("force=true")
     for kind, folders in first.items():

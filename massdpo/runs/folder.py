@@ -134,7 +134,7 @@ def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> 
         if accelerator.is_main_process:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
             same = ", ".join(parts)
-            print(f"{folder} is finished already, with the same {same}: skipped (force=true computes it again)")
+            print(f"{folder} is finished already: skipped, with the same {same} (force=true computes it again)")
         return False
     if accelerator.is_main_process:
         remove_unfinished(folder)
