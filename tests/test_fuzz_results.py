@@ -16,7 +16,6 @@ from massdpo.errors import UserError
 from massdpo.report.__main__ import main, tables_of
 from massdpo.report.reading import read_histories, read_history
 from massdpo.report.rows import Rows, collect
-from massdpo.report.statistics import BootstrapCache
 from massdpo.report.status import sweep_status
 from tests.test_fuzz_data import limits, mutated
 from tests.test_report import make_run
@@ -76,7 +75,7 @@ def use(root: Path) -> None:
         read_history(root / "runs" / "fuzz" / row["name"] / "history.csv", ("margin", "loss"))
     read_histories(root / "out" / "fuzz" / "histories.csv")
     for read in (rows, Rows.read(root / "out" / "fuzz")):
-        tables_of(read, "fuzz", BootstrapCache(root / "out" / "fuzz" / "bootstrap.csv"))
+        tables_of(read, "fuzz")
 
 
 def survives(root: Path) -> None:
@@ -88,7 +87,7 @@ def survives(root: Path) -> None:
 
 def files(root: Path) -> list[Path]:
     names = ("config.yaml", "metrics.json", "predictions.jsonl", "status.json", "history.csv", "expected.json")
-    names += ("rows.csv", "prompts.npz", "bootstrap.csv", "histories.csv")
+    names += ("rows.csv", "prompts.npz", "histories.csv")
     return sorted(path for path in root.rglob("*") if path.name in names)
 
 
@@ -170,20 +169,3 @@ def test_a_finished_run_without_a_file_is_told_by_that_file(
     file.unlink()
     assert main(["fuzz", "--runs", str(results / "runs"), "--out", str(results / "other")]) == 2
     assert str(file) in capsys.readouterr().err
-
-
-def test_a_damaged_line_of_the_bootstraps_cache_is_told_and_computed_again(
-    results: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A sound number in another one's place, too."""
-    out = ["fuzz", "--runs", str(results / "runs"), "--out", str(results / "out")]
-    file = results / "out" / "fuzz" / "bootstrap.csv"
-    (results / "out" / "fuzz" / "histories.csv").unlink()
-    before = file.read_text()
-    tables = (results / "out" / "fuzz" / "differences.md").read_text()
-    head, first, *rest = before.splitlines()
-    file.write_text("\n".join([head, first.replace(first.split(",")[1], "0.5", 1), *rest]) + "\n")
-    assert main(out) == 0
-    assert "bootstrap.csv: 1 damaged line(s)" in capsys.readouterr().err
-    assert file.read_text() == before
-    assert (results / "out" / "fuzz" / "differences.md").read_text() == tables

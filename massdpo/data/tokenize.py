@@ -50,7 +50,8 @@ def tokenize_catalogue(
     Raises:
         UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
     """
-    ids = [ids.tolist() for ids in Encoder(tokenizer, chat_template).responses(titles, titles)]
+    encoder = Encoder(tokenizer, chat_template)
+    ids = [ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles)]
     longest = max(map(len, ids), default=0)
     if ids and test.report["longest_prompt"] + longest > max_length:
         raise UserError(
@@ -98,7 +99,7 @@ def tokenize_split(
             text = encoder.rendered(example)
             ids.append(example.id)
             joint_B.append(joints.setdefault(last_word(text), len(joints)))
-            for response in (example.chosen, *example.pool):
+            for response in (encoder.joined(text, each) for each in (example.chosen, *example.pool)):
                 if response not in texts:
                     texts[response] = len(texts)
                     owner.append(example.id)

@@ -15,7 +15,6 @@ from massdpo.report import figures, status, tables
 from massdpo.report.page import Section, write_page
 from massdpo.report.reading import read_histories, read_history
 from massdpo.report.rows import Rows, collect
-from massdpo.report.statistics import BootstrapCache
 from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, View, view_of
 
@@ -110,22 +109,22 @@ def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def tables_of(rows: Rows, sweep: str, cache: BootstrapCache) -> tuple[Summary, dict[str, tables.Table]]:
+def tables_of(rows: Rows, sweep: str) -> tuple[Summary, dict[str, tables.Table]]:
     """The summary of a sweep, and its tables by the names of their files."""
     view = view_of(sweep)
     title = view.title.format(sweep=sweep)
-    summary = summarise(rows, view.metrics, cache)
+    summary = summarise(rows, view.metrics)
     found = {
         "means": tables.means_table(summary, title),
         "differences": tables.differences_table(summary, f"{title}: against random"),
     }
     if view.against:
-        against = summarise(rows, view.metrics, cache, (view.against,))
+        against = summarise(rows, view.metrics, (view.against,))
         head = f"{title}: against {view.against}"
         found[f"differences_to_{view.against}"] = tables.differences_table(against, head, view.against)
     if view.best_on and view.best_on in rows.frame and rows.axes:
         best_rows, told = at_best(rows, view.best_on)
-        best = summarise(best_rows, view.metrics, cache)
+        best = summarise(best_rows, view.metrics)
         table = tables.means_table(best, f"{title}: each method at its best by {view.best_on}")
         table.notes += told
         found["best_means"] = table
@@ -134,12 +133,10 @@ def tables_of(rows: Rows, sweep: str, cache: BootstrapCache) -> tuple[Summary, d
 
 
 def write_tables(folder: Path) -> tuple[Summary, Section]:
-    """Tables of one sweep, from `rows.csv` and `prompts.npz` (its own, or those it shows) and its `bootstrap.csv`."""
+    """Tables of one sweep, from `rows.csv` and `prompts.npz` (its own, or those it shows)."""
     sweep, view = folder.name, view_of(folder.name)
-    cache = BootstrapCache(folder / "bootstrap.csv")
     rows = Rows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
-    summary, found = tables_of(rows, sweep, cache)
-    cache.write()
+    summary, found = tables_of(rows, sweep)
     for name, table in found.items():
         told = tables.escape_markdown(source(rows, view.rows_of or sweep))
         store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{told}\n")

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from massdpo.evaluation.metrics import ranking_values
 from massdpo.report.rows import Prompts
-from massdpo.report.statistics import BootstrapCache
+from massdpo.report.statistics import Difference, crossed_effects
 
 Floats = NDArray[np.float64]
 Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
-NO_TEST = (np.nan,) * 4
+NO_TEST = Difference(*[np.nan] * 4)
 NOT_PER_PROMPT = "not kept per prompt"
 
 
@@ -23,27 +23,26 @@ class PerPrompt:
         self._prompts = prompts
         self._values: dict[tuple[str, str], Floats | None] = {}
 
-    def compare(self, metric: str, pairs: list[tuple[Run, Run]], cache: BootstrapCache) -> tuple[Any, ...]:
-        """(difference, low, high, p, note) of runs paired with those of the baseline, a pair a seed.
+    def compare(self, metric: str, pairs: list[tuple[Run, Run]]) -> tuple[Any, ...]:
+        """(difference, low, high, p, pairs that were compared, note) of runs with those of the baseline, a pair a seed.
 
         The note says why there is no test.
         """
         shared = [(run, base) for run, base in pairs if isinstance(run[0], str) and run[0] == base[0]]
         if not shared:
             kept = any(isinstance(run[0], str) for run, _ in pairs)
-            return (*NO_TEST, "no shared seeds and prompts" if kept else "start")
-        differences = []
-        for (prompt_set, run), (_, base) in shared:
-            values = self._of(prompt_set, metric)
-            if values is None:
-                return (*NO_TEST, NOT_PER_PROMPT)
-            differences.append(values[run] - values[base])
-        if len({len(difference_P) for difference_P in differences}) > 1:
-            return (*NO_TEST, "prompts differ between seeds")
-        difference_SP = np.array(differences)
-        if np.isnan(difference_SP).any():
-            return (*NO_TEST, "not a number")
-        return (*cache.difference(difference_SP), "")
+            return (*NO_TEST, 0, "no shared seeds and prompts" if kept else "start")
+        prompt_sets = {run[0] for run, _ in shared}
+        if len(prompt_sets) > 1:
+            return (*NO_TEST, 0, "prompts differ between seeds")
+        values = self._of(prompt_sets.pop(), metric)
+        if values is None:
+            return (*NO_TEST, 0, NOT_PER_PROMPT)
+        difference_SP = np.array([values[run[1]] - values[base[1]] for run, base in shared])
+        if not np.isfinite(difference_SP).all():
+            return (*NO_TEST, 0, "not a number")
+        found = crossed_effects(difference_SP)
+        return (*found, len(shared), "the same for all prompts" if np.isnan(found.p) else "")
 
     def _of(self, prompt_set: str, metric: str) -> Floats | None:
         """(runs, P) values, or None where the metric is not known prompt by prompt."""

@@ -16,7 +16,7 @@ from scipy import stats
 from massdpo.errors import UserError
 from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
 from massdpo.report.rows import DATA, Rows
-from massdpo.report.statistics import BootstrapCache, holm
+from massdpo.report.statistics import holm
 from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_START, label_rank, shown
 
 BLOCK = ["dataset", "model"]
@@ -27,7 +27,7 @@ UNTRAINED = (START, "popularity", "lookup")  # lines that no preference stage ma
 @dataclass
 class Summary:
     """`cells`: columns dataset, model, label, the axes, metric, mean, half, n, of, best, tie, difference, low, high, p,
-    note, p_holm. A cell that no finished run fills has n = 0."""
+    pairs (seeds that were compared), note, p_holm. A cell that no finished run fills has n = 0."""
 
     cells: pd.DataFrame
     block: list[str]  # columns that say which block a line is in: dataset, model and the axes that change the data
@@ -37,10 +37,8 @@ class Summary:
     unfinished: pd.DataFrame  # name, status and why of runs without numbers
 
 
-def summarise(
-    rows: Rows, metrics: tuple[str, ...], cache: BootstrapCache, baselines: tuple[str, ...] = BASELINES
-) -> Summary:
-    """The summary of all finished runs, compared with those of `baselines`; resampling is kept in `cache`."""
+def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
+    """The summary of all finished runs, compared with those of `baselines`."""
     frame = rows.frame
     present = [metric for metric in metrics if metric in frame]
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
@@ -58,7 +56,7 @@ def summarise(
         finished = block[block["status"] == "finished"].reset_index(drop=True)
         trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
         lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
-        cells = _block_cells(finished, lines_of_block, axes, present, per_prompt, cache, baselines)
+        cells = _block_cells(finished, lines_of_block, axes, present, per_prompt, baselines)
         parts.append(cells.assign(**place, of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
@@ -149,7 +147,6 @@ def _block_cells(
     axes: list[str],
     metrics: list[str],
     per_prompt: "PerPrompt",
-    cache: BootstrapCache,
     baselines: tuple[str, ...],
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
@@ -175,14 +172,14 @@ def _block_cells(
         for line, base in enumerate(baseline_L):
             start = lines["label"][line] in UNTRAINED
             if base in (-1, line) or (start and metric in ZERO_AT_START):
-                tests.append((*NO_TEST, "baseline" if base == line else "start" if start else "no baseline"))
+                tests.append((*NO_TEST, 0, "baseline" if base == line else "start" if start else "no baseline"))
                 continue
             both_S = (run_LS[line] >= 0) & (run_LS[base] >= 0)
             pairs = [
                 (runs[run], runs[other]) for run, other in zip(run_LS[line][both_S], run_LS[base][both_S], strict=True)
             ]
-            tests.append(per_prompt.compare(metric, pairs, cache))
-        parts.append(cells.assign(**pd.DataFrame(tests, columns=["difference", "low", "high", "p", "note"])))
+            tests.append(per_prompt.compare(metric, pairs))
+        parts.append(cells.assign(**pd.DataFrame(tests, columns=["difference", "low", "high", "p", "pairs", "note"])))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from massdpo.report.per_prompt import NOT_PER_PROMPT
-from massdpo.report.statistics import RESAMPLES
 from massdpo.report.summary import UNTRAINED, Summary
 from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
 
@@ -78,8 +77,10 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
     count = int(summary.cells["p_holm"].notna().sum())
     notes = [
         f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
-        f"Holm ({count} tests); bootstrap over seeds and prompts, {RESAMPLES:,} resamples. *: p below 0.05.",
+        f"Holm ({count} tests); seeds and prompts are crossed random effects. *: p below 0.05.",
     ]
+    if (summary.cells["pairs"] == 1).any():
+        notes.append("One seed: the interval is over prompts alone, and says nothing of other seeds.")
     of_runs = set(summary.cells.loc[summary.cells["note"] == NOT_PER_PROMPT, "metric"])
     tested = [metric for metric in summary.metrics if metric not in of_runs]
     untested = [metric for metric in summary.metrics if metric in of_runs]
@@ -142,7 +143,8 @@ def _difference_cell(cell: Any) -> Cell:
     scale = max(abs(cell.low), abs(cell.high))
     numbers = (f"{'+' if value >= 0 else ''}{number(value, scale)}" for value in (cell.difference, cell.low, cell.high))
     mean, low, high = numbers
-    return Cell(f"{mean} [{low}, {high}]", p=cell.p_holm)
+    seeds = "" if cell.pairs == cell.of else f" ({cell.pairs} of {cell.of} seeds)"
+    return Cell(f"{mean} [{low}, {high}]{seeds}", p=cell.p_holm)
 
 
 def to_markdown(table: Table) -> str:
