@@ -19,7 +19,7 @@ from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.store import Cache, digest, package_code
 
-ASKED = PreferenceExample("", "a prompt", "", (), ())
+ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 
 def tokenize_splits(
