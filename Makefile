@@ -4,7 +4,7 @@ PYTHON ?= python3# the interpreter that makes the virtual environment, 3.11 or n
 VENV ?= .venv
 PIP_ARGS ?=# for pip, such as an index with CPU builds of PyTorch
 ARGS ?= selector=mass k=4# overrides for `make run`
-SIZE ?= mini# of a sweep: mini (tiny models, CPU) or paper (pretrained models, GPUs)
+SIZE ?= mini# of a sweep: mini (tiny models, CPU), small (small pretrained models, CPU) or paper (pretrained models, GPUs)
 JOBS ?= 2# of a sweep, at a time
 DATA ?=# of a sweep: the folder with public data; none: they are fetched
 DEMO ?= outputs/demo# where `make demo` puts its tables and figures
