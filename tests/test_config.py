@@ -269,6 +269,7 @@ def run_process(arguments: list[str], folder: Path) -> subprocess.CompletedProce
 NEEDED = {  # what an option cannot do without, or what this machine may not have
     "medmcqa": ["dataset.cop_base=0"],
     "gpu": ["trainer.device=cpu"],
+    "paper": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
     "pretrained": ["model.path=DIR"],

@@ -15,10 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from massdpo.data import prepare as prepare_module
 from massdpo.data.prepare import Subset, limited, prepare
 from massdpo.data.readers.synthetic import SyntheticMCQA
 from massdpo.data.schema import PreferenceExample
+from massdpo.data.stored import StoredExamples
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -62,7 +62,7 @@ def test_made_once(cache: Cache, raw: str, monkeypatch: pytest.MonkeyPatch, caps
     terms = "all invented"
     first = prepare(node("sequences", raw_dir=raw, terms=terms), cache)
     assert capsys.readouterr().err.count(terms) == 1
-    monkeypatch.setattr(prepare_module, "_write", None)  # would fail if anything were made again
+    monkeypatch.setattr(StoredExamples, "written", None)  # would fail if anything were made again
     second = prepare(node("sequences", raw_dir=raw, terms=terms), cache)
     assert second.digest == first.digest and list(second.test) == list(first.test)
     assert capsys.readouterr().err == ""

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
-from massdpo.data.readers.preferences import Jsonl
+from massdpo.data.readers.preferences import Preferences
 from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, UserSequences
 from massdpo.errors import UserError
 from tests.test_mcqa import question
@@ -126,7 +126,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
     "jsonl": (write_jsonl_interactions, sequences("jsonl"), ("interactions.jsonl", "items.jsonl")),
     "preferences": (
         write_preferences,
-        lambda folder, **options: Jsonl(str(folder / "own.jsonl"), **options).load(),
+        lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
     ),
 }

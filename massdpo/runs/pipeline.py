@@ -91,15 +91,15 @@ def compute(run: Run, model: nn.Module) -> None:
     config, trainer = run.config, run.config.trainer
     rows = limited(run.data.train, trainer.preference.limit, config.dataset.seed, "preference")
     selector = instantiate(config.selector)
+    features = selector.features if selector.needs_scores else None
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     announce(run)
 
-    start_folder = sft_start(config, run.data, model, run.cache, run.score, run.tracker)
+    start_folder = sft_start(config, run.data, model, features, run.cache, run.score, run.tracker)
     model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
 
-    features = selector.features if selector.needs_scores else None
     scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
