@@ -18,3 +18,6 @@ needs_real_models = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in MODELS), reason="the real models' packages are not installed"
 )
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="real data is not beside this checkout")
+
+SHARED_CASES = ROOT.parent / "shared" / "cases"  # small files in the layouts that people bring
+needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="the cases are not beside this checkout")

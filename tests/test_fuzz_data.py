@@ -156,7 +156,7 @@ REAL = {
     ),
     "medmcqa": (
         ["medmcqa/train_sample.jsonl:150", "medmcqa/validation.jsonl:60"],
-        ["dataset.cop_base=0", "dataset.train_file=train_sample.jsonl", "dataset.val_size=20"],
+        ["dataset.train_file=train_sample.jsonl", "dataset.val_size=20"],
     ),
 }
 

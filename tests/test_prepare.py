@@ -201,8 +201,6 @@ def test_memory_does_not_grow_with_the_slates_and_a_million_would_take_minutes(t
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
     with pytest.raises(UserError, match=r"dataset.slate is clean or legacy"):
         prepare(node("sequences", raw_dir=raw, slate="dirty"), cache)
-    with pytest.raises(UserError, match=r"cop_base must be given"):
-        prepare(node("medmcqa", raw_dir=raw), cache)
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")
@@ -224,8 +222,6 @@ def test_every_option_has_a_comment_and_the_class_takes_it(name: str) -> None:
     limits = [options_node.pop(f"limit_{split}") for split in SPLITS]
     terms = options_node.pop("terms", "")
     assert options_node.pop("name") == name and limits == [None] * 3 and (terms or name == "sequences")
-    if name == "medmcqa":
-        options_node["cop_base"] = 0
     instance = instantiate(options_node)
     for key, value in options_node.items():
         if key != "_target_":

@@ -36,6 +36,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     node = dict(dataset)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
+    node.pop("long_rows", None)  # which decides what becomes of its tokens
     if "raw_dir" in node and node["raw_dir"] is None:
         node["raw_dir"] = str(fetch(name, cache))
     try:

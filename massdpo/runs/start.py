@@ -4,7 +4,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,14 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:
         print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
-    tokens = tokenize_splits(splits, tokenizer, *options, cache)
+    long_rows = config.dataset.get("long_rows", "error")
+    tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
+    train, val, test = (tokens[name].rows_of(getattr(splits, name)) for name in tokens)
+    splits = replace(splits, train=train, val=val, test=test)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
-    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
+    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options, long_rows)
     catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
     return Data(splits, tokenizer, **tokens, key=key, catalogue=catalogue), model
 
