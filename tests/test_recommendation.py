@@ -31,7 +31,7 @@ MOVIELENS = str(SHARED_DATA / "movielens_100k")
 def set_up(name: str) -> Callable[..., UserSequences]:
     """What conf/dataset/ makes of anyone's own sequences for a public data set."""
     options = yaml.safe_load((ROOT / "conf" / "dataset" / f"{name}.yaml").read_text())
-    handled = ("_target_", "name", "terms", "raw_dir", "limit_train", "limit_val", "limit_test")
+    handled = ("_target_", "name", "terms", "raw_dir", "long_rows", "limit_train", "limit_val", "limit_test")
     return partial(UserSequences, **{key: value for key, value in options.items() if key not in handled})
 
 

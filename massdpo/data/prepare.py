@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import hydra.errors
 import hydra.utils
 import numpy as np
+from omegaconf import OmegaConf
 
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
@@ -31,14 +32,14 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     Raises:
         UserError: from the dataset's own reader, the download, or a limit that is no count.
     """
-    node = dict(dataset)
+    node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
     node.pop("long_rows", None)  # which decides what becomes of its tokens
     if "raw_dir" in node and node["raw_dir"] is None:
         node["raw_dir"] = str(fetch(name, cache))
     try:
-        source = hydra.utils.instantiate(node)
+        source = hydra.utils.instantiate(node, _convert_="all")
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options = {key: value for key, value in node.items() if key != "raw_dir"}
