@@ -391,7 +391,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_an_example_whose_slate_is_another_is_refused_where_it_is_made():
-    with pytest.raises(UserError, match="own.jsonl:3: candidates must be the chosen response and the pool"):
+    with pytest.raises(UserError, match=r"own.jsonl:3: candidates must be the chosen response and the pool"):
         PreferenceExample("0", "q", "a", ("b",), ("b", "c"), where="own.jsonl:3")
 
 
@@ -426,7 +426,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         ]
     )
     peak = []
-    for count in (20_000, 120_000):
+    for count in (10_000, 60_000):
         with open(tmp_path / f"{count}.jsonl", "w") as file:
             for row in range(count):
                 answers = [f"answer {row} number {place}" for place in range(5)]
@@ -436,7 +436,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         command = [sys.executable, "-c", program, str(tmp_path / f"{count}.jsonl")]
         peak.append(int(subprocess.run(command, capture_output=True, check=True, text=True, cwd=ROOT).stdout))
     unit = 1 if sys.platform == "darwin" else 1024
-    a_row = (peak[1] - peak[0]) * unit / 100_000
+    a_row = (peak[1] - peak[0]) * unit / 50_000
     assert peak[0] * unit + 2_000_000 * a_row < 2e9, a_row
 
 
