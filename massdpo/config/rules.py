@@ -80,7 +80,7 @@ RULES: dict[str, Rule] = {
     "beta": positive,
     "refresh": one_of("step", "epoch", "once"),
     "seed": whole(0),
-    "size": one_of("mini", "paper"),
+    "size": one_of("mini", "small", "paper"),
     "sweep": folder_name,
     "name": folder_name | null,
     "runs_dir": path,
