@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-import massdpo
 from massdpo.data.encode import Encoder, last_word
 from massdpo.data.fitting import named, refusal, shortened, truncated_prompt, truncated_responses
 from massdpo.data.ragged import Ragged
@@ -20,10 +19,9 @@ from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import Subset
 from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest
+from massdpo.store import Cache, digest, package_code
 
-# tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("chat", "encode", "fitting", "ragged", "tokenize", "tokens")]
+ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 
 def tokenize_splits(
@@ -35,10 +33,8 @@ def tokenize_splits(
     long_rows: str = "error",
 ) -> dict[str, TokenizedSplit]:
     """`train`, `val` and `test` as `tokenize_split` makes them, once for the same data, tokenizer and options."""
-    key = digest(
-        *(massdpo.__version__, splits.digest, tokenizer_key(tokenizer, chat_template)),
-        *(max_length, chat_template, long_rows, *CODE),
-    )
+    how = tokenizer_key(tokenizer, chat_template), max_length, chat_template, long_rows
+    key = digest(package_code("data", "store"), splits.digest, how)
 
     def tokens(name: str) -> TokenizedSplit:
         def build(folder: Path) -> None:
@@ -76,10 +72,11 @@ def tokenize_catalogue(
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
     """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
     template = tokenizer.chat_template if chat_template else None
+    rendered = Encoder(tokenizer, chat_template).rendered(ASKED)  # what the template makes of it: it may name the day
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # as every call here leaves it: what an earlier call left behind decides nothing
     backend.no_truncation()
-    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template]
+    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template, rendered]
 
 
 def tokenize_split(
