@@ -162,8 +162,9 @@ class Wandb:
 
 def _recorded(folder: Path) -> list[tuple[Path, str]]:
     """What W&B recorded into a folder, oldest first: a folder a start, and the id of the run that it belongs to."""
-    found = [(path, RECORDED.fullmatch(path.name)) for path in sorted(folder.glob("*run-*"))]
-    return [(path, match["id"]) for path, match in found if match]
+    found = [(path, RECORDED.fullmatch(path.name)) for path in folder.glob("*run-*")]
+    times = sorted((match["time"], path, match["id"]) for path, match in found if match)
+    return [(path, run_id) for _, path, run_id in times]
 
 
 def _one_line(error: Exception) -> str:
