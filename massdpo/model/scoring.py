@@ -113,6 +113,12 @@ class PreferenceScorer(nn.Module):
         return torch.autocast(self.causal_lm.device.type, enabled=False)
 
     @property
+    def _precision(self) -> torch.dtype:
+        """What the layers compute in: the weights' dtype, or that of autocast."""
+        device = self.causal_lm.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal_lm.dtype
+
+    @property
     def _sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.parameters())
 
@@ -145,7 +151,8 @@ class PreferenceScorer(nn.Module):
     def _score(self, batch: Batch, prompt: Prompt | None, features: str | None = None) -> Scores:
         parts = [self._score_some(some, prompt, features) for some in in_parts(batch, self._sharded)]
         token_logp_BCT = torch.cat([token_logp_BCT for token_logp_BCT, _ in parts], dim=1)
-        scores = Scores(token_logp_BCT.sum(-1), token_logp_BCT, batch.length_BC, batch.mask_BC)
+        logp_BC = token_logp_BCT.sum(-1)
+        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=self._precision)
         if features == "head":
             output = cast(nn.Linear, self.causal_lm.get_output_embeddings())
             hidden_BCTD = torch.cat([cast(Tensor, hidden_BCTD) for _, hidden_BCTD in parts], dim=1)
