@@ -78,7 +78,8 @@ def plain_scores(policy: Path, prompt: str, candidates: list[str]) -> list[float
     scores = []
     for text in candidates:
         before = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-        response = [*tokenizer.encode(" " + text, add_special_tokens=False), tokenizer.eos_token_id]
+        space = "" if prompt[-1:].isspace() or text[:1].isspace() else " "
+        response = [*tokenizer.encode(space + text, add_special_tokens=False), tokenizer.eos_token_id]
         with torch.no_grad():
             logp_TV = model(torch.tensor([before + response])).logits[0].double().log_softmax(-1)
         places = range(len(before) - 1, len(before) + len(response) - 1)
