@@ -475,7 +475,7 @@ def test_a_study_writes_its_table_and_figure(
     study: str,
     small: dict[str, Any],
 ) -> None:
-    module = importlib.import_module(f"massdpo.studies.{study}")
+    module = importlib.import_module(f"massdpo.tasks.studies.{study}")
     monkeypatch.setattr(module, study, partial(getattr(module, study), **small))
     assert call("task=study", f"study={study}", f"out={tmp_path / 'out'}") == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} == {

@@ -50,16 +50,13 @@ class Setting:
     k: int = 4
     prompts: int = 8
     tied: bool = False
-    dtype: str = "float32"  # bfloat16: autocast over float32 weights, on a GPU
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.dtype == "bfloat16" else "cpu"
+    dtype: str = "float32"  # bfloat16: autocast over float32 weights
+    device: str = "cpu"
 
 
 CPU = Setting()
 GPU = Setting(
-    16, 2048, 8192, 32, 8, 128_256, prompt=512, negatives=19, prompts=4, dtype="bfloat16"
+    16, 2048, 8192, 32, 8, 128_256, prompt=512, negatives=19, prompts=4, dtype="bfloat16", device="cuda"
 )  # unmeasured so far
 
 GROWTH: dict[str, tuple[int, ...]] = {

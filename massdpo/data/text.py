@@ -36,7 +36,7 @@ def opened(path: Path) -> io.BufferedReader:
 
 
 @contextmanager
-def reading_errors(path: Path) -> Iterator[None]:
+def reading_errors(path: Path | str) -> Iterator[None]:
     """Tells in one line what goes wrong while a file is read: it is missing, a folder, or damaged."""
     try:
         yield
