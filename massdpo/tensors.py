@@ -125,6 +125,8 @@ class Scored:
     pool: Scores | None = None  # the whole pool, without gradients, where a selection was made
     picks: Picks | None = None
     select_seconds: float = 0.0  # scoring the pool and selecting
+    fed_B: Tensor | None = None  # int64, tokens that went through the model for each prompt
+    learned_B: Tensor | None = None  # int64, those among them that have gradients
 
 
 @dataclass
