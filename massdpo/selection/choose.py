@@ -37,7 +37,7 @@ def select(
 
     `logp_BC`, `ref_logp_BC`: summed log-probs of the responses under the policy and the reference, nats, the chosen
     response in column 0; equal ones (no training yet) leave diversity to decide. `features_BCD`: what a response is,
-    such as its mean last hidden state or any embedding. `mask_BC`: True where a candidate exists. `options` are those of
+    such as its mean last hidden state or any embedding. `mask_BC`: True where a candidate exists. `options`: those of
     conf/selector (`ridge`, `solver`, ...). Ties are decided by `seed`.
 
     Raises:
