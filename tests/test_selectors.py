@@ -544,7 +544,8 @@ def test_every_config_builds_its_selector(path: Path) -> None:
 
 
 def test_every_selector_has_a_config() -> None:
-    built = {OmegaConf.load(path)["_target_"].split(".")[-1] for path in (ROOT / "conf/selector").glob("*.yaml")}
+    targets = {str(OmegaConf.load(path)["_target_"]) for path in (ROOT / "conf/selector").glob("*.yaml")}
+    built = {target.split(".")[-1] for target in targets if target.startswith("massdpo.")}  # others are one's own
     public = {name for name, value in vars(selection).items() if isinstance(value, type) and "__call__" in vars(value)}
     inherited = {kind.__name__ for kind in EVERY}
     assert built == (public | inherited) - {"Selector"}
