@@ -198,9 +198,7 @@ def real_rows(tokenizer: Callable[..., dict[str, list[int]]]) -> Rows:
 
     def row(number: int) -> TokenizedExample:
         prompt = tokenizer(f"Which of these goes with{text(1, 20)}?")["input_ids"]
-        answers = list(
-            dict.fromkeys(text(1, 5) for _ in range(8))
-        )  # a negative that is the chosen one has no direction
+        answers = list(dict.fromkeys(text(1, 5) for _ in range(8)))  # distinct: as prepared pools are
         return TokenizedExample(f"question-{number}", prompt, [tokenizer(answer)["input_ids"] for answer in answers])
 
     return [row(number) for number in range(16)]
