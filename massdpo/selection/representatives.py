@@ -73,17 +73,18 @@ class Medoids(Farthest):
         mask_BN = pool.mask_BN.gather(1, order_BN)
         share_BN = pool.advantage_BN.gather(1, order_BN).masked_fill(~mask_BN, -math.inf).softmax(-1)
         count_B = mask_BN.sum(-1)
-        nearest_BN, open_BN, index_BK = torch.full_like(share_BN, torch.finfo(share_BN.dtype).max), mask_BN, []
+        nearest_BN, open_BN = torch.full_like(share_BN, torch.finfo(share_BN.dtype).max), mask_BN
+        picked: list[Tensor] = []
         for _ in range(min(self.k, mask_BN.shape[1])):
             cost_BN = _cost(distance_BNN, nearest_BN, share_BN).masked_fill(~open_BN, math.inf)
             least_B1 = cost_BN.amin(-1, keepdim=True)
-            if not index_BK:  # the rounding of distances, in terms of the first medoid's
+            if not picked:  # the rounding of distances, in terms of the first medoid's
                 unsure_B1 = pool.resolution.features * least_B1
             best_B1 = (cost_BN <= least_B1 + unsure_B1).to(torch.uint8).argmax(-1, keepdim=True)
-            index_BK.append(best_B1)
+            picked.append(best_B1)
             open_BN = open_BN.scatter(1, best_B1, False)
             nearest_BN = torch.minimum(nearest_BN, _column(distance_BNN, best_B1))
-        picked_BK = self._exchange(distance_BNN, share_BN, mask_BN, torch.cat(index_BK, dim=1), unsure_B1)
+        picked_BK = self._exchange(distance_BNN, share_BN, mask_BN, torch.cat(picked, dim=1), unsure_B1)
         real_BK = torch.arange(picked_BK.shape[1], device=mask_BN.device) < count_B[:, None]
         return as_picks(order_BN.gather(1, picked_BK), real_BK)
 
