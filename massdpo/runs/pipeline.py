@@ -180,7 +180,7 @@ def compute(
         card = model_card(resolved(config), metrics, counts, folder.name, blocks)
         build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
     write_json(folder / "metrics.json", metrics)
-    draw_history(position.history, folder / "history.png")
+    draw_history(history.rows, folder / "history.png", folder.name)
     tracker.table("picks", picks_table(objective, data, rows))
     sync = tracker.finish(metrics, [folder / "metrics.json", folder / "history.csv"])
     show(folder, metrics, sync)

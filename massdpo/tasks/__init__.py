@@ -3,6 +3,7 @@
 from omegaconf import DictConfig
 
 from massdpo.config import validate
+from massdpo.evaluation.metrics import check_keep_metric
 from massdpo.runs import pipeline
 from massdpo.tasks.evaluate import evaluate
 from massdpo.tasks.inspect import inspect
@@ -18,6 +19,7 @@ def run(config: DictConfig) -> None:
         UserError: anything a user can cause; nothing half-written is left where a result is expected.
     """
     validate(config)
+    check_keep_metric(config.trainer.keep_metric)
     TASKS[config.task](config)
 
 
