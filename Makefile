@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo tables bench test test-long lint types clean
+.PHONY: help setup run demo pretrained tables bench test test-long lint types clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -27,6 +27,9 @@ run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
 demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures
 	$(BIN)/python run.py -m sweeps=demo hydra/launcher=joblib hydra.launcher.n_jobs=2 trainer.threads=1 logger=none
 	$(BIN)/python -m massdpo.report demo --out $(DEMO)
+
+pretrained: $(VENV)/.pretrained ## MASS-DPO on real weights: SmolLM2 (135 M parameters) out of a Python package, no hub
+	$(BIN)/python run.py setting=pretrained logger=none
 
 sweep-%: setup ## a sweep and its report: make sweep-main DATA=folder SIZE=mini JOBS=2
 	OMP_NUM_THREADS=1 $(BIN)/python run.py -m sweeps=$* size=$(SIZE) $(if $(DATA),data_dir=$(DATA)) logger=none \
@@ -64,6 +67,10 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(PIP_ARGS) -r requirements.lock
 	$(PIP) --no-deps --editable .
+	@touch $@
+
+$(VENV)/.pretrained: $(VENV)/.runtime requirements-pretrained.lock
+	$(PIP) $(PIP_ARGS) --no-deps -r requirements-pretrained.lock
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime requirements-test.lock

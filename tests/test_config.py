@@ -134,7 +134,7 @@ BAD = [
     ("dataset=jsonl dataset.val_fraction=1", r"^dataset.val_fraction=1 "),
     ("dataset=jsonl dataset.val_fraction=0.6 dataset.test_fraction=0.5", r"no row is left for training"),
     ("dataset=qasc dataset.val_size=0", r"^dataset.val_size=0 "),
-    ("dataset=medmcqa", r"dataset.cop_base must be given"),
+    ("dataset=mcqa dataset.path=a dataset.answer=word", r"dataset.answer is letter, index0, index1, text or null"),
     ("selector.ridge=0", r"^selector.ridge=0 .*above 0"),
     ("selector.variant=centred", r"did you mean 'centered'"),
     ("selector.features=men", r"did you mean 'mean'"),
@@ -266,8 +266,9 @@ def run_process(arguments: list[str], folder: Path) -> subprocess.CompletedProce
 # The YAML files -------------------------------------------------------------------------------------------------------
 
 NEEDED = {  # what an option cannot do without, or what this machine may not have
-    "medmcqa": ["dataset.cop_base=0"],
+    "mcqa": ["dataset.path=quiz.csv"],
     "gpu": ["trainer.device=cpu"],
+    "paper": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
     "pretrained": ["model.path=DIR"],

@@ -173,7 +173,7 @@ def test_hub_sets_are_turned_into_the_owners_layout(
         return str(tmp_path / "rows.parquet")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", served)
-    config = node(name, num_negatives=5) | ({"cop_base": 0} if name == "medmcqa" else {})
+    config = node(name, num_negatives=5)
     if config["val_file"] is None:
         config["val_size"] = 5
     splits = prepare(config, cache)

@@ -56,7 +56,7 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 @cache
 def composed(every: bool) -> list[DictConfig]:
     """The default, and the last option of every group, or all of them."""
-    needed = {"medmcqa": ["dataset.cop_base=0"], "jsonl": ["dataset.path=a"], "sequences": ["dataset.raw_dir=a"]}
+    needed = {"mcqa": ["dataset.path=a"], "jsonl": ["dataset.path=a"], "sequences": ["dataset.raw_dir=a"]}
     needed |= {"dpo": ["k=1"], "gpu": ["trainer.device=cpu"]}
     pairs = [(group, option) for group, options in OPTIONS.items() for option in (options if every else options[-1:])]
     return [compose(), *(compose([f"{group}={option}", *needed.get(option, [])]) for group, option in pairs)]

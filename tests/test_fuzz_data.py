@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from massdpo.config import compose
-from massdpo.data.readers.preferences import Jsonl
+from massdpo.data.readers.preferences import Preferences
 from massdpo.errors import UserError
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_readers_fuzz import READERS, check
@@ -113,12 +113,12 @@ def write_saved(folder: Path) -> None:
 OWN: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, ...]]] = {
     "preferences": (
         write_jsonl,
-        lambda folder, **options: Jsonl(str(folder / "own.jsonl"), **options).load(),
+        lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
     ),
     "saved": (
         write_saved,
-        lambda folder, **options: Jsonl(str(folder / "saved"), **options).load(),
+        lambda folder, **options: Preferences(str(folder / "saved"), **options).load(),
         ("saved/data-00000-of-00001.arrow", "saved/state.json", "saved/dataset_info.json"),
     ),
 }
@@ -156,7 +156,7 @@ REAL = {
     ),
     "medmcqa": (
         ["medmcqa/train_sample.jsonl:150", "medmcqa/validation.jsonl:60"],
-        ["dataset.cop_base=0", "dataset.train_file=train_sample.jsonl", "dataset.val_size=20"],
+        ["dataset.train_file=train_sample.jsonl", "dataset.val_size=20"],
     ),
 }
 

@@ -8,9 +8,10 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.batches import collate
+from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
-from massdpo.evaluation.scores import SplitScores
+from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.scratch import learn_tokenizer
 from massdpo.tensors import Batch
@@ -176,4 +177,4 @@ def test_a_split_does_not_depend_on_the_size_of_its_batches(family: str, tokeniz
     assert any(answer.constrained != [0] for answer in expected)
     for size in (1, 3, 7):
         scorer = PreferenceScorer(model)
-        assert generate_split(scorer, examples, Accelerator(cpu=True), size, tokenizer) == expected
+        assert generate_split(scorer, examples, SplitScorer(Accelerator(cpu=True), size, 0), tokenizer) == expected

@@ -21,11 +21,13 @@ from accelerate import Accelerator
 from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
+from massdpo.evaluation.scores import SplitScorer
 from massdpo.model import load
 from massdpo.runs import pipeline, start
 from massdpo.runs.folder import claim
 from massdpo.store import MANIFEST, is_whole
-from massdpo.training import loop
+from massdpo.training import interruption, loop
+from massdpo.training.objectives import Preference
 from tests import processes
 from tests.conftest import ROOT
 from tests.test_experiment import TINY, Main, main, steps, timeless  # noqa: F401  a fixture too
@@ -153,19 +155,16 @@ def test_sigterm_between_the_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing is learned in these phases: the run ends at once, the checkpoint before them is written already."""
-    score = loop.Stage.__init__ if phase == "select" else start.score_split
+    place_of = (Preference, "begin_epoch") if phase == "select" else (SplitScorer, "__call__")
+    original = getattr(*place_of)
 
-    def stopped(*arguments: Any, **named: Any) -> Any:
-        if phase == "select":
-            score(*arguments, **named)
-            arguments[0].begin_epoch = lambda *_: signal.raise_signal(signal.SIGTERM)
-            return None
-        if arguments[-1] == phase:
+    def stopped(*arguments: Any) -> Any:
+        if phase in ("select", arguments[-1]):
             signal.raise_signal(signal.SIGTERM)
-        return score(*arguments, **named)
+        return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((loop.Stage, "__init__") if phase == "select" else (start, "score_split")), stopped)
+        patch.setattr(*place_of, stopped)
         place.train()
     assert place.status()["status"] == "interrupted" and "SIGTERM" in place.status()["why"]
     place.train()
@@ -255,15 +254,15 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run that was stopped in its second epoch, with the best policy of the first beside its checkpoint."""
     place = Place(tmp_path_factory.mktemp("begun"))
     with pytest.MonkeyPatch.context() as patch:
-        step = loop._step
+        step = loop._Training.step
 
-        def stopping(stage: loop.Stage, *rest: Any) -> dict[str, Any]:
-            if stage.name == "preference" and rest[4].step == 23:
+        def stopping(training: loop._Training, *rest: Any) -> dict[str, Any]:
+            if training.stage.name == "preference" and training.position.step == 23:
                 signal.raise_signal(signal.SIGTERM)
-            return step(stage, *rest)
+            return step(training, *rest)
 
-        patch.setattr(loop, "_step", stopping)
-        with pytest.raises(loop.Stopped):
+        patch.setattr(loop._Training, "step", stopping)
+        with pytest.raises(interruption.Stopped):
             place.train("trainer.keep=best")
     return place
 
@@ -442,7 +441,7 @@ class Counting:
 
         for module in (start, pipeline):  # the SFT start's, the preference stage's
             module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
-        start.score_split = counted(lambda *rest: rest[-1], start.score_split)  # type: ignore[assignment]
+        SplitScorer.__call__ = counted(lambda *rest: rest[-1], SplitScorer.__call__)  # type: ignore[method-assign]
         load.learn_tokenizer = counted(lambda *_: "tokenizer", load.learn_tokenizer)  # type: ignore[assignment]
         prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]
 

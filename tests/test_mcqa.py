@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
+from massdpo.data.readers.mcqa import MultipleChoice
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
@@ -29,13 +29,12 @@ ARC = partial(
     test_file="ARC-Challenge-Test.jsonl",
 )
 MEDMCQA = partial(
-    MedMCQA,
+    MultipleChoice,
     raw_dir=str(SHARED_DATA / "medmcqa"),
     train_file="train_sample.jsonl",
     val_file=None,
     test_file="validation.jsonl",
     val_size=100,
-    cop_base=0,
 )
 
 
@@ -143,13 +142,13 @@ def test_medmcqa_counts_and_the_base_of_cop() -> None:
     for row, example in zip(raw, splits.test, strict=True):
         assert example.chosen == row[("opa", "opb", "opc", "opd")[row["cop"]]].strip()
         assert sound(example)
-    with pytest.raises(UserError, match=r"cop 0 with dataset.cop_base=1 points at no option"):
-        MEDMCQA(cop_base=1).load()
-    with pytest.raises(UserError, match=r"test.jsonl:1: cop -1 .* points at no option"):
+    assert splits.report["answers_read_as"] == "index0"
+    with pytest.raises(UserError, match=r"the answer '0' is none of the 4 options .*dataset.answer=index1"):
+        MEDMCQA(answer="index1").load()
+    with pytest.raises(UserError, match=r"test.jsonl:1: the answer '-1' is none of the 4 options"):
         MEDMCQA(test_file="test.jsonl").load()
-    for base in (None, 2, True):
-        with pytest.raises(UserError, match=r"dataset.cop_base must be given"):
-            MEDMCQA(cop_base=base)
+    with pytest.raises(UserError, match=r"dataset.answer is letter, index0, index1, text or null, not 1"):
+        MEDMCQA(answer=1)
 
 
 def test_the_authors_own_medmcqa_counts_from_one(tmp_path: Path) -> None:
@@ -161,7 +160,8 @@ def test_the_authors_own_medmcqa_counts_from_one(tmp_path: Path) -> None:
     for name in ("train.json", "dev.json"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"raw_dir": str(tmp_path), "train_file": "train.json", "val_file": None, "test_file": "dev.json"}
-    splits = MedMCQA(**options, val_size=4, cop_base=1, num_negatives=5).load()
+    splits = MultipleChoice(**options, val_size=4, num_negatives=5).load()
+    assert splits.report["answers_read_as"] == "index1"
     expected = [f"{('opa', 'opb', 'opc', 'opd')[row % 4]} of {row}" for row in range(12)]
     assert [example.chosen for example in splits.test] == expected
 
@@ -219,12 +219,13 @@ def test_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answerKey": "Z"}, "answerKey 'Z' is not one of the labels A, B, C, D"),
-        ({"answerKey": None}, "no 'answerKey'"),
-        ({"id": 7}, "'id' must be str, found 7"),
-        ({"question": {"stem": "?"}}, "'choices' must be list"),
-        ({"question": {"stem": " ", "choices": []}}, "'stem' is empty"),
-        ({"question": {"stem": "?", "choices": ["a", "b"]}}, "at least two objects"),
+        ({"answerKey": "Z"}, "the answer 'Z' is none of the 4 options"),
+        ({"answerKey": None}, "no answer: an unlabelled split"),
+        ({"question": {"stem": "?"}}, 'no "options" in the columns'),
+        ({"question": {"stem": " ", "choices": ["a", "b"]}}, "'question' must be a text that is not empty"),
+        ({"question": {"stem": "?", "choices": ["a"]}}, "at least two options"),
+        ({"question": {"stem": "?", "choices": ["a", None]}}, "'options' must be a text"),
+        ({"question": {"stem": "?", "choices": "a, b"}}, "the options must be a list"),
     ],
 )
 def test_bad_rows(tmp_path: Path, change: dict[str, Any], message: str) -> None:

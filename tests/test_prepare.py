@@ -15,10 +15,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from massdpo.data import prepare as prepare_module
 from massdpo.data.prepare import Subset, limited, prepare
 from massdpo.data.readers.synthetic import SyntheticMCQA
 from massdpo.data.schema import PreferenceExample
+from massdpo.data.stored import StoredExamples
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -62,7 +62,7 @@ def test_made_once(cache: Cache, raw: str, monkeypatch: pytest.MonkeyPatch, caps
     terms = "all invented"
     first = prepare(node("sequences", raw_dir=raw, terms=terms), cache)
     assert capsys.readouterr().err.count(terms) == 1
-    monkeypatch.setattr(prepare_module, "_write", None)  # would fail if anything were made again
+    monkeypatch.setattr(StoredExamples, "written", None)  # would fail if anything were made again
     second = prepare(node("sequences", raw_dir=raw, terms=terms), cache)
     assert second.digest == first.digest and list(second.test) == list(first.test)
     assert capsys.readouterr().err == ""
@@ -201,8 +201,6 @@ def test_memory_does_not_grow_with_the_slates_and_a_million_would_take_minutes(t
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
     with pytest.raises(UserError, match=r"dataset.slate is clean or legacy"):
         prepare(node("sequences", raw_dir=raw, slate="dirty"), cache)
-    with pytest.raises(UserError, match=r"cop_base must be given"):
-        prepare(node("medmcqa", raw_dir=raw), cache)
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")
@@ -224,8 +222,6 @@ def test_every_option_has_a_comment_and_the_class_takes_it(name: str) -> None:
     limits = [options_node.pop(f"limit_{split}") for split in SPLITS]
     terms = options_node.pop("terms", "")
     assert options_node.pop("name") == name and limits == [None] * 3 and (terms or name == "sequences")
-    if name == "medmcqa":
-        options_node["cop_base"] = 0
     instance = instantiate(options_node)
     for key, value in options_node.items():
         if key != "_target_":

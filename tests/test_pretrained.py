@@ -18,12 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from massdpo import tasks
 from massdpo.config import compose, resolved
+from massdpo.data.batches import collate
 from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import TokenizedSplit, collate
+from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, score_split
+from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.model.load import PretrainedModel
 from massdpo.model.save import add_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
@@ -34,7 +35,7 @@ from massdpo.runs.folder import SHOWN
 from massdpo.selection import Full
 from massdpo.store import Cache
 from massdpo.training.losses import pl
-from massdpo.training.objectives import Preference, sft
+from massdpo.training.objectives import Preference, Sft
 from tests.conftest import ROOT
 from tests.test_models import ADAPTER, FAMILIES, load_tiny, option
 
@@ -89,8 +90,9 @@ def stand_in(splits: Splits, home: Path) -> Path:
     rows = [row for chat in (False, True) for row in tokenize_split(splits.train, tokenizer, 256, chat)]
     batch, scorer = collate(list(enumerate(rows)), 0), PreferenceScorer(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    objective = Sft(rows, rows, SplitScorer(Accelerator(cpu=True), 16, 0))
     for _ in range(40):
-        sft(scorer, batch, 0, False)[0].mean().backward()
+        objective.loss(scorer, batch, 0, False)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
     card = "---\nlicense: other\nlicense_name: its-own\nlicense_link: https://example.org/terms\n---\n# Theirs\n"
@@ -126,7 +128,7 @@ def test_the_reference_includes_the_sft(trained: tuple[str, Path], stand_in: Pat
         assert float(first[name]) == pytest.approx(0, abs=tolerance)
     (reference,) = (home / way / "reference").glob("*/test.safetensors")
     before = PretrainedModel("a/b", str(stand_in)).model()
-    scores = score_split(PreferenceScorer(before), rows_of(way, splits, stand_in), Accelerator(cpu=True), 20, 0, "")
+    scores = SplitScorer(Accelerator(cpu=True), 20, 0)(PreferenceScorer(before), rows_of(way, splits, stand_in), "")
     assert (SplitScores.load(reference).logp_SC - scores.logp_SC).abs().mean() > 0.1
 
 
@@ -138,7 +140,7 @@ def test_the_policy_loads_by_itself_and_scores_the_same(trained: tuple[str, Path
     rows = rows_of(way, splits, run / "policy")
     accelerator = launch.start(compose([*RUN, *WAYS[way]]))
     scorer = accelerator.prepare_model(PreferenceScorer(loaded), evaluation_mode=True)
-    scores = score_split(scorer, rows, accelerator, 16, 0, "")
+    scores = SplitScorer(accelerator, 16, 0)(scorer, rows, "")
     for line, mean_logp_C in zip(lines, scores.mean_logp_SC, strict=True):
         assert line["scores"] == pytest.approx(mean_logp_C.tolist(), abs=1e-6)
 
@@ -310,16 +312,17 @@ def test_a_family_from_disk_learns_in_one_step_of_either_stage(
         """The batch's loss before and after one optimiser step on it, short enough to go downhill."""
         trained = [weight for weight in scorer.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        before = objective(scorer, batch, 0, False)[0].mean()
+        before = objective.loss(scorer, batch, 0, False)[0].mean()
         before.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return before.item(), objective(scorer, batch, 0, False)[0].mean().item()
+        return before.item(), objective.loss(scorer, batch, 0, False)[0].mean().item()
 
-    before, after = step(sft)
+    score = SplitScorer(Accelerator(cpu=True), 16, 0)
+    before, after = step(Sft(rows, rows, score))
     assert after < before
-    reference = score_split(scorer, rows, Accelerator(cpu=True), 16, 0, "")
-    before, after = step(Preference(Full(), pl, 0.5, "step", 0, reference, 6))
+    reference = {"train": score(scorer, rows, "")}
+    before, after = step(Preference(Full(), pl, 0.5, "step", 0, rows, rows, reference, score))
     assert before == pytest.approx(torch.tensor(7.0).log().item(), abs=1e-4)  # every reward is 0: log(1 + 6)
     assert after < before
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
-from massdpo.data.readers.preferences import Jsonl
+from massdpo.data.readers.mcqa import MultipleChoice
+from massdpo.data.readers.preferences import Preferences
 from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, UserSequences
 from massdpo.errors import UserError
 from tests.test_mcqa import question
@@ -46,7 +46,7 @@ def write_medmcqa(folder: Path) -> None:
 
 def medmcqa(folder: Path, **options: Any) -> Any:
     names = {"train_file": "train.jsonl", "val_file": None, "test_file": "test.jsonl"}
-    return MedMCQA(raw_dir=str(folder), **names, val_size=3, num_negatives=4, cop_base=0, **options).load()
+    return MultipleChoice(raw_dir=str(folder), **names, val_size=3, num_negatives=4, **options).load()
 
 
 def write_lastfm(folder: Path) -> None:
@@ -126,7 +126,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
     "jsonl": (write_jsonl_interactions, sequences("jsonl"), ("interactions.jsonl", "items.jsonl")),
     "preferences": (
         write_preferences,
-        lambda folder, **options: Jsonl(str(folder / "own.jsonl"), **options).load(),
+        lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
     ),
 }

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from massdpo.data import ragged
 from massdpo.data import tokenize as tokenize_module
+from massdpo.data.batches import collate
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.tokenize import tokenize_split, tokenize_splits
-from massdpo.data.tokens import TokenizedExample, TokenizedSplit, collate
+from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.store import Cache
 

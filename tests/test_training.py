@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from massdpo.errors import UserError
 from massdpo.runs import pipeline
 from massdpo.store import is_whole
 from massdpo.training import loop, losses, objectives
+from massdpo.training.objectives import Preference
 from tests.test_experiment import cache, metrics, places, steps, train  # noqa: F401  fixtures too
 
 CHANGE = "chosen_mean_logp_change"
@@ -29,15 +30,13 @@ def test_picks_are_selected_when_refresh_says(
 ) -> None:
     """Random picks, whose noise is keyed by the epoch, and hardest picks, which follow the policy."""
     seen: list[Tensor] = []
-    begin = loop.Stage.__init__
+    validate = Preference.validate
 
-    def spy(stage: loop.Stage, *args: object, **kwargs: object) -> None:
-        begin(stage, *args, **kwargs)  # type: ignore[arg-type]
-        if stage.name == "preference":
-            validate = stage.validate
-            stage.validate = lambda scorer: (seen.append(stage.state["index_SK"].clone()), validate(scorer))[1]
+    def spy(objective: Preference, scorer: nn.Module) -> dict[str, float]:
+        seen.append(objective.state["index_SK"].clone())
+        return validate(objective, scorer)
 
-    monkeypatch.setattr(loop.Stage, "__init__", spy)
+    monkeypatch.setattr(Preference, "validate", spy)
     for selector in ("random", "hardest"):
         seen.clear()
         train(*places, f"selector={selector}", f"refresh={refresh}", "trainer.preference.epochs=3")
@@ -134,10 +133,10 @@ def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
 
 def test_alarms_are_for_numbers_beyond_their_limits_only() -> None:
     quiet = {"chosen_reward": 15.9, "rejected_reward": -15.9, "chosen_mean_logp_change": -0.99}
-    assert objectives.alarms(quiet) == {}
-    assert list(objectives.alarms(quiet | {"chosen_reward": -16.1})) == ["rewards"]
-    assert "+16.1" in objectives.alarms(quiet | {"rejected_reward": 16.1})["rewards"]
-    assert list(objectives.alarms(quiet | {"chosen_mean_logp_change": -1.01})) == ["chosen"]
+    assert Preference.alarms(quiet) == {}
+    assert list(Preference.alarms(quiet | {"chosen_reward": -16.1})) == ["rewards"]
+    assert "+16.1" in Preference.alarms(quiet | {"rejected_reward": 16.1})["rewards"]
+    assert list(Preference.alarms(quiet | {"chosen_mean_logp_change": -1.01})) == ["chosen"]
 
 
 def test_keep_best_ends_with_the_best_epochs_policy(
@@ -149,7 +148,7 @@ def test_keep_best_ends_with_the_best_epochs_policy(
 
     def fit(stage: loop.Stage, *rest: Any) -> Any:
         scorer, position = loop.fit(stage, *rest)
-        ended[stage.name] = stage.validate(scorer)["mrr"]
+        ended[stage.name] = stage.objective.validate(scorer)["mrr"]
         return scorer, position
 
     monkeypatch.setattr(pipeline, "fit", fit)

@@ -126,7 +126,8 @@ RULES: dict[str, Rule] = {
     "dataset.limit_train": whole(1) | null,
     "dataset.limit_val": whole(1) | null,
     "dataset.limit_test": whole(1) | null,
-    "dataset.val_size": whole(1),
+    "dataset.val_size": whole(1) | between,  # a share where its class takes one
+    "dataset.test_size": whole(1) | between,
     "dataset.val_fraction": between,
     "dataset.test_fraction": between,
     "model.vocab_size": whole(1),

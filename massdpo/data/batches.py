@@ -1,12 +1,14 @@
-"""Which prompts a step has, in which process and batch: the same whatever stopped the stage before.
+"""The one place that orders prompts and makes rectangles of them: the same whatever stopped a stage before.
 
-Suffix: B prompts of a batch.
+Suffixes: B prompts of a batch, C candidates (column 0 is the chosen one), P prompt tokens, T response tokens,
+R = B C responses.
 """
 
 import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.tokens import TokenizedExample
 from massdpo.store import keyed_seed
 from massdpo.tensors import Batch
 
@@ -24,6 +26,12 @@ from massdpo.tensors import Batch
 def in_order(rows: int, *key: int | str) -> list[int]:
     """The rows as an epoch sees them, decided by the key alone."""
     return np.random.default_rng(keyed_seed("order", *key)).permutation(rows).tolist()
+
+
+def by_length(examples: Sequence[TokenizedExample], size: int) -> list[list[int]]:
+    """Row numbers in batches of prompts of like length, so that little is padded."""
+    order = sorted(range(len(examples)), key=lambda row: len(examples[row].prompt_ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def micro_batches(prompts: int, world: int, size: int) -> int:
@@ -85,3 +93,29 @@ def real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator:
     own = len(rows[accelerator.process_index :: accelerator.num_processes])
     count = max(0, min(size, own - number * size))
     return (torch.arange(len(batch.ids), device=accelerator.device) < count).float()
+
+
+def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
+    """Pad (row number in the split, example) pairs on the right to the rectangles of one Batch."""
+    examples = [example for _, example in rows]
+    prompt_ids_BP, prompt_mask_BP = _padded([example.prompt_ids for example in examples], pad_id)
+    width = max(len(example.response_ids) for example in examples)
+    slates = [example.response_ids + [[]] * (width - len(example.response_ids)) for example in examples]
+    response_ids_RT, response_mask_RT = _padded(list(chain.from_iterable(slates)), pad_id)  # R = B C
+    return Batch(
+        ids=[example.id for example in examples],
+        index_B=torch.tensor([row for row, _ in rows]),
+        prompt_ids_BP=prompt_ids_BP,
+        prompt_mask_BP=prompt_mask_BP,
+        response_ids_BCT=response_ids_RT.view(len(examples), width, -1),
+        response_mask_BCT=response_mask_RT.view(len(examples), width, -1),
+    )
+
+
+def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows as one rectangle, and where it holds them."""
+    length = np.array([len(row) for row in rows])
+    mask = np.arange(length.max())[None] < length[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, length.sum())
+    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -1,8 +1,8 @@
 """Texts to token ids, in the one way that every stage reads them.
 
-A sequence is `[BOS] prompt | " " response EOS`. The two sides are tokenised apart, so that every response follows the
-very same prompt tokens. With a chat template the prompt is a user message, its rendering brings BOS, and no space
-joins the two.
+A sequence is `[BOS] prompt | " " response EOS`, without the space where either text brings one (`schema.joint`). The
+two sides are tokenised apart, so that every response follows the very same prompt tokens. With a chat template the
+prompt is a user message, its rendering brings BOS, and no space joins the two.
 """
 
 from collections import deque
@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from massdpo.data import chat
 from massdpo.data.ragged import Ragged
-from massdpo.data.schema import PreferenceExample
+from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
 
 Ids = NDArray[np.int32]
@@ -34,7 +35,6 @@ class Encoder:
             raise UserError("chat_template=true, but the tokenizer has no chat template: set chat_template=false")
         self.tokenizer = tokenizer
         self.chat_template = chat_template
-        self.space = "" if chat_template else " "
         self.bos = None if chat_template else tokenizer.bos_token_id
 
     def rendered(self, example: PreferenceExample, cut: int = 0) -> str:
@@ -45,7 +45,11 @@ class Encoder:
         if not self.chat_template:
             return prompt
         messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return chat.rendered(self.tokenizer, messages, example.id)
+
+    def joined(self, rendered: str, response: str) -> str:
+        """The response as it follows the rendered prompt: with the space that joins the two, if one does."""
+        return response if self.chat_template else joint(rendered, response) + response
 
     def prompts(self, rendered: Iterable[str], owner: Sequence[str]) -> Iterator[Ids]:
         """The ids of prompts, each as `rendered` gave it; `owner` names the example of each, for messages."""
@@ -56,24 +60,24 @@ class Encoder:
             yield ids if ids[0] == self.bos else np.concatenate([before, ids])
 
     def responses(self, texts: Sequence[str], owner: Sequence[str]) -> Iterator[Ids]:
-        """The responses' ids as they are in the middle of a text (some tokenizers treat a text's start otherwise).
+        """The ids of responses, as `joined` gave them, in the middle of a text (a start may be treated otherwise).
 
         `owner` names the example that each was first seen in, for messages.
         """
         eos = np.array([self.tokenizer.eos_token_id], np.int32)
-        anchor = "\n" if self.chat_template else ":"
-        (before,) = self._ids([anchor])
-        inside = self._ids(anchor + self.space + text for text in texts)
-        for text, example, ids in zip(texts, owner, inside, strict=True):
-            if np.array_equal(ids[: len(before)], before):
-                ids = ids[len(before) :]
+        anchors = [":" if text[:1].isspace() and not self.chat_template else "\n" for text in texts]
+        before = dict(zip((":", "\n"), self._ids([":", "\n"]), strict=True))
+        inside = self._ids(map("".join, zip(anchors, texts, strict=True)))
+        for text, anchor, example, ids in zip(texts, anchors, owner, inside, strict=True):
+            if np.array_equal(ids[: len(before[anchor])], before[anchor]):
+                ids = ids[len(before[anchor]) :]
             else:  # a tokenizer that joins the anchor and the text
-                (ids,) = self._ids([self.space + text])
+                (ids,) = self._ids([text])
             if not text.strip() or not len(ids):
                 raise UserError(f"{example}: a response is empty; give it at least one word or leave it out")
             if eos in ids:
                 raise UserError(
-                    f"{example}: the response {text[:60]!r} contains the end token {self.tokenizer.eos_token}, "
+                    f"{example}: the response {text.strip()[:60]!r} contains the end token {self.tokenizer.eos_token}, "
                     "which is added to every response: leave it out of the data"
                 )
             yield np.concatenate([ids, eos])
@@ -97,7 +101,7 @@ class Encoder:
         known = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.unique(pair) for pair, _ in pairs())]))
         left = list(self._ids(ends))
         right = [ids[:-1] for ids in self.responses(starts, starts)]
-        joint = self._ids(ends[pair // len(starts)] + self.space + starts[pair % len(starts)] for pair in known)
+        joint = self._ids(ends[pair // len(starts)] + starts[pair % len(starts)] for pair in known)
         apart = (np.concatenate([left[pair // len(starts)], right[pair % len(starts)]]) for pair in known)
         differs = np.array([not np.array_equal(*both) for both in zip(joint, apart, strict=True)], bool)
         return sum(
@@ -138,4 +142,6 @@ def last_word(text: str) -> str:
 
 
 def first_word(text: str) -> str:
-    return text[:BOUNDARY].split(maxsplit=1)[0] if text.strip() else text
+    """The first word with the space before it, cut like a last one."""
+    word = text.lstrip()
+    return text[: len(text) - len(word)] + word[:BOUNDARY].split(maxsplit=1)[0] if word else text

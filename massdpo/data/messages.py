@@ -1,42 +1,83 @@
-"""Conversations as TRL has them: lists of {"role", "content"}."""
+"""Conversations, in the forms that people have them, as lists of {"role", "content"}."""
 
+import re
+from collections import Counter
 from typing import Any
 
 from massdpo.errors import UserError
 
-ROLES = {"system", "user", "assistant", "tool"}
 Messages = list[dict[str, str]]
+ROLES = ("system", "user", "assistant", "tool")
+# what others call the roles: ShareGPT, OpenAI, functions
+OTHER_NAMES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "developer": "system",
+    "function": "tool",
+    "observation": "tool",
+}
+TURN = re.compile(r"\n\n(Human|Assistant):")  # how a dialogue in one text marks its turns
 
 
-def checked_messages(where: str, name: str, value: Any) -> Messages:
-    """The messages of the field `name`, each with its role and a content that is not blank."""
+def is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
+
+
+def checked_messages(where: str, name: str, value: Any, told: Counter[str]) -> Messages:
+    """The messages of the field `name`, each with its role and a content that is not blank; `told` counts changes.
+
+    Raises:
+        UserError: it is no list of messages, or one of them has another role, no text, or something beside text.
+    """
+    if isinstance(value, dict):
+        value = [value]
     if not isinstance(value, list) or not value:
         raise UserError(f'{where}: "{name}" must be a text or a list of messages, found {found(value)}')
-    for message in value:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f'{where}: "{name}" has a message without the texts "role" and "content": {found(message)}')
-        if message["role"] not in ROLES:
-            raise UserError(
-                f'{where}: "{name}" has a message of the role {message["role"]!r}: {", ".join(sorted(ROLES))}'
-            )
-        if not message["content"].strip():
-            raise UserError(f'{where}: "{name}" has a message without content')
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [_checked(where, name, message, told) for message in value]
 
 
-def with_prompt(where: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose prompt stands only in its conversations: what comes before the last message of each is the prompt."""
-    rejected = row["rejected"]
-    several = isinstance(rejected, list) and rejected and isinstance(rejected[0], list)
-    chosen = checked_messages(where, "chosen", row["chosen"])
-    others = [checked_messages(where, "rejected", each) for each in (rejected if several else [rejected])]
-    if any(each[:-1] != chosen[:-1] for each in others):
-        raise UserError(
-            f'{where}: no "prompt", and "chosen" and "rejected" do not begin alike up to their last message'
-        )
-    if len(chosen) < 2:
-        raise UserError(f'{where}: no "prompt", neither as a field nor as the messages before the last')
-    return row | {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": [each[-1:] for each in others]}
+def _checked(where: str, name: str, message: Any, told: Counter[str]) -> dict[str, str]:
+    if not is_message(message):
+        raise UserError(f'{where}: "{name}" has a message without the texts "role" and "content": {found(message)}')
+    role, content = (message["role"], message["content"]) if "role" in message else (message["from"], message["value"])
+    given = str(role).lower()
+    role = OTHER_NAMES.get(given, given)
+    if role not in ROLES:
+        raise UserError(f'{where}: "{name}" has a message of the role {given!r}: {", ".join(sorted(ROLES))}')
+    told["roles_renamed"] += given == "developer"
+    if isinstance(content, list):
+        content = "".join(_part(where, name, part) for part in content)
+    calls = bool(message.get("tool_calls") or message.get("function_call"))
+    if content is None and calls:
+        raise UserError(f'{where}: "{name}" has a message that only calls a tool (its content is null): not a text')
+    told["tool_calls_dropped"] += calls
+    if not isinstance(content, str):
+        raise UserError(f'{where}: "{name}" has a message whose content is not a text: {found(content)}')
+    if not content.strip():
+        raise UserError(f'{where}: "{name}" has a message without content')
+    return {"role": role, "content": content}
+
+
+def _part(where: str, name: str, part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+        kind = part.get("type", "unknown") if isinstance(part, dict) else found(part)
+        raise UserError(f'{where}: "{name}" has a message with a part of the type {kind}: only text is read')
+    return str(part["text"])
+
+
+def dialogue(text: str) -> Messages:
+    """The messages of a prompt that is a dialogue in one text, up to where the assistant is to answer; or none."""
+    start, *turns = TURN.split(text)
+    if start or len(turns) < 4 or turns[-2] != "Assistant" or turns[-1].strip():
+        return []
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": role[name], "content": said.strip()} for name, said in zip(turns[:-2:2], turns[1:-2:2], strict=True)
+    ]
 
 
 def as_text(messages: Messages) -> str:

@@ -1,18 +1,11 @@
-"""From a dataset's config node to splits: fetched if need be, prepared once, kept by content, read from the disk.
-
-A prepared split is one JSON object a line, and a file with the lines' offsets: a row is read when it is asked for, so
-that memory does not grow with the number of rows, and a person can read the file too.
-"""
+"""From a dataset's config node to splits: fetched if need be, prepared once, kept by content, read from the disk."""
 
 import json
-import mmap
 import sys
-from abc import abstractmethod
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import hydra.errors
 import hydra.utils
@@ -21,7 +14,8 @@ import numpy as np
 import massdpo
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
-from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.schema import Splits
+from massdpo.data.stored import StoredExamples, Subset
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
 
@@ -56,12 +50,12 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
             print(f"{name or node['_target_']}: {terms}", file=sys.stderr)
         splits = source.load()
         for split in SPLITS:
-            _write(getattr(splits, split), folder, split)
+            StoredExamples.written(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
         write_json(folder / "catalogue.json", splits.catalogue)
 
     folder = cache.folder("prepared", key, build)
-    train, val, test = (MappedSplit(folder, split) for split in SPLITS)
+    train, val, test = (StoredExamples(folder, split) for split in SPLITS)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     catalogue = tuple(json.loads((folder / "catalogue.json").read_text(encoding="utf-8")))
     for line in _notes(name, report):
@@ -75,7 +69,7 @@ def _notes(name: str, report: dict[str, Any]) -> list[str]:
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
     if count := report.get("bad_rows_skipped"):
         notes.append(f"warning: {name}: {count} rows skipped, the first: {report['first_bad_row']}")
-    return notes
+    return notes + [f"note: {name}: {note}" for note in report.get("notes", [])]
 
 
 def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any]) -> Splits:
@@ -92,72 +86,3 @@ def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> 
         raise UserError(f"dataset.limit_{split} must be a whole number of at least 1, or null; not {limit!r}")
     order = np.random.default_rng(keyed_seed("limit", seed, split)).permutation(len(examples))
     return Subset(examples, np.sort(order[:limit]))
-
-
-class _Lazy(Sequence[T]):
-    """A sequence by its length and its `_at`."""
-
-    @abstractmethod
-    def _at(self, row: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[T]: ...
-    def __getitem__(self, index: int | slice) -> T | list[T]:
-        rows = range(len(self))[index]
-        return self._at(rows) if isinstance(rows, int) else [self._at(row) for row in rows]
-
-    def __iter__(self) -> Iterator[T]:
-        return map(self._at, range(len(self)))
-
-
-class Subset(_Lazy[T]):
-    """Chosen rows of another sequence."""
-
-    def __init__(self, examples: Sequence[T], rows: np.ndarray[Any, np.dtype[np.int64]]):
-        self.examples = examples
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _at(self, row: int) -> T:
-        return self.examples[int(self.rows[row])]
-
-
-class MappedSplit(_Lazy[PreferenceExample]):
-    """A prepared split on the disk. It is opened anew in another process, so workers can share it."""
-
-    def __init__(self, folder: Path, split: str):
-        self.folder = folder
-        self.split = split
-        self.offsets = np.asarray(np.load(folder / f"{split}.npy", mmap_mode="r"))
-        with open(folder / f"{split}.jsonl", "rb") as file:
-            self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __reduce__(self) -> tuple[type["MappedSplit"], tuple[Path, str]]:
-        return MappedSplit, (self.folder, self.split)
-
-    def _at(self, row: int) -> PreferenceExample:
-        fields = json.loads(str(self.lines[self.offsets[row] : self.offsets[row + 1]], "utf-8"))
-        candidates = fields.pop("candidates")
-        chosen, *pool = (candidates[place] for place in fields.pop("places"))
-        history = tuple(fields.pop("history"))
-        return PreferenceExample(
-            chosen=chosen, pool=tuple(pool), candidates=tuple(candidates), history=history, **fields
-        )
-
-
-def _write(examples: Sequence[PreferenceExample], folder: Path, split: str) -> None:
-    offsets = array("q", [0])
-    with open(folder / f"{split}.jsonl", "wb") as file:
-        for example in examples:
-            fields = vars(example) | {}
-            place_of = {text: place for place, text in enumerate(example.candidates)}
-            fields["places"] = [place_of[text] for text in (fields.pop("chosen"), *fields.pop("pool"))]
-            offsets.append(offsets[-1] + file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n"))
-    np.save(folder / f"{split}.npy", np.frombuffer(offsets, dtype=np.int64))

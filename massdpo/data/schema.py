@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from massdpo.errors import UserError
+
 
 @dataclass(frozen=True)
 class PreferenceExample:
     """One prompt, its chosen response and the pool of negatives to select from.
 
-    `prompt` has no space at its end and no response one at its start: the tokeniser puts the single space between them.
+    Texts are as they came: the tokeniser puts a single space between prompt and response where there is none (`joint`).
     `history` is what may be cut from its old end when the prompt is too long; its items stand in the prompt joined by
     ", " from character `history_start` on. A prompt that cannot be cut has an empty history.
     """
@@ -22,12 +24,23 @@ class PreferenceExample:
     history: tuple[str, ...] = ()  # oldest first
     history_start: int = 0
     meta: dict[str, Any] = field(default_factory=dict)  # json-able: user, popularity, question's own options, ...
+    where: str = field(default="", compare=False)  # file and line that it was read from, for messages
+
+    def __post_init__(self) -> None:
+        """Raises UserError where the slate is not made of the chosen response and the pool."""
+        if set(self.candidates) != {self.chosen, *self.pool}:
+            raise UserError(f"{self.where or self.id}: candidates must be the chosen response and the pool")
 
     def without_oldest(self, count: int) -> str:
         """The prompt with the `count` oldest items of the history left out."""
         joined = ", ".join(self.history)
         rest = self.prompt[self.history_start + len(joined) :]
         return self.prompt[: self.history_start] + ", ".join(self.history[count:]) + rest
+
+
+def joint(prompt: str, response: str) -> str:
+    """What stands between a prompt and a response in plain text: a space, unless either brings one of its own."""
+    return "" if prompt[-1:].isspace() or response[:1].isspace() else " "
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from massdpo.errors import UserError
 from massdpo.store import Cache, digest
 
 # tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("encode", "ragged", "tokenize", "tokens")]
+CODE = [Path(__file__).parent / f"{name}.py" for name in ("chat", "encode", "ragged", "tokenize", "tokens")]
 
 
 def tokenize_splits(
@@ -53,7 +53,8 @@ def tokenize_catalogue(
     Raises:
         UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
     """
-    ids = [ids.tolist() for ids in Encoder(tokenizer, chat_template).responses(titles, titles)]
+    encoder = Encoder(tokenizer, chat_template)
+    ids = [ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles)]
     longest = max(map(len, ids), default=0)
     if ids and test.report["longest_prompt"] + longest > max_length:
         raise UserError(
@@ -100,7 +101,7 @@ def tokenize_split(
             text = encoder.rendered(example)
             ids.append(example.id)
             joint_B.append(joints.setdefault(last_word(text), len(joints)))
-            for response in (example.chosen, *example.pool):
+            for response in (encoder.joined(text, each) for each in (example.chosen, *example.pool)):
                 if response not in texts:
                     texts[response] = len(texts)
                     owner.append(example.id)

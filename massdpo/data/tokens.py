@@ -1,22 +1,14 @@
-"""Tokenised examples, and their collation to batches: for SFT, preference training, scoring and generation alike.
-
-Shapes, as in `massdpo.batch`: B prompts, C candidates (column 0 the chosen one), P prompt tokens, T response tokens.
-"""
+"""Tokenised examples: the same for SFT, preference training, scoring and generation."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import overload
 
-import numpy as np
-import torch
-
 from massdpo.data.ragged import Ragged
 from massdpo.store import write_json
-from massdpo.tensors import Batch
 
 UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
 
@@ -90,29 +82,3 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         prompts, responses, candidates = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
         return cls(about["ids"], prompts, responses, candidates, about["report"])
-
-
-def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
-    """Pad (row number in the split, example) pairs on the right to the rectangles of one Batch."""
-    examples = [example for _, example in rows]
-    prompt_ids_BP, prompt_mask_BP = _padded([example.prompt_ids for example in examples], pad_id)
-    width = max(len(example.response_ids) for example in examples)
-    slates = [example.response_ids + [[]] * (width - len(example.response_ids)) for example in examples]
-    response_ids_RT, response_mask_RT = _padded(list(chain.from_iterable(slates)), pad_id)  # R = B C
-    return Batch(
-        ids=[example.id for example in examples],
-        index_B=torch.tensor([row for row, _ in rows]),
-        prompt_ids_BP=prompt_ids_BP,
-        prompt_mask_BP=prompt_mask_BP,
-        response_ids_BCT=response_ids_RT.view(len(examples), width, -1),
-        response_mask_BCT=response_mask_RT.view(len(examples), width, -1),
-    )
-
-
-def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows as one rectangle, and where it holds them."""
-    length = np.array([len(row) for row in rows])
-    mask = np.arange(length.max())[None] < length[:, None]
-    ids = np.full(mask.shape, pad_id, np.int64)
-    ids[mask] = np.fromiter(chain.from_iterable(rows), np.int64, length.sum())
-    return torch.from_numpy(ids), torch.from_numpy(mask)

@@ -8,17 +8,16 @@ Suffixes: S prompts of a split, B prompts of a batch, I items of the catalogue.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.data.schema import Splits
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.metrics import ranking_metrics, target_ranks
-from massdpo.evaluation.scores import each_batch
+from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.trie import Catalogue
 from massdpo.tensors import Scored
 
@@ -41,21 +40,21 @@ class CatalogueRanks:
         return {f"catalogue/{name}": value for name, value in values.items()}
 
 
+@torch.no_grad()
 def rank_catalogue(
     scorer: nn.Module,
     splits: Splits,
     rows: Sequence[TokenizedExample],
     title_ids: Sequence[Sequence[int]],
-    accelerator: Accelerator,
-    size: int,
-    pad_id: int,
+    score: SplitScorer,
 ) -> CatalogueRanks:
     """Rank the targets of the test split, whose tokens are `rows`, among all titles; every process gets all ranks."""
-    started = time.perf_counter()
+    started, accelerator = time.perf_counter(), score.accelerator
     catalogue = Catalogue.of(title_ids).to(accelerator.device)
     place_of = {title: place for place, title in enumerate(splits.catalogue)}
     parts = []
-    for batch in each_batch(scorer, rows, accelerator, min(size, PROMPTS), pad_id, "catalogue"):
+    few = replace(score, batch_size=min(score.batch_size, PROMPTS))
+    for batch in few.batches(scorer, rows, "catalogue"):
         scored: Scored = scorer(batch, catalogue=catalogue)
         examples = [splits.test[row] for row in batch.index_B.tolist()]
         target_B = torch.tensor([place_of[example.chosen] for example in examples], device=accelerator.device)

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from massdpo.data.tokens import TokenizedExample, collate
-from massdpo.evaluation.scores import SplitScores, each_batch
+from massdpo.data.batches import collate
+from massdpo.data.tokens import TokenizedExample
+from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.tensors import Batch
 
 Trie = dict[int, Any]  # token -> what may follow it; nothing follows EOS
@@ -33,18 +33,15 @@ class Answer:
 
 
 def generate_split(
-    scorer: nn.Module,
-    rows: Sequence[TokenizedExample],
-    accelerator: Accelerator,
-    size: int,
-    tokenizer: PreTrainedTokenizerBase,
+    scorer: nn.Module, rows: Sequence[TokenizedExample], splits: SplitScorer, tokenizer: PreTrainedTokenizerBase
 ) -> list[Answer]:
     """The policy's answers to the prompts of a split, in its order; every process gets the whole."""
+    accelerator = splits.accelerator
     model: PreTrainedModel = accelerator.unwrap_model(scorer).causal_lm
     pad_id = cast(int, tokenizer.pad_token_id)
     parts = []
     with greedy_settings(model, cast(int, tokenizer.eos_token_id), pad_id), accelerator.autocast():
-        for batch in each_batch(scorer, rows, accelerator, size, pad_id, "generate"):
+        for batch in splits.batches(scorer, rows, "generate"):
             numbers = batch.index_B.tolist()
             batches = [batch]
             if batch.prompt_ids_BP.shape[1] + batch.response_ids_BCT.shape[2] > _context(model):

@@ -3,7 +3,7 @@
 Suffixes: S prompts of a split, B prompts of a batch, C = 1 + N candidates (column 0 is the chosen one).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from massdpo.console import progress
-from massdpo.data.tokens import TokenizedExample, collate
+from massdpo.data.batches import by_length, collate
+from massdpo.data.tokens import TokenizedExample
+from massdpo.errors import UserError
 from massdpo.evaluation import metrics
 from massdpo.tensors import Batch, Scored
+
+# Nats, times the square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
+# four times what other batches or threads change in a model of 135M parameters (0.05 to 0.09 under bfloat16, 5e-6 in
+# float32, root mean square). Less could not be told from the rounding of the training steps themselves.
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True)
@@ -43,52 +50,68 @@ class SplitScores:
         return cls(**load_file(file))
 
 
-def batches_by_length(rows: Sequence[TokenizedExample], size: int) -> list[list[int]]:
-    """Row numbers in batches of prompts of like length, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row].prompt_ids))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+@dataclass(frozen=True)
+class SplitScorer:
+    """Takes a scorer through whole splits: in evaluation mode, every process its share of the batches."""
+
+    accelerator: Accelerator
+    batch_size: int
+    pad_id: int
+
+    def batches(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> Iterator[Batch]:
+        """This process's batches of the split, as many as every other's; `what` is what the progress bar says."""
+        processes, mine = self.accelerator.num_processes, by_length(rows, self.batch_size)
+        rounds = -(-len(mine) // processes)
+        mine += [mine[-1]] * (rounds * processes - len(mine))  # sharded weights need every process in every forward
+        was_training = scorer.training
+        scorer.eval()
+        with progress(rounds, what) as advance:
+            for numbers in mine[self.accelerator.process_index :: processes]:
+                yield collate([(row, rows[row]) for row in numbers], self.pad_id).to(self.accelerator.device)
+                advance()
+        scorer.train(was_training)
+
+    @torch.no_grad()
+    def __call__(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> SplitScores:
+        """Every candidate's summed log-prob, at the run's precision; every process gets the whole.
+
+        The same batches give the same numbers to the last digit. Batches of another shape do not, as matrix products
+        then sum in another order: a response of T tokens moves by about 0.1 sqrt(T) nats under bfloat16 and
+        5e-6 sqrt(T) in float32 (root mean square, 135M parameters). So far from 0, times beta, are rewards before the
+        first step.
+        """
+        parts = []
+        for batch in self.batches(scorer, rows, what):
+            with self.accelerator.autocast():
+                scored: Scored = scorer(batch)
+            parts.append((batch.index_B.cpu(), scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
+        if self.accelerator.num_processes > 1:
+            parts = gather_object(parts)
+        width = max(logp_BC.shape[1] for _, logp_BC, _ in parts)
+        logp_SC = torch.zeros(len(rows), width)
+        length_SC = torch.zeros(len(rows), width, dtype=torch.int64)
+        for index_B, logp_BC, length_BC in parts:
+            logp_SC[index_B, : logp_BC.shape[1]] = logp_BC
+            length_SC[index_B, : length_BC.shape[1]] = length_BC
+        return SplitScores(logp_SC, length_SC)
 
 
-def each_batch(
-    scorer: nn.Module, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int, what: str
-) -> Iterator[Batch]:
-    """The split's batches, in evaluation mode and without gradients; every process gets as many, of its own share."""
-    batches = batches_by_length(rows, size)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
-    rounds = -(-len(batches) // accelerator.num_processes)
-    mine += [batches[-1]] * (rounds - len(mine))  # sharded weights need every process in every forward
-    was_training = scorer.training
-    scorer.eval()
-    with torch.no_grad(), progress(rounds, what) as advance:
-        for numbers in mine:
-            yield collate([(row, rows[row]) for row in numbers], pad_id).to(accelerator.device)
-            advance()
-    scorer.train(was_training)
+def check_reference(now: SplitScores, stored_SC: Tensor, dtype: torch.dtype) -> None:
+    """Hold the stored log-probs of some whole batches against those of the policy as it starts, in the same batches.
 
+    There both are the same to the last digit, whatever `dtype` they are computed in; what another machine stored
+    differs by the rounding of matrix products, for which `ROUNDING` allows.
 
-def score_split(
-    scorer: nn.Module, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int, what: str
-) -> SplitScores:
-    """Every candidate's summed log-prob under the policy, at the run's precision; every process gets the whole.
-
-    The same batches give the same numbers to the last digit. Batches of another shape do not, as matrix products then
-    sum in another order: a response of T tokens moves by about 0.1 sqrt(T) nats under bfloat16 and 5e-6 sqrt(T) in
-    float32 (root mean square, 135M parameters). So far from 0, times beta, are rewards before the first step.
+    Raises:
+        UserError: they differ by more, as a root mean square over the responses.
     """
-    parts = []
-    for batch in each_batch(scorer, rows, accelerator, size, pad_id, what):
-        with accelerator.autocast():
-            scored: Scored = scorer(batch)
-        parts.append((batch.index_B.cpu(), scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
-    if accelerator.num_processes > 1:
-        parts = gather_object(parts)
-    width = max(logp_BC.shape[1] for _, logp_BC, _ in parts)
-    logp_SC = torch.zeros(len(rows), width)
-    length_SC = torch.zeros(len(rows), width, dtype=torch.int64)
-    for index_B, logp_BC, length_BC in parts:
-        logp_SC[index_B, : logp_BC.shape[1]] = logp_BC
-        length_SC[index_B, : length_BC.shape[1]] = length_BC
-    return SplitScores(logp_SC, length_SC)
+    change_SC = now.logp_SC - stored_SC[:, : now.logp_SC.shape[1]]
+    off = (change_SC / now.length_SC.sqrt())[now.mask_SC].square().mean().sqrt().item()
+    if not off <= ROUNDING[dtype]:  # NaN is not
+        raise UserError(
+            f"the stored reference log-probs do not belong to this policy (off by {off:.2g} nats times the square root "
+            f"of a response's tokens, {ROUNDING[dtype]:g} is rounding): remove the folder reference/ from cache_dir"
+        )
 
 
 def evaluate(policy: SplitScores, reference: SplitScores, beta: float) -> dict[str, float]:
@@ -124,6 +147,3 @@ def predictions(policy: SplitScores, reference: SplitScores, beta: float, ids: S
 def _rewards(policy: SplitScores, reference: SplitScores, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     change_SC = policy.logp_SC - reference.logp_SC
     return beta * change_SC, policy.mask_SC, change_SC[:, 0]
-
-
-Validate = Callable[[nn.Module], dict[str, float]]

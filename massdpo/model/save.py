@@ -84,8 +84,9 @@ def save_policy(
     `weights` are the model's, by name, where it holds only a shard of them.
     """
     weights = model.state_dict() if weights is None else weights
+    base: Any = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    base.generation_config.eos_token_id = tokenizer.eos_token_id  # a chat template may end turns with another
     if not isinstance(model, PreTrainedModel):
-        base: Any = model.get_base_model()
         if base.name_or_path:
             write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
         else:

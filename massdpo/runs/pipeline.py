@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,40 @@ from massdpo.config import identity, resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
-from massdpo.evaluation.catalogue import rank_catalogue
+from massdpo.evaluation.catalogue import CatalogueRanks, rank_catalogue
 from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
-from massdpo.evaluation.scores import evaluate, predictions, ranking
+from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, predictions, ranking
 from massdpo.model.save import save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.card import model_card
 from massdpo.runs.folder import CHECKPOINTS, claim, draw_history, holding, show, take_over, telling
 from massdpo.runs.machine import commit, in_words, machine, peak_memory_mb
-from massdpo.runs.start import (
-    Data,
-    cache_of,
-    gathered,
-    instantiate,
-    load,
-    load_start,
-    reference_scores,
-    scoring,
-    sft_start,
-)
+from massdpo.runs.start import Data, cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
 from massdpo.store import Cache, build_folder, digest, write_json, write_text
-from massdpo.training import objectives
+from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
+from massdpo.training.objectives import Preference
+
+
+@dataclass
+class Run:
+    """What every step of a run needs."""
+
+    config: DictConfig
+    data: Data
+    cache: Cache
+    folder: Path
+    tracker: Tracker
+    history: History
+    score: SplitScorer
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.score.accelerator
 
 
 def train(config: DictConfig) -> Path:
@@ -66,124 +75,149 @@ def train(config: DictConfig) -> Path:
         accelerator.wait_for_everyone()
         logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
         tracker: Tracker = hydra.utils.instantiate(logger) if accelerator.is_main_process else NoLogger()
+        score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+        run = Run(config, data, cache, folder, tracker, History(folder / "history.csv"), score)
         try:
             with telling(folder, key, accelerator):
-                compute(config, data, model, cache, folder, tracker, accelerator)
+                compute(run, model)
         except BaseException:
             tracker.finish(None)
             raise
     return folder
 
 
-def compute(
-    config: DictConfig,
-    data: Data,
-    model: nn.Module,
-    cache: Cache,
-    folder: Path,
-    tracker: Tracker,
-    accelerator: Accelerator,
-) -> None:
+def compute(run: Run, model: nn.Module) -> None:
     """The stages of one run, into its folder."""
-    trainer = config.trainer
+    config, trainer = run.config, run.config.trainer
+    rows = limited(run.data.train, trainer.preference.limit, config.dataset.seed, "preference")
     selector = instantiate(config.selector)
-    rows: Sequence[TokenizedExample] = limited(data.train, trainer.preference.limit, config.dataset.seed, "preference")
-    pools = [len(example.response_ids) - 1 for example in rows]
-    check_selection(config.selector, pools)
-    tracker.start(resolved(config), folder, folder.name, config.sweep, [str(name) for name in config.choices.values()])
-    if accelerator.is_main_process:
-        write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(resolved(config))))
-    history = History(folder / "history.csv")
+    features = selector.features if selector.needs_scores else None
+    check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
+    announce(run)
 
-    score = scoring(config, accelerator, data.pad_id)
-    start_folder = sft_start(config, data, model, cache, score, tracker, accelerator)
+    start_folder = sft_start(config, run.data, model, features, run.cache, run.score, run.tracker)
     model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
-    start_info = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
-    history.rows[:] = start_info["history"]
+    start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
+    run.history.rows[:] = start["history"]
 
-    policy = load_start(start_folder, config)
-    scorer: Any = PreferenceScorer(policy, selector.features if selector.needs_scores else None, trainer.layout)
+    scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
-    reference = reference_scores(config, data, rows, scorer.to(accelerator.device), cache, score, accelerator)
-    reference_seconds = time.perf_counter() - started
+    scorer.to(run.accelerator.device)
+    reference = reference_scores(config, run.data, rows, scorer, run.cache, run.score)
+    seconds = {"sft_seconds": start["seconds"], "reference_seconds": time.perf_counter() - started}
 
-    width = max(pools) if "k" not in config.selector else min(config.selector.k, max(pools))
-    loss = hydra.utils.instantiate(config.loss)
-    objective = objectives.Preference(
-        selector, loss, config.beta, config.refresh, config.seed, reference["train"], width
+    objective = Preference(
+        selector=selector,
+        compare=hydra.utils.instantiate(config.loss),
+        beta=config.beta,
+        refresh=config.refresh,
+        seed=config.seed,
+        rows=rows,
+        val=run.data.val,
+        reference=reference,
+        score=run.score,
     )
     stage = Stage(
         name="preference",
-        rows=rows,
+        objective=objective,
         epochs=trainer.preference.epochs,
         learning_rate=trainer.preference.learning_rate,
-        objective=objective,
-        validate=lambda scorer: evaluate(score(scorer, data.val, "validate"), reference["val"], config.beta),
-        checkpoints=folder / CHECKPOINTS,
+        checkpoints=run.folder / CHECKPOINTS,
         seed=config.seed,
-        pad_id=data.pad_id,
-        begin_epoch=objective.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id),
-        state=objective.state,
-        share=objective.share,
-        seconds=objective.seconds,
-        alarms=objectives.alarms,
+        pad_id=run.data.pad_id,
     )
-    scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
+    scorer, position = fit(stage, scorer, trainer, run.accelerator, run.history, run.tracker)
 
-    final = score(scorer, data.test, "test")
-    answers: list[Answer] = []
-    if trainer.generate:
-        answers = generate_split(scorer, data.test, accelerator, trainer.eval_batch_size, data.tokenizer)
+    final = run.score(scorer, run.data.test, "test")
+    answers = generate_split(scorer, run.data.test, run.score, run.data.tokenizer) if trainer.generate else []
     against = None
-    if data.catalogue:
-        how = accelerator, trainer.eval_batch_size, data.pad_id
-        against = rank_catalogue(scorer, data.splits, data.test, data.catalogue, *how)
-    weights = gathered(scorer, accelerator) if trainer.save_policy else None
-    if not accelerator.is_main_process:
+    if run.data.catalogue:
+        against = rank_catalogue(scorer, run.data.splits, run.data.test, run.data.catalogue, run.score)
+    weights = gathered(scorer, run.accelerator) if trainer.save_policy else None
+    if not run.accelerator.is_main_process:
         return
-    history.write()
-    metrics: dict[str, Any] = evaluate(final, reference["test"], config.beta)
-    metrics |= {f"sft/{name}": value for name, value in ranking(reference["test"]).items()}
+    metrics = measured(run, final, reference["test"], answers, against, position)
+    metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
+    write_results(run, metrics, final, reference["test"], answers, against)
+    if trainer.save_policy:
+        save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
+    draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
+    run.tracker.table("picks", picks_table(objective, run.data, rows))
+    sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
+    show(run.folder, metrics, sync)
+
+
+def announce(run: Run) -> None:
+    """Tell the tracker of the run and write down its config."""
+    config = resolved(run.config)
+    tags = [str(name) for name in run.config.choices.values()]
+    run.tracker.start(config, run.folder, run.folder.name, run.config.sweep, tags)
+    if run.accelerator.is_main_process:
+        write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
+
+
+def measured(
+    run: Run,
+    final: SplitScores,
+    reference: SplitScores,
+    answers: Sequence[Answer],
+    against: CatalogueRanks | None,
+    position: Position,
+) -> dict[str, Any]:
+    """Metrics of the test split: of the policy, of the SFT start, of validation, of guesses without a model."""
+    metrics: dict[str, Any] = evaluate(final, reference, run.config.beta)
+    metrics |= {f"sft/{name}": value for name, value in ranking(reference).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
     metrics |= generation_metrics(answers, final) if answers else {}
     metrics |= against.metrics() if against else {}
-    metrics |= baselines(data.splits, cache)
+    return metrics | baselines(run.data.splits, run.cache)
+
+
+def about(run: Run, position: Position, packed: bool) -> dict[str, Any]:
+    """What the run cost, and what it ran on."""
     sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
-    metrics |= {
+    return {
         "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
         "train_seconds": position.train_seconds,
         "select_seconds": position.select_seconds,
-        "sft_seconds": start_info["seconds"],
-        "reference_seconds": reference_seconds,
         "train_tokens": position.tokens,
         "tokens_per_second": position.tokens / position.train_seconds if position.train_seconds else 0.0,
         "peak_memory_mb": peak_memory_mb(),
         "threads": torch.get_num_threads(),
-        "processes": accelerator.num_processes,
-        "packed": int(accelerator.unwrap_model(scorer).packed),
-        "seed": config.seed,
+        "processes": run.accelerator.num_processes,
+        "packed": int(packed),
+        "seed": run.config.seed,
         "git_commit": commit(),
         "machine": in_words(machine()),
         "command": command_line(),
     }
-    ids = [example.id for example in data.test]
-    lines = predictions(final, reference["test"], config.beta, ids)
+
+
+def write_results(
+    run: Run,
+    metrics: dict[str, Any],
+    final: SplitScores,
+    reference: SplitScores,
+    answers: Sequence[Answer],
+    against: CatalogueRanks | None,
+) -> None:
+    """Everything computed, before anything that decorates it."""
+    run.history.write()
+    lines = predictions(final, reference, run.config.beta, [example.id for example in run.data.test])
     for line, answer in zip(lines, answers, strict=False):  # without generation there is none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
     for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
         line["catalogue_rank"] = rank
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    if trainer.save_policy:
-        policy = accelerator.unwrap_model(scorer).model
-        counts = {"train": len(data.train), "preference": len(rows), "test": len(data.test)}
-        blocks = getattr(policy.config, "dequantised_from", None)
-        card = model_card(resolved(config), metrics, counts, folder.name, blocks)
-        build_folder(folder / "policy", lambda place: save_policy(policy, data.tokenizer, place, card, weights))
-    write_json(folder / "metrics.json", metrics)
-    draw_history(history.rows, folder / "history.png", folder.name)
-    tracker.table("picks", picks_table(objective, data, rows))
-    sync = tracker.finish(metrics, [folder / "metrics.json", folder / "history.csv"])
-    show(folder, metrics, sync)
+    write_text(run.folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_json(run.folder / "metrics.json", metrics)
+
+
+def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics: dict[str, Any], used: int) -> None:
+    """The trained policy and its model card, as an ordinary Hugging Face folder."""
+    counts = {"train": len(run.data.train), "preference": used, "test": len(run.data.test)}
+    blocks = getattr(policy.config, "dequantised_from", None)
+    card = model_card(resolved(run.config), metrics, counts, run.folder.name, blocks)
+    build_folder(run.folder / "policy", lambda place: save_policy(policy, run.data.tokenizer, place, card, weights))
 
 
 def command_line() -> str:
@@ -192,7 +226,7 @@ def command_line() -> str:
     return str(without_secrets(shlex.join(["python", "run.py", *overrides])))
 
 
-def picks_table(objective: objectives.Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
+def picks_table(objective: Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
     """The newest picks of the first prompts, as text."""
 
     def text(ids: Sequence[int]) -> str:

@@ -17,29 +17,26 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import massdpo
+from massdpo.data.batches import by_length
+from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
-from massdpo.data.schema import Splits
+from massdpo.data.schema import Splits, joint
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScores, batches_by_length, ranking, score_split
+from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache, digest, is_whole, write_json
-from massdpo.training import objectives
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
+from massdpo.training.objectives import Sft
 
-Score = Callable[[nn.Module, Sequence[TokenizedExample], str], SplitScores]  # (scorer, split, what the bar says)
 # Options of the trainer that change the SFT start.
 SFT_OPTIONS = (
     *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
     *("batch_size", "accumulate", "weight_decay", "max_grad_norm", "warmup", "keep", "keep_metric", "log_every"),
 )
-# Nats, times the square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
-# four times what other batches or threads change in a model of 135M parameters (0.05 to 0.09 under bfloat16, 5e-6 in
-# float32, root mean square). Less could not be told from the rounding of the training steps themselves.
-ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.2}
 
 
 @dataclass
@@ -64,13 +61,6 @@ def cache_of(config: DictConfig) -> Cache:
     return Cache(Path(config.cache_dir).expanduser())
 
 
-def scoring(config: DictConfig, accelerator: Accelerator, pad_id: int) -> Score:
-    def score(scorer: nn.Module, split: Sequence[TokenizedExample], what: str) -> SplitScores:
-        return score_split(scorer, split, accelerator, config.trainer.eval_batch_size, pad_id, what)
-
-    return score
-
-
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
@@ -78,14 +68,19 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            yield f"{example.prompt} {example.chosen}"  # as they stand when trained on: a space joins them
-            yield from (f" {response}" for response in example.pool)
+            prompt = example.prompt  # texts as they stand when trained on: a space joins them
+            yield prompt + joint(prompt, example.chosen) + example.chosen
+            yield from (joint(prompt, response) + response for response in example.pool)
 
     model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    if config.trainer.chat_template:
+        settle_chat_template(tokenizer)
+    elif tokenizer.chat_template:
+        print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
     tokens = tokenize_splits(splits, tokenizer, *options, cache)
     for name, split in tokens.items():
         for line in split.warnings:
@@ -99,13 +94,16 @@ def sft_start(
     config: DictConfig,
     data: Data,
     model: nn.Module,
+    features: str | None,
     cache: Cache,
-    score: Score,
+    score: SplitScorer,
     tracker: Tracker,
-    accelerator: Accelerator,
 ) -> Path:
-    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared."""
-    trainer = config.trainer
+    """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared.
+
+    Whether the model gives what the preference stage needs, the selector's `features` too, is found out before it.
+    """
+    trainer, accelerator = config.trainer, score.accelerator
     options: Any = OmegaConf.to_container(trainer, resolve=True)
     chosen = {name: options[name] for name in SFT_OPTIONS}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
@@ -119,17 +117,16 @@ def sft_start(
             checkpointing(policy)
         stage = Stage(
             name="sft",
-            rows=data.train,
+            objective=Sft(data.train, data.val, score),
             epochs=trainer.sft.epochs,
             learning_rate=trainer.sft.learning_rate,
-            objective=objectives.sft,
-            validate=lambda scorer: ranking(score(scorer, data.val, "validate")),
             checkpoints=checkpoints,
             seed=config.seed,
             pad_id=data.pad_id,
         )
         history = History(checkpoints / "history.csv")
-        scorer: nn.Module = PreferenceScorer(policy, None, trainer.layout)
+        scorer: Any = PreferenceScorer(policy, features, trainer.layout)
+        scorer.features = None  # nothing is selected yet
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
         trained, weights = accelerator.unwrap_model(scorer).model, gathered(scorer, accelerator)
         accelerator.free_memory()
@@ -166,8 +163,7 @@ def reference_scores(
     rows: Sequence[TokenizedExample],
     scorer: PreferenceScorer,
     cache: Cache,
-    score: Score,
-    accelerator: Accelerator,
+    score: SplitScorer,
 ) -> dict[str, SplitScores]:
     """Log-probs of every split under the policy as the preference stage starts.
 
@@ -176,7 +172,7 @@ def reference_scores(
     Raises:
         UserError: what was kept is not what this policy gives.
     """
-    trainer = config.trainer
+    trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": rows, "val": data.val, "test": data.test}
     limit = trainer.preference.limit, config.dataset.seed
     digits = trainer.precision, trainer.layout, trainer.eval_batch_size, accelerator.num_processes
@@ -194,37 +190,11 @@ def reference_scores(
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
     scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
-    first = batches_by_length(rows, trainer.eval_batch_size)[: accelerator.num_processes]
+    whole = by_length(rows, trainer.eval_batch_size)[: score.accelerator.num_processes]
+    first = [row for batch in whole for row in batch]
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
-    check_reference(scorer, rows, scores["train"], [row for batch in first for row in batch], dtype, score)
+    check_reference(score(scorer, [rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
     return scores
-
-
-def check_reference(
-    scorer: nn.Module,
-    rows: Sequence[TokenizedExample],
-    reference: SplitScores,
-    some: Sequence[int],
-    dtype: torch.dtype,
-    score: Score,
-) -> None:
-    """Hold the stored log-probs of `some` rows, whole batches of them, against those of the policy as it starts.
-
-    In the same batches both are the same to the last digit, so that the least change of the weights shows; what another
-    machine stored differs by the rounding of matrix products. `ROUNDING` allows for that.
-
-    Raises:
-        UserError: they differ by more, as a root mean square over the responses.
-    """
-    now = score(scorer, [rows[row] for row in some], "check")
-    stored_SC = reference.logp_SC[some, : now.logp_SC.shape[1]]
-    off_SC = (now.logp_SC - stored_SC) / now.length_SC.sqrt()
-    off = off_SC[now.mask_SC].square().mean().sqrt().item()
-    if not off <= ROUNDING[dtype]:  # NaN is not
-        raise UserError(
-            f"the stored reference log-probs do not belong to this policy (off by {off:.2g} nats times the square root "
-            f"of a response's tokens, {ROUNDING[dtype]:g} is rounding): remove the folder reference/ from cache_dir"
-        )
 
 
 def shared_folder(

@@ -11,8 +11,8 @@ from massdpo.console import summary_table
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
 from massdpo.evaluation.catalogue import rank_catalogue
-from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
-from massdpo.evaluation.scores import ranking, score_split
+from massdpo.evaluation.generation import generate_split, generation_metrics
+from massdpo.evaluation.scores import SplitScorer, ranking
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.store import write_json
@@ -42,15 +42,13 @@ def evaluate(config: DictConfig) -> None:
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
-    scores = score_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id, "evaluate")
-    answers: list[Answer] = []
-    if config.trainer.generate:
-        answers = generate_split(scorer, rows, accelerator, config.trainer.eval_batch_size, tokenizer)
+    score = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
+    scores = score(scorer, rows, "evaluate")
+    answers = generate_split(scorer, rows, score, tokenizer) if config.trainer.generate else []
     options = config.trainer.max_length, config.trainer.chat_template
     against = {}
     if title_ids := tokenize_catalogue(splits.catalogue, tokenizer, rows, *options):
-        how = accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id
-        against = rank_catalogue(scorer, splits, rows, title_ids, *how).metrics()
+        against = rank_catalogue(scorer, splits, rows, title_ids, score).metrics()
     if not accelerator.is_main_process:
         return
     metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {}) | against

@@ -43,7 +43,7 @@ def page(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train
     if split not in SPLITS:
         raise UserError(f"split is train, val or test, not {split!r}")
     lines = [f"digest {splits.digest}"]
-    lines += [f"  {name}: {value}" for name, value in splits.report.items()]
+    lines += [f"  {name}: {value}" for name, value in splits.report.items() if name != "notes"]
     trained_on = {hash(example.prompt) for example in splits.train}
     for name in SPLITS:
         lines += _about(name, getattr(splits, name), tokenizer)
@@ -54,7 +54,11 @@ def page(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train
     lines += ["", "without a model, on the test split, equals guessed evenly:"]
     lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(splits)).items()]
     for example in getattr(splits, split)[:SHOWN]:
-        lines += ["", f"{example.id}  {json.dumps(example.meta, ensure_ascii=False)}", f"prompt: {example.prompt}"]
+        lines += [
+            "",
+            f"{example.id}  {example.where}  {json.dumps(example.meta, ensure_ascii=False)}",
+            f"prompt: {example.prompt}",
+        ]
         place = example.candidates.index(example.chosen) + 1
         lines += [f"chosen, number {place} of its slate of {len(example.candidates)}: {example.chosen}"]
         lines += [f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]

@@ -15,10 +15,11 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from massdpo.data.batches import collate
+from massdpo.data.chat import settle_chat_template
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
-from massdpo.data.tokens import collate
 from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.model.scoring import PreferenceScorer
@@ -74,6 +75,8 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
     context = policy.config.get_text_config().max_position_embeddings
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    if config.trainer.chat_template:
+        settle_chat_template(tokenizer)
     return policy, tokenizer
 
 
@@ -92,9 +95,8 @@ def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _example(where: str, line: dict[str, Any]) -> PreferenceExample:
-    """The line as it is tokenised: without the space around texts, as in training."""
-    first, *others = (text.strip() for text in line["candidates"])
-    return PreferenceExample(where, line["prompt"].rstrip(), first, tuple(others), (first, *others))
+    first, *others = line["candidates"]
+    return PreferenceExample(where, line["prompt"], first, tuple(others), (first, *others))
 
 
 @contextmanager

@@ -7,8 +7,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from massdpo.data.encode import Encoder
 from massdpo.data.prepare import limited
 from massdpo.errors import UserError
+from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.trackers import NoLogger
@@ -37,17 +39,17 @@ def select(config: DictConfig) -> None:
     subset = trainer.preference.limit, config.dataset.seed, "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = start.instantiate(config.selector)
+    features = selector.features if selector.needs_scores else None
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
-    score = start.scoring(config, accelerator, data.pad_id)
-    sft_folder = start.sft_start(config, data, model, cache, score, NoLogger(), accelerator)
+    score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
+    sft_folder = start.sft_start(config, data, model, features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
-    features = selector.features if selector.needs_scores else None
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
-    reference = start.reference_scores(config, data, rows, scorer, start.cache_of(config), score, accelerator)["train"]
-    width = min(config.selector.k, max(pools)) if "k" in config.selector else max(pools)
-    picking = Preference(selector, start.instantiate(config.loss), config.beta, "once", config.seed, reference, width)
-    picking.selecting(rows, accelerator, trainer.eval_batch_size, data.pad_id)(scorer, 0)
+    reference = start.reference_scores(config, data, rows, scorer, cache, score)
+    loss = start.instantiate(config.loss)
+    picking = Preference(selector, loss, config.beta, "once", config.seed, rows, data.val, reference, score)
+    picking.begin_epoch(scorer, 0)
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
@@ -59,12 +61,14 @@ def select(config: DictConfig) -> None:
         import datasets  # seconds
 
         datasets.disable_progress_bars()
-        space = "" if trainer.chat_template else " "
-        pairs = [
-            {"prompt": row["prompt"], "chosen": space + row["chosen"], "rejected": space + rejected}
-            for row in table
-            for rejected in row["rejected"]
-        ]
+        joined = Encoder(data.tokenizer, trainer.chat_template).joined
+        pairs = []
+        for row in table:
+            prompt = row["prompt"]
+            for text in row["rejected"]:
+                pairs.append(
+                    {"prompt": prompt, "chosen": joined(prompt, row["chosen"]), "rejected": joined(prompt, text)}
+                )
 
         def write(folder: Path) -> None:
             _write_lines(folder / "train.jsonl", table)

@@ -9,8 +9,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from massdpo.data.tokens import collate
+from massdpo.data.batches import collate
 from massdpo.errors import UserError
+from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.save import load_policy
 from massdpo.runs import launch, pipeline, start
 from massdpo.runs.machine import commit, in_words, machine
@@ -83,8 +84,8 @@ def _study_features(config: DictConfig, out: Path) -> None:
         run = _run_of(config, seed=seed)
         folder = pipeline.train(run)
         data, model = start.load(run, cache)
-        score = start.scoring(config, accelerator, data.pad_id)
-        sft_folder = start.sft_start(run, data, model, cache, score, NoLogger(), accelerator)
+        score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+        sft_folder = start.sft_start(run, data, model, None, cache, score, NoLogger())
         before, after = start.load_start(sft_folder, run), load_policy(folder / "policy")[0]
         trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
         for name, weight in after.named_parameters():

@@ -7,15 +7,13 @@ remember.
 """
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,38 +25,52 @@ from massdpo.console import progress
 from massdpo.data.batches import batches, in_order, micro_batches, real
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import Validate
 from massdpo.tensors import Batch
 from massdpo.training import checkpoints
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
+from massdpo.training.interruption import Stopped, asked_to_stop
 
-# (scorer, batch, epoch, is this step logged) -> loss of each prompt (B,), and per-prompt values (B,) to be logged
-Objective = Callable[[nn.Module, Batch, int, bool], tuple[Tensor, dict[str, Tensor]]]
+
+class Objective(Protocol):
+    """What a stage learns. Values per prompt are `(B,)`."""
+
+    rows: Sequence[TokenizedExample]
+    state: dict[str, Tensor]  # what a checkpoint must remember of it
+    seconds: dict[str, float]  # spent so far on selection ("select") and on what only the log needs ("observe")
+
+    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+        """What an epoch starts with; returns what is logged of it."""
+        ...
+
+    def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of each prompt, and values of each to be logged; `observe` asks for those that cost an extra pass."""
+        ...
+
+    def share(self) -> None:
+        """Make the state of all processes the same."""
+        ...
+
+    def validate(self, scorer: nn.Module) -> dict[str, float]:
+        """Metrics on the validation split."""
+        ...
+
+    def alarms(self, row: dict[str, Any]) -> dict[str, str]:
+        """What to warn of in a step's values, by kind."""
+        ...
 
 
 @dataclass
 class Stage:
-    """One training stage: what it learns from, how long, and where its checkpoints lie."""
+    """One training stage: what it learns, how long, and where its checkpoints lie."""
 
     name: str  # sft | preference
-    rows: Sequence[TokenizedExample]
+    objective: Objective
     epochs: int
     learning_rate: float
-    objective: Objective
-    validate: Validate
     checkpoints: Path
     seed: int
     pad_id: int
-    begin_epoch: Callable[[nn.Module, int], dict[str, float]] = lambda scorer, epoch: {}  # returns what is logged of it
-    state: dict[str, Tensor] = field(default_factory=dict)  # what the objective must remember
-    share: Callable[[], None] = lambda: None  # makes the state of all processes the same
-    seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})  # the objective counts
-    alarms: Callable[[dict[str, Any]], dict[str, str]] = lambda row: {}  # what to warn of in a step's values, by kind
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM arrived; a checkpoint has been written."""
 
 
 def fit(
@@ -75,181 +87,166 @@ def fit(
         UserError: a loss or gradient that is not finite (the last checkpoint stays good).
         Stopped: a signal asked for an end.
     """
-    optimizer = torch.optim.AdamW(
-        (weight for weight in scorer.parameters() if weight.requires_grad),
-        lr=stage.learning_rate,
-        weight_decay=options.weight_decay,
-        fused=True,  # the plain loop over tensors costs a tiny model more than its backward pass
-    )
-    prompts_a_step = options.batch_size * options.accumulate * accelerator.num_processes
-    steps_an_epoch = -(-len(stage.rows) // prompts_a_step)
-    total = steps_an_epoch * stage.epochs
-    rise = int(options.warmup * total)  # the schedule of transformers, whose module imports its Trainer and peft
-    schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (total - step) / max(1, total - rise))
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
-    position = checkpoints.resume(stage.checkpoints, stage.state, options.keep, accelerator, schedule)
-    if position.step:
-        accelerator.print(f"{stage.name}: going on from step {position.step}")
-    warned: set[str] = set()
-    history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + position.history
-    scorer.train()
-    with progress(total, stage.name) as advance:
+    training = _Training(stage, scorer, options, accelerator, history, tracker)
+    position = training.position
+    with progress(training.total, stage.name) as advance:
         advance(position.step)
         while position.epoch < stage.epochs:
-            with _timed(stage, position):
-                refreshed = stage.begin_epoch(scorer, position.epoch)
-            if refreshed:
-                _log(stage, position, refreshed | _place(position), history, tracker)
-            scorer.train()
-            order = in_order(len(stage.rows), stage.seed, stage.name, position.epoch)
-            steps = [order[start : start + prompts_a_step] for start in range(0, len(order), prompts_a_step)]
-            with _signals(accelerator) as stop:
-                loader = batches(stage.rows, steps[position.batch :], options, stage.pad_id, accelerator)
-                for rows in steps[position.batch :]:
-                    position.batch, position.step = position.batch + 1, position.step + 1
-                    logged = position.step % options.log_every == 0 or position.step == total
-                    row = _place(position) | {"learning_rate": schedule.get_last_lr()[0]}
-                    with _timed(stage, position):
-                        row |= _step(stage, scorer, optimizer, loader, rows, position, logged, options, accelerator)
-                    schedule.step()
-                    _warn(stage, row, warned, accelerator)
-                    if logged:
-                        seconds = position.select_seconds
-                        cost = {"select_seconds": seconds, "select_share": seconds / position.train_seconds}
-                        _log(stage, position, row | cost, history, tracker)
-                    advance(1, f"loss {row['loss']:.3f}")
-                    asked, last = stop(), position.batch == len(steps)
-                    if asked or last or position.step % options.checkpoint_every == 0:
-                        stage.share()
-                        checkpoints.save(stage.checkpoints, position, stage.state, accelerator)
-                    if asked or (last and stop()):
-                        where = f"step {position.step} of {total} of {stage.name}"
-                        raise Stopped(f"stopped at {where}; the same command goes on")
-            position.epoch, position.batch = position.epoch + 1, 0
-            validation = stage.validate(scorer)
-            scorer.train()
-            _log(stage, position, _named("val", validation) | {"step": position.step}, history, tracker)
-            value = validation[options.keep_metric]
-            if options.keep == "last" or value > position.best:
-                position.validation = validation
-            if options.keep == "best" and value > position.best:
-                checkpoints.write(stage.checkpoints / "best", position, stage.state, accelerator)
-            position.best = max(position.best, value)
+            training.epoch(advance)
+            training.validate()
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
-            scorer.reshard()  # type: ignore[operator]
+            training.scorer.reshard()
         accelerator.load_state(str(stage.checkpoints / "best"))
-    return scorer, position
+    return training.scorer, position
 
 
-def _step(
-    stage: Stage,
-    scorer: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterator[Batch],
-    rows: Sequence[int],
-    position: Position,
-    logged: bool,
-    options: DictConfig,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """One optimiser step over `rows`; returns what is logged of it."""
-    world, size = accelerator.num_processes, options.batch_size
-    micro = micro_batches(len(rows), world, size)
-    values: dict[str, list[Tensor]] = {}
-    for number in range(micro):
-        batch = next(loader).to(accelerator.device)
-        with accelerator.no_sync(scorer) if number < micro - 1 else nullcontext():
-            try:
-                loss_B, logs = stage.objective(scorer, batch, position.epoch, logged)
-            except UserError as error:  # log-probs that are not finite: the scorer names the examples
-                raise UserError(f"step {position.step} of {stage.name}: {error}") from error
-            real_B = real(batch, rows, number, size, accelerator)
-            # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
-            loss = (loss_B * real_B).sum() * world / len(rows)
-            if not torch.isfinite(loss):
-                bad = [name for name, value in zip(batch.ids, loss_B.tolist(), strict=True) if not math.isfinite(value)]
-                raise UserError(
-                    f"the loss is not finite at step {position.step} of {stage.name} (examples "
-                    f"{', '.join(bad or batch.ids)}): lower trainer.{stage.name}.learning_rate or beta"
-                )
-            accelerator.backward(loss)
-        for name, value_B in (logs | {"loss": loss_B}).items():
-            values.setdefault(name, []).append(value_B.detach().float()[real_B > 0])
-        position.tokens += int(batch.prompt_mask_BP.sum() + batch.response_mask_BCT.sum())
-    norm = float(accelerator.clip_grad_norm_(scorer.parameters(), options.max_grad_norm))
-    if not math.isfinite(norm):
-        raise UserError(
-            f"the gradient is not finite at step {position.step} of {stage.name} (examples "
-            f"{', '.join(stage.rows[row].id for row in rows)}): lower trainer.{stage.name}.learning_rate"
+class _Training:
+    """A stage under way: the scorer, its optimiser and schedule, and how far they are."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        scorer: nn.Module,
+        options: DictConfig,
+        accelerator: Accelerator,
+        history: History,
+        tracker: Tracker,
+    ):
+        self.stage, self.objective, self.options = stage, stage.objective, options
+        self.accelerator, self.history, self.tracker = accelerator, history, tracker
+        optimizer = torch.optim.AdamW(
+            (weight for weight in scorer.parameters() if weight.requires_grad),
+            lr=stage.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=True,  # the plain loop over tensors costs a tiny model more than its backward pass
         )
-    optimizer.step()
-    optimizer.zero_grad()
-    # Means over this step's prompts, of all processes; NaN stands for what is not known of a prompt.
+        self.prompts_per_step = options.batch_size * options.accumulate * accelerator.num_processes
+        self.total = -(-len(self.objective.rows) // self.prompts_per_step) * stage.epochs
+        rise = int(
+            options.warmup * self.total
+        )  # the schedule of transformers, whose module imports its Trainer and peft
+        fall = max(1, self.total - rise)
+        self.schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (self.total - step) / fall)
+        self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
+        state = self.objective.state
+        self.position = checkpoints.resume(stage.checkpoints, state, options.keep, accelerator, self.schedule)
+        if self.position.step:
+            accelerator.print(f"{stage.name}: going on from step {self.position.step}")
+        self.warned: set[str] = set()
+        history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + self.position.history
+
+    def epoch(self, advance: Callable[..., None]) -> None:
+        """The rest of the epoch that `position` is in."""
+        stage, position, options = self.stage, self.position, self.options
+        with self._timed():
+            refreshed = self.objective.begin_epoch(self.scorer, position.epoch)
+        if refreshed:
+            self._log(refreshed | self._place())
+        self.scorer.train()
+        order = in_order(len(self.objective.rows), stage.seed, stage.name, position.epoch)
+        steps = [order[start : start + self.prompts_per_step] for start in range(0, len(order), self.prompts_per_step)]
+        loader = batches(self.objective.rows, steps[position.batch :], options, stage.pad_id, self.accelerator)
+        with asked_to_stop(self.accelerator) as stop:
+            for rows in steps[position.batch :]:
+                position.batch, position.step = position.batch + 1, position.step + 1
+                row = self._place() | {"learning_rate": self.schedule.get_last_lr()[0]}
+                logged = position.step % options.log_every == 0 or position.step == self.total
+                with self._timed():
+                    row |= self.step(loader, rows, logged)
+                self.schedule.step()
+                self._warn(row)
+                if logged:
+                    seconds = position.select_seconds
+                    cost = {"select_seconds": seconds, "select_share": seconds / position.train_seconds}
+                    self._log(row | cost)
+                advance(1, f"loss {row['loss']:.3f}")
+                asked, last = stop(), position.batch == len(steps)
+                if asked or last or position.step % options.checkpoint_every == 0:
+                    self.objective.share()
+                    checkpoints.save(stage.checkpoints, position, self.objective.state, self.accelerator)
+                if asked or (last and stop()):
+                    where = f"step {position.step} of {self.total} of {stage.name}"
+                    raise Stopped(f"stopped at {where}; the same command goes on")
+        position.epoch, position.batch = position.epoch + 1, 0
+
+    def validate(self) -> None:
+        """Metrics of the validation split, and the policy kept where it is the best so far."""
+        position, options = self.position, self.options
+        validation = self.objective.validate(self.scorer)
+        self._log({f"val/{name}": value for name, value in validation.items()} | {"step": position.step})
+        value = validation[options.keep_metric]
+        if options.keep == "last" or value > position.best:
+            position.validation = validation
+        if options.keep == "best" and value > position.best:
+            checkpoints.write(self.stage.checkpoints / "best", position, self.objective.state, self.accelerator)
+        position.best = max(position.best, value)
+
+    def step(self, loader: Iterator[Batch], rows: Sequence[int], logged: bool) -> dict[str, Any]:
+        """One optimiser step over `rows`; returns what is logged of it."""
+        position, accelerator = self.position, self.accelerator
+        where = f"step {position.step} of {self.stage.name}"
+        remedy = f"lower trainer.{self.stage.name}.learning_rate"
+        world, size = accelerator.num_processes, self.options.batch_size
+        micro = micro_batches(len(rows), world, size)
+        values: dict[str, list[Tensor]] = {}
+        for number in range(micro):
+            batch = next(loader).to(accelerator.device)
+            with accelerator.no_sync(self.scorer) if number < micro - 1 else nullcontext():
+                try:
+                    loss_B, logs = self.objective.loss(self.scorer, batch, position.epoch, logged)
+                except UserError as error:  # log-probs that are not finite: the scorer names the examples
+                    raise UserError(f"{where}: {error}") from error
+                real_B = real(batch, rows, number, size, accelerator)
+                # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
+                loss = (loss_B * real_B).sum() * world / len(rows)
+                if not torch.isfinite(loss):
+                    pairs = zip(batch.ids, loss_B.tolist(), strict=True)
+                    bad = [name for name, value in pairs if not math.isfinite(value)] or batch.ids
+                    raise UserError(f"the loss is not finite at {where} (examples {', '.join(bad)}): {remedy} or beta")
+                accelerator.backward(loss)
+            for name, value_B in (logs | {"loss": loss_B}).items():
+                values.setdefault(name, []).append(value_B.detach().float()[real_B > 0])
+            position.tokens += int(batch.prompt_mask_BP.sum() + batch.response_mask_BCT.sum())
+        norm = float(accelerator.clip_grad_norm_(self.scorer.parameters(), self.options.max_grad_norm))
+        if not math.isfinite(norm):
+            bad = [self.objective.rows[row].id for row in rows]
+            raise UserError(f"the gradient is not finite at {where} (examples {', '.join(bad)}): {remedy}")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return _means(values, accelerator) | {"gradient_norm": norm}
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the seconds of training, and among them those of selection; what only the log needs is neither."""
+        started, before = time.perf_counter(), dict(self.objective.seconds)
+        yield
+        observed = self.objective.seconds["observe"] - before["observe"]
+        self.position.train_seconds += time.perf_counter() - started - observed
+        self.position.select_seconds += self.objective.seconds["select"] - before["select"]
+
+    def _place(self) -> dict[str, Any]:
+        return {"step": self.position.step, "epoch": self.position.epoch}
+
+    def _log(self, row: dict[str, Any]) -> None:
+        name = self.stage.name
+        self.position.history.append({"stage": name} | row)
+        self.history.append(self.position.history[-1])
+        numbers = {f"{name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        self.tracker.log(len(self.history.rows), numbers)  # one running number over both stages, for W&B
+
+    def _warn(self, row: dict[str, Any]) -> None:
+        """Say what a step's values give reason to, each kind once."""
+        for kind, line in self.objective.alarms(row).items():
+            if kind not in self.warned and self.accelerator.is_main_process:
+                print(f"warning: {self.stage.name}, step {row['step']}: {line}", file=sys.stderr)
+            self.warned.add(kind)
+
+
+def _means(values: dict[str, list[Tensor]], accelerator: Accelerator) -> dict[str, float]:
+    """Means over a step's prompts, of all processes; NaN stands for what is not known of a prompt."""
     names = sorted(values)
-    total_n2 = torch.stack(
-        [
-            torch.stack([value.nansum(), (~value.isnan()).sum().float()])
-            for value in (torch.cat(values[name]) for name in names)
-        ]
-    )
+    joined = [torch.cat(values[name]) for name in names]
+    total_n2 = torch.stack([torch.stack([value.nansum(), (~value.isnan()).sum().float()]) for value in joined])
     total_n2 = accelerator.reduce(total_n2, "sum")
-    means = {name: float(total / count) for name, (total, count) in zip(names, total_n2.tolist(), strict=True) if count}
-    return means | {"gradient_norm": norm}
-
-
-@contextmanager
-def _timed(stage: Stage, position: Position) -> Iterator[None]:
-    """Count the seconds of training, and among them those of selection; what only the log needs counts as neither."""
-    started, before = time.perf_counter(), dict(stage.seconds)
-    yield
-    observed = stage.seconds["observe"] - before["observe"]
-    position.train_seconds += time.perf_counter() - started - observed
-    position.select_seconds += stage.seconds["select"] - before["select"]
-
-
-def _log(stage: Stage, position: Position, row: dict[str, Any], history: History, tracker: Tracker) -> None:
-    position.history.append({"stage": stage.name} | row)
-    history.append(position.history[-1])
-    numbers = {f"{stage.name}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
-    tracker.log(len(history.rows), numbers)  # one running number over both stages, for W&B
-
-
-def _place(position: Position) -> dict[str, Any]:
-    return {"step": position.step, "epoch": position.epoch}
-
-
-def _warn(stage: Stage, row: dict[str, Any], warned: set[str], accelerator: Accelerator) -> None:
-    """Tell what a step's values give reason to, each kind once."""
-    for kind, line in stage.alarms(row).items():
-        if kind not in warned and accelerator.is_main_process:
-            print(f"warning: {stage.name}, step {row['step']}: {line}", file=sys.stderr)
-        warned.add(kind)
-
-
-def _named(prefix: str, values: dict[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-@contextmanager
-def _signals(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question the loop asks between steps; a second Ctrl-C stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    def stop() -> bool:
-        if accelerator.num_processes == 1:
-            return bool(received)
-        asked = torch.tensor(float(bool(received)), device=accelerator.device)  # one process may hear it a step later
-        return bool(accelerator.reduce(asked, "sum") > 0)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return {name: float(total / count) for name, (total, count) in zip(names, total_n2.tolist(), strict=True) if count}

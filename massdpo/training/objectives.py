@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation.scores import SplitScores, each_batch
+from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
@@ -28,10 +27,32 @@ RUNAWAY = 16.0
 COLLAPSE = 1.0
 
 
-def sft(scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean negative log-prob a token of the chosen response, `(B,)`."""
-    scored: Scored = scorer(batch.chosen_only())
-    return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]}
+@dataclass
+class Sft:
+    """Supervised fine-tuning on the chosen responses alone."""
+
+    rows: Sequence[TokenizedExample]
+    val: Sequence[TokenizedExample]
+    score: SplitScorer
+    state: dict[str, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
+
+    def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean negative log-prob per token of the chosen response, `(B,)`."""
+        scores: Scores = scorer(batch.chosen_only()).scores
+        return -scores.mean_logp_BC[:, 0], {"chosen_logp": scores.logp_BC[:, 0]}
+
+    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+        return {}
+
+    def share(self) -> None:
+        pass
+
+    def validate(self, scorer: nn.Module) -> dict[str, float]:
+        return ranking(self.score(scorer, self.val, "validate"))
+
+    def alarms(self, row: Mapping[str, float]) -> dict[str, str]:
+        return {}
 
 
 @dataclass
@@ -43,25 +64,28 @@ class Preference:
     """
 
     selector: Selector
-    loss: Loss
+    compare: Loss
     beta: float
     refresh: str
     seed: int
-    reference: SplitScores
-    k: int  # columns of the picks table
+    rows: Sequence[TokenizedExample]
+    val: Sequence[TokenizedExample]
+    reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
+    score: SplitScorer
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
     _own: list[Tensor] = field(default_factory=list)  # rows that this process alone knows the newest picks of
 
     def __post_init__(self) -> None:
-        size = len(self.reference.logp_SC)
+        widest = max(len(example.response_ids) for example in self.rows) - 1
+        shape = len(self.rows), min(getattr(self.selector, "k", widest), widest)
         self.state = {
-            "index_SK": torch.zeros(size, self.k, dtype=torch.int64),
-            "mask_SK": torch.zeros(size, self.k, dtype=torch.bool),
+            "index_SK": torch.zeros(shape, dtype=torch.int64),
+            "mask_SK": torch.zeros(shape, dtype=torch.bool),
             "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
         }
 
-    def __call__(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each prompt `(B,)` and what is logged of it; `observe` asks for what costs an extra pass."""
         started = time.perf_counter()
         if self.refresh != "step":
@@ -79,47 +103,45 @@ class Preference:
         scores = scored.scores
         reference_BC = picked(self._reference(batch), picks)
         rewards_BC = self.beta * (scores.logp_BC - reference_BC)
-        loss_B = self.loss(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
+        loss_B = self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
         logs = self._logs(scores, rewards_BC, picks)
         with torch.no_grad():
             logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
         return loss_B, logs
 
-    def selecting(
-        self, rows: Sequence[TokenizedExample], accelerator: Accelerator, size: int, pad_id: int
-    ) -> Callable[[nn.Module, int], dict[str, float]]:
-        """What to do at an epoch's begin: nothing, or select for every prompt of the split with the current policy.
+    @torch.no_grad()
+    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+        """Nothing, or a selection for every prompt of the split with the current policy.
 
-        It returns the means of what is logged of the picks; none where nothing was selected.
+        Returns the means of what is logged of the picks; none where nothing was selected.
         """
+        done = int(self.state["selected_in"])
+        if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
+            return {}
+        started = time.perf_counter()
+        parts = []
+        for batch in self.score.batches(scorer, self.rows, "select"):
+            scores = scorer(batch).scores if self.selector.needs_scores else unscored(batch)
+            pool = self._statistics(batch, scores, epoch, observe=True)
+            picks = self.selector(pool)
+            logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+            if self.selector.needs_scores:
+                logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
+            if done >= 0:
+                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+            on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
+            parts.append((batch.index_B.cpu(), on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+        values: dict[str, Tensor] = {}
+        for index_B, picks, logs in gather_object(parts) if self.score.accelerator.num_processes > 1 else parts:
+            self._store(index_B, picks)
+            for name, value_B in logs.items():
+                values.setdefault(name, torch.zeros(len(self.rows)))[index_B] = value_B.float()
+        self.state["selected_in"].fill_(epoch)
+        self.seconds["select"] += time.perf_counter() - started
+        return {name: float(value_S.mean()) for name, value_S in values.items()}
 
-        def begin(scorer: nn.Module, epoch: int) -> dict[str, float]:
-            done = int(self.state["selected_in"])
-            if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
-                return {}
-            started = time.perf_counter()
-            parts = []
-            for batch in each_batch(scorer, rows, accelerator, size, pad_id, "select"):
-                scores = scorer(batch).scores if self.selector.needs_scores else unscored(batch)
-                pool = self._statistics(batch, scores, epoch, observe=True)
-                picks = self.selector(pool)
-                logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
-                if self.selector.needs_scores:
-                    logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
-                if done >= 0:
-                    logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-                on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
-                parts.append((batch.index_B.cpu(), on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
-            values: dict[str, Tensor] = {}
-            for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
-                self._store(index_B, picks)
-                for name, value_B in logs.items():
-                    values.setdefault(name, torch.zeros(len(rows)))[index_B] = value_B.float()
-            self.state["selected_in"].fill_(epoch)
-            self.seconds["select"] += time.perf_counter() - started
-            return {name: float(value_S.mean()) for name, value_S in values.items()}
-
-        return begin
+    def validate(self, scorer: nn.Module) -> dict[str, float]:
+        return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
         """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
@@ -129,10 +151,27 @@ class Preference:
             self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
         self._own.clear()
 
+    @staticmethod
+    def alarms(row: Mapping[str, float]) -> dict[str, str]:
+        """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
+        found = {}
+        reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
+        if abs(reward) > RUNAWAY:
+            found["rewards"] = (
+                f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from "
+                "them): lower trainer.preference.learning_rate"
+            )
+        if row["chosen_mean_logp_change"] < -COLLAPSE:
+            found["chosen"] = (
+                f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats per token "
+                "since the start, on average): lower trainer.preference.learning_rate"
+            )
+        return found
+
     def _reference(self, batch: Batch) -> Tensor:
         """Reference log-probs of the batch's candidates, `(B, C)`."""
         width = batch.response_ids_BCT.shape[1]
-        return self.reference.logp_SC[batch.index_B.cpu(), :width].to(batch.index_B.device)
+        return self.reference["train"].logp_SC[batch.index_B.cpu(), :width].to(batch.index_B.device)
 
     def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
         draw = 0 if self.refresh == "once" else epoch
@@ -180,23 +219,6 @@ class Preference:
             logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
             self.seconds["observe"] += time.perf_counter() - started
         return logs
-
-
-def alarms(row: Mapping[str, float]) -> dict[str, str]:
-    """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
-    found = {}
-    reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
-    if abs(reward) > RUNAWAY:
-        found["rewards"] = (
-            f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from them): "
-            "lower trainer.preference.learning_rate"
-        )
-    if row["chosen_mean_logp_change"] < -COLLAPSE:
-        found["chosen"] = (
-            f"the chosen responses' log-probs collapse ({row['chosen_mean_logp_change']:+.2f} nats a token since the "
-            "start, on average): lower trainer.preference.learning_rate"
-        )
-    return found
 
 
 def picked(value_BC: Tensor, picks: Picks) -> Tensor:

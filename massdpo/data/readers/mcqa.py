@@ -1,26 +1,26 @@
 """Multiple choice: question and options are the prompt, the right option is chosen, the others are the pool.
 
-One reader serves the AI2-style JSON Lines of QASC, ARC, CommonsenseQA and OpenBookQA, another MedMCQA's. The prompt
-lists only the question's own options, in their own order; a wider pool borrows options of other questions of the same
-split, so that nothing of a test question stands in training.
+The prompt lists only the question's own options, in their own order; a wider pool borrows options of other questions of
+the same split, so that nothing of a test question stands in training. `questions.py` reads the rows.
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from massdpo.data.raw import SPLITS, BadRows
-from massdpo.data.readers.interactions import field_of, raw_file
+from massdpo.data.containers import Reading, read_rows
+from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
+from massdpo.data.readers.interactions import raw_file
+from massdpo.data.readers.questions import WAYS, Question, Reader, answered, read_questions
 from massdpo.data.schema import PreferenceExample, Splits
-from massdpo.data.text import normalise, read_jsonl
+from massdpo.data.text import normalise
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
-
-OPTION_FIELDS = ("opa", "opb", "opc", "opd")  # MedMCQA's
 
 # (before the question, between question and options); the options follow, then "Answer:"
 WORDINGS = (
@@ -31,29 +31,29 @@ WORDINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Question:
-    """One labelled question; `answer` is the place of the right option, `where` the question's file and line."""
-
-    where: str
-    id: str
-    stem: str
-    options: list[str]
-    answer: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice:
-    """AI2-style files: `id`, `question` {`stem`, `choices` [{`label`, `text`}]}, `answerKey`.
+    """Questions from `path` or `hub_id`, or from the files of `raw_dir`; `conf/dataset/mcqa.yaml` explains the options.
 
-    `conf/dataset/qasc.yaml` says what each option does.
+    Splits that are not there are held out of training, `val_size` and `test_size` questions or shares of them.
     """
 
-    train_file: str
-    val_file: str | None
-    test_file: str
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    splits: Mapping[str, str] | None = None
     raw_dir: str | None = None
-    val_size: int = 500
+    train_file: str | None = None
+    val_file: str | None = None
+    test_file: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    answer: str | None = None
+    separator: str | None = None
+    encoding: str = "utf-8"
+    rows: str | None = None
+    val_size: int | float = 500
+    test_size: int | float = 0.1
     seed: int = 0
     num_negatives: int | str = 19
     list_options: bool = True
@@ -67,61 +67,109 @@ class MultipleChoice:
             )
         if self.prompts not in ("one", "several"):
             raise UserError(f"dataset.prompts is one or several, not {self.prompts!r}")
-        for name, least in (("seed", 0), ("val_size", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(f"dataset.{name} must be a whole number of at least {least}, not {value!r}")
+        if self.answer not in (None, *WAYS):
+            raise UserError(f"dataset.answer is {', '.join(WAYS)} or null, not {self.answer!r}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise UserError(f"dataset.seed must be a whole number of at least 0, not {self.seed!r}")
+        for name in ("val_size", "test_size"):
+            size = getattr(self, name)
+            if not ((type(size) is int and size >= 1) or (type(size) is float and 0 < size < 1)):
+                raise UserError(f"dataset.{name} is a whole number of at least 1, or a share below 1; not {size!r}")
         if not isinstance(self.list_options, bool):
             raise UserError(f"dataset.list_options is true or false, not {self.list_options!r}")
         BadRows(self.bad_rows)
+        _ = self._reading
 
-    def files(self) -> list[Path]:
-        """The raw files that `load` reads: their content, with the options, decides the outcome."""
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.separator, self.encoding, self.rows)
+
+    @cached_property
+    def _source(self) -> Source:
+        if bool(self.path) == bool(self.hub_id):
+            raise UserError("dataset=mcqa needs dataset.path=FILE (question, options, answer) or dataset.hub_id=NAME")
+        place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
+        return Source(place, self._reading, self.subset, self.splits)
+
+    def _named(self) -> dict[str, Path]:
+        """The files of `raw_dir`, by split."""
         names = {"train": self.train_file, "val": self.val_file, "test": self.test_file}
-        return [
-            raw_file(self.raw_dir, name, f"labelled questions, named by dataset.{split}_file")
+        return {
+            split: raw_file(self.raw_dir, name, f"labelled questions, named by dataset.{split}_file")
             for split, name in names.items()
             if name is not None
-        ]
+        }
 
-    def read(self, path: Path, bad: BadRows) -> Iterator[Question]:
-        for number, row in read_jsonl(path, bad):
-            try:
-                yield _ai2_question(row, f"{path}:{number}")
-            except UserError as error:
-                bad(error)
+    def files(self) -> list[Path]:
+        """The files that `load` reads: their content, with the options, decides the outcome."""
+        return list(self._named().values()) if self.train_file else self._source.files
 
     def load(self) -> Splits:
-        """Raises UserError for a missing or damaged raw file, and for a split too small to fill the pools."""
+        """Raises UserError for missing or damaged files, unclear answers, and splits too small to fill the pools."""
         bad = BadRows(self.bad_rows)
-        report: dict[str, Any] = {}
-        paths = self.files()
-        questions = {"train": _unique(self.read(paths[0], bad), paths[0], bad)}
-        questions["test"] = _unique(self.read(paths[-1], bad), paths[-1], bad)
-        if self.val_file is None:
-            questions["train"], questions["val"] = self._hold_out(questions["train"], paths[0])
-            report["test_is"] = f"the official labelled split {paths[-1].name} (the official test split has no answers)"
-            report["val_is"] = f"{len(questions['val'])} questions held out of {paths[0].name}"
-        else:
-            questions["val"] = _unique(self.read(paths[1], bad), paths[1], bad)
+        readers = self._readers(bad)
+        everything = [question for reader in readers.values() for question in reader.questions]
+        _, way = answered(everything, self.answer, bad=BadRows("skip"))
+        questions = {split: answered(reader.questions, way, bad)[0] for split, reader in readers.items()}
+        for split, found in questions.items():
+            if not found:
+                raise UserError(f"{self._place(split)} has no labelled question")
+        report: dict[str, Any] = self._held_out(questions)
         counts: Counter[str] = Counter()
         train, val, test = (list(self._examples(split, questions[split], counts)) for split in SPLITS)
         report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | counts | bad.report()
-        return Splits(train, val, test, report)
+        for reader in readers.values():
+            report = (reader.columns.report() if reader.columns else {}) | report
+        return Splits(train, val, test, {"answers_read_as": way} | report)
 
-    def _hold_out(self, questions: list[Question], path: Path) -> tuple[list[Question], list[Question]]:
-        """Seeded validation questions out of the training file; questions of the same stem stay together."""
+    def _readers(self, bad: BadRows) -> dict[str, Reader]:
+        """Every split that was given, read."""
+        if self.train_file:
+            return {
+                split: read_questions(read_rows(path, bad, self._reading), path.stem, self.columns, bad)
+                for split, path in self._named().items()
+            }
+        if "train" not in self._source.splits:
+            raise UserError(f"{self._source.place} has no split 'train', only {', '.join(self._source.found)}")
+        return {
+            split: read_questions(self._source.rows(split, bad), name, self.columns, bad)
+            for split, name in self._source.splits.items()
+        }
+
+    def _place(self, split: str) -> Path:
+        return self._named()[split] if self.train_file else self._source.place
+
+    def _held_out(self, questions: dict[str, list[Question]]) -> dict[str, Any]:
+        """Holds out the splits that are missing, and says so."""
+        report: dict[str, Any] = {}
+        if self.train_file and "val" not in questions:
+            name = self._place("test").name
+            report["test_is"] = f"the official labelled split {name} (the official test split has no answers)"
+        total = len(questions["train"])
+        for split, size, key in (("val", self.val_size, "validation"), ("test", self.test_size, "test")):
+            if split not in questions:
+                questions["train"], questions[split] = self._hold_out(
+                    questions["train"], split, size if isinstance(size, int) else max(1, round(size * total)), key
+                )
+                report[f"{split}_is"] = f"{len(questions[split])} questions held out of {self._place('train').name}"
+        return report
+
+    def _hold_out(
+        self, questions: list[Question], split: str, wanted: int, key: str
+    ) -> tuple[list[Question], list[Question]]:
+        """Seeded questions out of the training ones; questions of the same stem stay together."""
         groups: dict[str, list[int]] = {}
         for number, question in enumerate(questions):
             groups.setdefault(normalise(question.stem), []).append(number)
         stems = list(groups)
         held: set[int] = set()
-        for place in np.random.default_rng(keyed_seed("validation", self.seed)).permutation(len(stems)):
-            if len(held) < self.val_size:
+        for place in np.random.default_rng(keyed_seed(key, self.seed)).permutation(len(stems)):
+            if len(held) < wanted:
                 held.update(groups[stems[place]])
         if len(held) == len(questions):
             raise UserError(
-                f"{path} has {len(questions)} questions, dataset.val_size={self.val_size} leaves none to train on"
+                f"{self._place('train')} has {len(questions)} questions, dataset.{split}_size={wanted} leaves none to "
+                "train on"
             )
         kept = [question for number, question in enumerate(questions) if number not in held]
         return kept, [questions[number] for number in sorted(held)]
@@ -130,6 +178,9 @@ class MultipleChoice:
         lender = _Lender(questions)
         for row, question in enumerate(questions):
             id = f"{split}/{row}"
+            chance = np.random.default_rng(keyed_seed("pool", self.seed, split, row))
+            if question.shuffled:
+                question = _shuffled(question, chance)
             chosen = question.options[question.answer]
             taken = {normalise(chosen)}
             own = []
@@ -143,7 +194,6 @@ class MultipleChoice:
                 else:
                     taken.add(normalise(option))
                     own.append(option)
-            chance = np.random.default_rng(keyed_seed("pool", self.seed, split, row))
             pool = own
             if isinstance(self.num_negatives, int):
                 if len(own) > self.num_negatives:
@@ -197,60 +247,7 @@ class _Lender:
         return [self.texts[place] for place in free[:count]]
 
 
-def _unique(questions: Iterator[Question], path: Path, bad: BadRows) -> list[Question]:
-    ids: set[str] = set()
-    kept = []
-    for question in questions:
-        if question.id in ids:
-            bad(UserError(f"{question.where}: id {question.id!r:.80} has a line already"))
-        else:
-            ids.add(question.id)
-            kept.append(question)
-    if not kept:
-        raise UserError(f"{path} has no labelled question")
-    return kept
-
-
-def _ai2_question(row: dict[str, Any], place: str) -> Question:
-    id = field_of(row, "id", (str,), place)
-    question = field_of(row, "question", (dict,), place)
-    stem = field_of(question, "stem", (str,), place).strip()
-    choices = field_of(question, "choices", (list,), place)
-    if not all(isinstance(choice, dict) for choice in choices) or len(choices) < 2:
-        raise UserError(f"{place}: 'choices' must be at least two objects of label and text")
-    labels = [field_of(choice, "label", (str,), place) for choice in choices]
-    options = [field_of(choice, "text", (str,), place).strip() for choice in choices]
-    if not row.get("answerKey"):
-        raise UserError(f"{place}: no 'answerKey': an unlabelled split can be neither trained nor tested on")
-    if labels.count(row["answerKey"]) != 1:
-        raise UserError(f"{place}: answerKey {row['answerKey']!r:.40} is not one of the labels {', '.join(labels)}")
-    return Question(place, id, stem, options, labels.index(row["answerKey"]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class MedMCQA(MultipleChoice):
-    """MedMCQA's files: `question`, `opa` to `opd` and `cop`, which the hub counts from 0, the authors' JSON from 1."""
-
-    cop_base: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.cop_base not in (0, 1) or isinstance(self.cop_base, bool):
-            raise UserError(
-                "dataset.cop_base must be given: 0 if `cop` of the first option is 0 (the hub's files), 1 if it is 1 "
-                "(the authors' own JSON); a wrong one shifts every answer"
-            )
-
-    def read(self, path: Path, bad: BadRows) -> Iterator[Question]:
-        for number, row in read_jsonl(path, bad):
-            place = f"{path}:{number}"
-            try:
-                stem = field_of(row, "question", (str,), place).strip()
-                options = [field_of(row, name, (str,), place).strip() for name in OPTION_FIELDS]
-                cop = field_of(row, "cop", (int,), place)
-                answer = cop - (self.cop_base or 0)
-                if answer not in range(len(options)):
-                    raise UserError(f"{place}: cop {cop} with dataset.cop_base={self.cop_base} points at no option")
-                yield Question(place, str(row.get("id") or f"{path.stem}:{number}"), stem, options, answer)
-            except UserError as error:
-                bad(error)
+def _shuffled(question: Question, chance: np.random.Generator) -> Question:
+    order = chance.permutation(len(question.options)).tolist()
+    options = [question.options[place] for place in order]
+    return replace(question, options=options, answer=order.index(question.answer))

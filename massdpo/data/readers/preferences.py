@@ -1,216 +1,259 @@
-"""Anyone's own preferences: rows of {"prompt", "chosen", "rejected": [...]} from a file, a folder or the hub.
+"""Anyone's own preferences, from a file, a folder or the hub: rows of a prompt, chosen and rejected responses.
 
-Texts may also be lists of messages {"role", "content"}, as TRL's conversational format has them. Without a chat
-template a single user message is its content, and several are lines "role: content" that end with "assistant:".
+Texts stay as they are. Rows go to the disk as they are read, so that memory holds a number for each of them.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
-from massdpo.data.containers import Row
-from massdpo.data.messages import as_text, checked_messages, found, with_prompt
+import numpy as np
+
+from massdpo.data.containers import Reading
+from massdpo.data.messages import found
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
+from massdpo.data.readers.layouts import Layout, Preference
 from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.stored import NumberedSplit, StoredExamples
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
-FIELDS = {"prompt", "chosen", "rejected", "candidates", "id"}
+# what a user is told of the rows that were changed, and of the splits and columns that were not read
+TOLD = {
+    "texts_stripped": "spaces at the ends of {} texts were removed (dataset.strip)",
+    "numbers_as_text": "{} numbers were read as texts",
+    "roles_renamed": "{} messages of the role developer were read as system",
+    "tool_calls_dropped": "the tool calls of {} messages were left out",
+    "inputs_beside_messages_ignored": "the input of {} rows was ignored: their prompts are messages",
+    "rejected_repeats_dropped": "{} rejected responses that repeat another of their row were dropped",
+    "rows_with_several_chosen": "{} rows have several chosen responses: an example for each (dataset.several_chosen)",
+    "rows_ranked_by_order": "the answers of {} rows have no scores: the first was taken as the best",
+    "answers_without_text_or_score": "{} answers without a text or a score were left out",
+    "tied_answers_dropped": "{} answers as good as the best were left out (dataset.ties)",
+    "answers_within_margin_dropped": "{} answers nearly as good as the best were left out (dataset.min_margin)",
+    "rows_without_a_worse_answer": "{} rows, in which no answer is worse than the best, were left out",
+}
 
 
-@dataclass
-class Jsonl:
+class Preferences:
     """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
-    `path`, `val_path` and `test_path` are JSON Lines files, Parquet or Arrow files, or folders as `datasets` writes and
-    reads them; `hub_id` is `owner/name` on the Hugging Face hub. What has splits brings them. A row has `prompt`,
-    `chosen`, `rejected` (one text or a list), and may have `candidates` (the slate: chosen and rejected in the order
-    shown) and `id`. All rows of one prompt are held out together.
+    `path`, `val_path` and `test_path` are what `raw.Source` reads, and a row is what `layouts.Layout` reads; `splits`,
+    `columns` and the other options are theirs (`conf/dataset/jsonl.yaml` says what each does). A row may also have
+    `candidates`, the slate: chosen and rejected in the order shown; and `id`. All rows of one prompt are held out
+    together.
 
     Raises:
-        UserError: a file is missing, empty or not UTF-8; a row is not usable (file, line, and what is wrong), unless
+        UserError: a file is missing, empty or damaged; a row is not usable (file, line, and what is wrong), unless
             `bad_rows="skip"`; a split would be empty; the hub cannot be reached.
     """
 
-    path: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    subset: str | None = None
-    val_path: str | None = None
-    test_path: str | None = None
-    val_fraction: float = 0.1
-    test_fraction: float = 0.1
-    bad_rows: str = "error"
-    seed: int = 0
-    _report: Counter[str] = field(default_factory=Counter, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        BadRows(self.bad_rows)
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"dataset.{name}={getattr(self, name)} is not possible: it must lie between 0 and 1")
-        if self.val_fraction + self.test_fraction >= 1:
+    def __init__(
+        self,
+        path: str | None = None,
+        hub_id: str | None = None,
+        revision: str | None = None,
+        subset: str | None = None,
+        splits: Mapping[str, str] | None = None,
+        columns: Mapping[str, str | list[str]] | None = None,
+        rows: str | None = None,
+        separator: str | None = None,
+        encoding: str = "utf-8",
+        outside: bool = False,
+        several_chosen: Literal["each", "error"] = "each",
+        ties: Literal["drop", "keep"] = "drop",
+        min_margin: float = 0.0,
+        strip: bool = False,
+        val_path: str | None = None,
+        test_path: str | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        bad_rows: str = "error",
+        seed: int = 0,
+    ):
+        self.path, self.hub_id, self.revision = path, hub_id, revision
+        self.subset, self.splits, self.outside = subset, splits, outside
+        self.reading = Reading(separator, encoding, rows)
+        self.layout_options = columns, ties, min_margin
+        self.several_chosen, self.strip = several_chosen, strip
+        self.other_paths = {split: given for split, given in (("val", val_path), ("test", test_path)) if given}
+        self.fractions = {"test": test_fraction, "val": val_fraction}
+        self.bad_rows, self.seed = bad_rows, seed
+        BadRows(bad_rows)
+        Layout(*self.layout_options)
+        for split, fraction in self.fractions.items():
+            if not 0 < fraction < 1:
+                raise UserError(f"dataset.{split}_fraction={fraction} is not possible: it must lie between 0 and 1")
+        if val_fraction + test_fraction >= 1:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
+        if unknown := [name for name in splits or {} if name not in SPLITS]:
+            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
 
     @cached_property
-    def _source(self) -> Source:
+    def _sources(self) -> dict[str, Source]:
+        """Where each split is read from; a path of its own takes the place of one that `path` brought."""
         if bool(self.path) == bool(self.hub_id):
             raise UserError(
-                "dataset=jsonl needs dataset.path=FILE (lines of prompt, chosen, rejected) or dataset.hub_id"
+                "dataset=jsonl needs dataset.path=FILE (rows of prompt, chosen, rejected) or dataset.hub_id"
             )
         place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
-        return Source(place, subset=self.subset)
+        main = Source(place, self.reading, self.subset, self.splits, self.outside)
+        if "train" not in main.splits:
+            names = ", ".join(main.found)
+            raise UserError(f"{main.place} has no split 'train', only {names}: dataset.splits={{train: NAME}} names it")
+        others = {split: Source(Path(path), self.reading) for split, path in self.other_paths.items()}
+        for split, source in others.items():
+            if split not in source.splits and len(source.splits) > 1:
+                names = ", ".join(source.found)
+                raise UserError(f"dataset.{split}_path={source.place} has the splits {names}, but no {split!r}")
+        return {split: main for split in main.splits} | others
 
     def files(self) -> list[Path]:
         """The files that `load` reads: their content, with the options, decides the outcome."""
-        others = [Source(Path(path)) for path in (self.val_path, self.test_path) if path]
-        return [file for source in (self._source, *others) for file in source.files]
+        return list(dict.fromkeys(file for source in self._sources.values() for file in source.files))
 
     def load(self) -> Splits:
-        self._report = Counter()
+        bad, layout, report = BadRows(self.bad_rows), Layout(*self.layout_options), dict[str, Any]()
         seen: dict[str, str] = {}
-        bad = BadRows(self.bad_rows)
-        given = {split: self._examples(split, rows, seen, bad) for split, rows in self._sources(bad).items()}
-        report: dict[str, Any] = {f"{name}_rows_read": len(rows) for name, rows in given.items()} | dict(self._report)
-        report |= bad.report()
-        parts = self._hold_out(given)
-        trained_on = {row.prompt for row in parts["train"]}
+        given: dict[str, StoredExamples] = {}
+        prompts: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
+        with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
+            for split, source in self._sources.items():
+                numbers = array("q")
+                examples = self._examples(split, source, layout, bad, seen, numbers)
+                given[split] = StoredExamples.written(examples, Path(folder), split)
+                prompts[split] = np.array(numbers)
+                if not numbers:
+                    raise UserError(f"no usable row for the split {split!r}: at least one is needed")
+        rows = self._held_out(prompts)
+        parts = {split: NumberedSplit(given.get(split, given["train"]), rows[split], split) for split in SPLITS}
+        trained_on = prompts["train"][rows["train"]]
         for split in ("val", "test"):
-            report[f"{split}_prompts_also_in_train"] = sum(row.prompt in trained_on for row in parts[split])
-        train, val, test = (self._numbered(split, parts[split]) for split in SPLITS)
-        return Splits(train, val, test, report)
+            asked = prompts.get(split, prompts["train"])[rows[split]]
+            report[f"{split}_prompts_also_in_train"] = int(np.isin(asked, trained_on).sum())
+        report |= layout.columns.report() | dict(+layout.told) | bad.report()
+        report["notes"] = self._notes(layout)
+        return Splits(parts["train"], parts["val"], parts["test"], report)
 
-    def _sources(self, bad: BadRows) -> dict[str, Iterator[Row]]:
-        """The rows of each split that was given; a later one takes the place of one that `path` brought."""
-        source = self._source
-        if "train" not in source.splits:
-            raise UserError(f"{source.place} has no split 'train', only {', '.join(source.found)}")
-        sources = {split: source.rows(split, bad) for split in source.splits}
-        for split, path in (("val", self.val_path), ("test", self.test_path)):
-            if path:
-                given = Source(Path(path))
-                if split not in given.splits and len(given.splits) > 1:
-                    raise UserError(
-                        f"dataset.{split}_path={path} has the splits {', '.join(given.found)}, but no {split!r}"
-                    )
-                sources[split] = given.rows(split if split in given.splits else next(iter(given.splits)), bad)
-        return sources
+    def _notes(self, layout: Layout) -> list[str]:
+        """A line for each kind of thing that is not used as it was given."""
+        notes = [text.format(layout.told[name]) for name, text in TOLD.items() if layout.told[name]]
+        columns = layout.columns.report()
+        if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
+            notes.append(f"columns that were ignored: {', '.join(ignored)}; read were {columns['columns']}")
+        if left := sorted({name for source in self._sources.values() for name in source.ignored}):
+            notes.append(f"splits that were ignored: {', '.join(left)} (dataset.splits)")
+        return notes
 
-    def _examples(self, split: str, rows: Iterator[Row], seen: dict[str, str], bad: BadRows) -> list[PreferenceExample]:
-        examples = []
-        for where, row in rows:
+    def _examples(
+        self, split: str, source: Source, layout: Layout, bad: BadRows, seen: dict[str, str], prompts: "array[int]"
+    ) -> Iterator[PreferenceExample]:
+        """The examples of a split; `prompts` gets a number for each, the same for the same prompt."""
+        name = split if split in source.splits else next(iter(source.splits))
+        inside = f"{source.place if source.place.is_dir() else source.place.parent}/"
+        named = None
+        for where, row in source.rows(name, bad):
+            layout.told[f"{split}_rows_read"] += 1
             try:
-                example = self._example(where, row)
-                if example.id and (first := seen.setdefault(example.id, where)) != where:
-                    raise UserError(f'{where}: "id" {example.id!r} was already given at {first}: ids must be unique')
+                preference = layout.preference(where, row)
+                examples = self._of_row(where, preference, layout.told) if preference else []
+                for example in examples:
+                    if example.id and (first := seen.setdefault(example.id, where)) != where:
+                        raise UserError(
+                            f'{where}: "id" {example.id!r} was already given at {first}: ids must be unique'
+                        )
             except UserError as error:
                 bad(error)
-            else:
-                examples.append(example)
-        if not examples:
-            raise UserError(f"no usable row for the split {split!r}: at least one is needed")
-        if len({bool(example.id) for example in examples}) > 1:
-            raise UserError(f'the split {split!r}: only some rows have an "id"; give one to all or to none')
-        return examples
+                continue
+            for example in examples:
+                named = bool(example.id) if named is None else named
+                if named != bool(example.id):
+                    raise UserError(f'{where}: only some rows have an "id"; give one to all or to none')
+                prompts.append(keyed_seed("jsonl split", self.seed, example.prompt))
+                yield PreferenceExample(**vars(example) | {"where": where.removeprefix(inside)})
 
-    def _example(self, where: str, row: dict[str, Any]) -> PreferenceExample:
-        if isinstance(row.get("chosen"), list) and row.get("rejected") is not None and row.get("prompt") is None:
-            row = with_prompt(where, row)
-        if missing := [name for name in ("prompt", "chosen", "rejected") if row.get(name) is None]:
-            raise UserError(f'{where}: no "{missing[0]}"; a row needs "prompt", "chosen" and "rejected"')
-        for name in row.keys() - FIELDS:
-            self._report[f"ignored_field_{name}"] += 1
-        prompt, messages = self._prompt(where, row["prompt"])
-        chosen = self._response(where, "chosen", row["chosen"])
-        rejected = row["rejected"]
-        if isinstance(rejected, str) or (isinstance(rejected, list) and rejected and isinstance(rejected[0], dict)):
-            rejected = [rejected]  # one text or one conversation
-        if not isinstance(rejected, list) or not rejected:
-            raise UserError(f'{where}: "rejected" must be a text or a list of at least one, found {found(rejected)}')
-        texts = [self._response(where, f"rejected[{place}]", text) for place, text in enumerate(rejected)]
-        if chosen in texts:
-            raise UserError(f'{where}: "chosen" is also rejected[{texts.index(chosen)}]: remove it from there')
-        pool = tuple(dict.fromkeys(texts))
-        self._report["rejected_repeats_dropped"] += len(texts) - len(pool)
-        identity = row.get("id")
+    def _of_row(self, where: str, row: Preference, told: Counter[str]) -> list[PreferenceExample]:
+        """An example for each of the chosen responses, with all the rejected ones."""
+        prompt = self._stripped(row.prompt, row.prompt.rstrip(), told)
+        chosen, rejected = (
+            list(dict.fromkeys(self._stripped(text, text.strip(), told) for text in texts))
+            for texts in (row.chosen, row.rejected)
+        )
+        if both := set(chosen) & set(rejected):
+            place = rejected.index(min(both))
+            raise UserError(f'{where}: "chosen" is also rejected[{place}]: remove it from there')
+        told["rejected_repeats_dropped"] += len(row.rejected) - len(rejected)
+        if len(chosen) > 1:
+            if self.several_chosen == "error":
+                raise UserError(
+                    f"{where}: {len(chosen)} chosen responses; dataset.several_chosen=each makes an example of each"
+                )
+            told["rows_with_several_chosen"] += 1
+        identity = row.id
         if isinstance(identity, bool) or not isinstance(identity, str | int | None):
             raise UserError(f'{where}: "id" must be a text or a whole number, found {found(identity)}')
         name = "" if identity is None else str(identity)
-        return PreferenceExample(
-            name,
-            prompt,
-            chosen,
-            pool,
-            self._slate(where, row.get("candidates"), prompt, chosen, pool),
-            meta={"messages": messages} if messages else {},
-        )
+        slate = self._given_slate(where, row.candidates, {*chosen, *rejected}, told)
+        meta = {"messages": row.messages} if row.messages else {}
+        return [
+            PreferenceExample(
+                f"{name}/{number}" if name and len(chosen) > 1 else name,
+                prompt,
+                text,
+                tuple(rejected),
+                tuple(other for other in slate if other == text or other not in chosen)
+                or self._drawn_slate(prompt, [text, *rejected]),
+                meta=meta,
+            )
+            for number, text in enumerate(chosen)
+        ]
 
-    def _prompt(self, where: str, value: Any) -> tuple[str, list[dict[str, str]]]:
-        """The prompt as text, and its messages where it was given as messages."""
-        if isinstance(value, str):
-            return self._text(where, "prompt", value, value.rstrip()), []
-        messages = checked_messages(where, "prompt", value)
-        if len(messages) == 1 and messages[0]["role"] == "user":
-            content = messages[0]["content"]
-            return self._text(where, "prompt", content, content.rstrip()), messages
-        return as_text(messages), messages
-
-    def _response(self, where: str, name: str, value: Any) -> str:
-        if not isinstance(value, str):
-            messages = checked_messages(where, name, value)
-            if [message["role"] for message in messages] != ["assistant"]:
-                raise UserError(
-                    f'{where}: "{name}" must be one message of the role "assistant"; '
-                    'the messages before it belong to "prompt"'
-                )
-            value = messages[0]["content"]
-        return self._text(where, name, value, value.strip())
-
-    def _text(self, where: str, name: str, value: str, stripped: str) -> str:
-        if not stripped.strip():
-            raise UserError(f'{where}: "{name}" is empty; give it at least one word')
-        self._report["texts_stripped"] += stripped != value
+    def _stripped(self, text: str, stripped: str, told: Counter[str]) -> str:
+        if not self.strip:
+            return text
+        told["texts_stripped"] += stripped != text
         return stripped
 
-    def _slate(self, where: str, value: Any, prompt: str, chosen: str, pool: tuple[str, ...]) -> tuple[str, ...]:
-        """The candidates as given, or in an order that does not tell the chosen one."""
+    def _given_slate(self, where: str, value: Any, texts: set[str], told: Counter[str]) -> list[str]:
         if value is None:
-            slate = [chosen, *pool]
-            Random(keyed_seed("jsonl slate", self.seed, prompt, slate)).shuffle(slate)
-            return tuple(slate)
+            return []
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise UserError(f'{where}: "candidates" must be a list of texts, found {found(value)}')
-        given = tuple(dict.fromkeys(text.strip() for text in value))
-        if set(given) != {chosen, *pool}:
-            other = sorted(set(given) ^ {chosen, *pool})[0]
+        slate = list(dict.fromkeys(self._stripped(text, text.strip(), told) for text in value))
+        if set(slate) != texts:
+            other = sorted(set(slate) ^ texts)[0]
             raise UserError(
                 f'{where}: "candidates" must be exactly "chosen" and all "rejected"; {other[:60]!r} is only on one side'
             )
-        return given
+        return slate
 
-    def _hold_out(self, given: dict[str, list[PreferenceExample]]) -> dict[str, list[PreferenceExample]]:
-        """All three splits: what was not given is drawn from train by the seed, whole prompts at a time."""
-        rows = given["train"]
-        sizes = Counter(row.prompt for row in rows)
-        order = sorted(sizes, key=lambda prompt: keyed_seed("jsonl split", self.seed, prompt))
-        place: dict[str, str] = {}
-        for split, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
-            held = 0
-            while split not in given and order and held < max(1, round(fraction * len(rows))):
-                place[order[0]] = split
-                held += sizes[order.pop(0)]
-        if not order:
+    def _drawn_slate(self, prompt: str, texts: list[str]) -> tuple[str, ...]:
+        """An order that does not tell the chosen one."""
+        slate = list(texts)
+        Random(keyed_seed("jsonl slate", self.seed, prompt, slate)).shuffle(slate)
+        return tuple(slate)
+
+    def _held_out(self, prompts: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """The rows of all three splits: what was not given is drawn from train, whole prompts by their numbers."""
+        numbers, sizes = np.unique(prompts["train"], return_counts=True)
+        ends, taken = np.cumsum(sizes), 0
+        split_of = np.full(len(prompts["train"]), "train", dtype="<U5")
+        for split, fraction in self.fractions.items():
+            if split in prompts:
+                continue
+            wanted = max(1, round(fraction * len(prompts["train"]))) + (ends[taken - 1] if taken else 0)
+            last = int(np.searchsorted(ends, wanted)) + 1
+            split_of[np.isin(prompts["train"], numbers[taken:last])] = split
+            taken = last
+        if taken >= len(numbers):
             raise UserError(
-                f"{self.path}: {len(sizes)} different prompts are too few to hold out validation and test rows; "
-                "add rows, or give dataset.val_path and dataset.test_path"
+                f"{self.path or self.hub_id}: {len(numbers)} different prompts are too few to hold out validation and "
+                "test rows; add rows, or give dataset.val_path and dataset.test_path"
             )
-        drawn = {split: [row for row in rows if place.get(row.prompt, "train") == split] for split in SPLITS}
-        return drawn | {split: part for split, part in given.items() if split != "train"}
-
-    def _numbered(self, split: str, rows: list[PreferenceExample]) -> list[PreferenceExample]:
-        named = (vars(row) | {"id": row.id or f"{split}/{number}"} for number, row in enumerate(rows))
-        return [PreferenceExample(**fields) for fields in named]
+        given = {split: np.arange(len(rows)) for split, rows in prompts.items() if split != "train"}
+        return {split: np.flatnonzero(split_of == split) for split in SPLITS} | given

@@ -1,0 +1,104 @@
+"""Examples on the disk: one JSON object a line, and a file with the lines' offsets.
+
+A row is read when it is asked for, so that memory does not grow with the number of rows, and a person can read the
+file too.
+"""
+
+import json
+import mmap
+from abc import abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+
+from massdpo.data.schema import PreferenceExample
+
+T = TypeVar("T")
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class _Lazy(Sequence[T]):
+    """A sequence by its length and its `_at`."""
+
+    @abstractmethod
+    def _at(self, row: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[T]: ...
+    def __getitem__(self, index: int | slice) -> T | list[T]:
+        rows = range(len(self))[index]
+        return self._at(rows) if isinstance(rows, int) else [self._at(row) for row in rows]
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self._at, range(len(self)))
+
+
+class Subset(_Lazy[T]):
+    """Chosen rows of another sequence."""
+
+    def __init__(self, examples: Sequence[T], rows: Rows):
+        self.examples = examples
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def _at(self, row: int) -> T:
+        return self.examples[int(self.rows[row])]
+
+
+class NumberedSplit(Subset[PreferenceExample]):
+    """Chosen rows as a split: those without an id are named by the split and their place in it."""
+
+    def __init__(self, examples: Sequence[PreferenceExample], rows: Rows, split: str):
+        super().__init__(examples, rows)
+        self.split = split
+
+    def _at(self, row: int) -> PreferenceExample:
+        example = super()._at(row)
+        return example if example.id else replace(example, id=f"{self.split}/{row}")
+
+
+class StoredExamples(_Lazy[PreferenceExample]):
+    """What `written` left in a folder. It is opened anew in another process, so workers can share it."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder = folder
+        self.name = name
+        self.offsets = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r"))
+        with open(folder / f"{name}.jsonl", "rb") as file:
+            self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    @classmethod
+    def written(cls, examples: Iterable[PreferenceExample], folder: Path, name: str) -> "StoredExamples":
+        """Write `name.jsonl` and `name.npy`, each example as it comes."""
+        offsets = array("q", [0])
+        with open(folder / f"{name}.jsonl", "wb") as file:
+            for example in examples:
+                fields = vars(example) | {}
+                place_of = {text: place for place, text in enumerate(example.candidates)}
+                fields["places"] = [place_of[text] for text in (fields.pop("chosen"), *fields.pop("pool"))]
+                offsets.append(offsets[-1] + file.write(json.dumps(fields, ensure_ascii=False).encode() + b"\n"))
+        np.save(folder / f"{name}.npy", np.frombuffer(offsets, dtype=np.int64))
+        return cls(folder, name)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __reduce__(self) -> tuple[type["StoredExamples"], tuple[Path, str]]:
+        return StoredExamples, (self.folder, self.name)
+
+    def _at(self, row: int) -> PreferenceExample:
+        fields = json.loads(str(self.lines[self.offsets[row] : self.offsets[row + 1]], "utf-8"))
+        candidates = fields.pop("candidates")
+        chosen, *pool = (candidates[place] for place in fields.pop("places"))
+        history = tuple(fields.pop("history"))
+        return PreferenceExample(
+            chosen=chosen, pool=tuple(pool), candidates=tuple(candidates), history=history, **fields
+        )
