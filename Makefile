@@ -4,7 +4,7 @@ PYTHON ?= python3# the interpreter that makes the virtual environment, 3.11 or n
 VENV ?= .venv
 PIP_ARGS ?=# for pip, such as an index with CPU builds of PyTorch
 ARGS ?= selector=mass k=4# overrides for `make run`
-SIZE ?= mini# of a sweep: mini (tiny models, CPU) or paper (pretrained models, GPUs)
+SIZE ?= mini# of a sweep: mini (tiny models, CPU), small (small pretrained models, CPU) or paper (pretrained models, GPUs)
 JOBS ?= 2# of a sweep, at a time
 DATA ?=# of a sweep: the folder with public data; none: they are fetched
 DEMO ?= outputs/demo# where `make demo` puts its tables and figures
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo pretrained tables bench test test-long lint types clean
+.PHONY: help setup run demo pretrained tables bench test test-long wheel lint types clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,9 @@ test: $(VENV)/.test ## the fast tests
 test-long: $(VENV)/.test ## the slow tests
 	$(PYTEST) -m slow --dist worksteal
 
+wheel: setup ## the package with its command, conf/ and sweeps/, as dist/*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +60,7 @@ types: $(VENV)/.test ## mypy
 	$(BIN)/mypy
 
 clean: ## remove what make and the tools have made; results/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build massdpo.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist massdpo.egg-info
 	find massdpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp is newer than the files that it was installed from.

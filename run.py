@@ -1,71 +1,12 @@
-"""The one entry point: `python run.py selector=mass k=4`. Composes the config and hands it to massdpo.tasks."""
+"""The entry point of a checkout: `python run.py selector=mass k=4`. The command itself is massdpo/__main__.py."""
 
-import os
 import sys
-import traceback
-from pathlib import Path
-
-# Hydra would print several lines and exit with 1 for any failure; with this set, it lets us see the exception instead.
-os.environ["HYDRA_FULL_ERROR"] = "1"
-os.environ["MASSDPO_ROOT"] = str(Path(__file__).resolve().parent)  # conf/config.yaml puts it on Hydra's search path
-
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
-
-from massdpo.config import explain, without_secrets
-from massdpo.errors import UserError
-
-MAIN_PROCESS = os.getpid()
-FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def job(config: DictConfig) -> None:
-    from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
-
-    try:
-        run(config)
-    except UserError as error:
-        say(f"error: {error}")
-        if config.debug:
-            say(traceback.format_exc())
-        failed(2, error)
-    except Exception as error:
-        say(traceback.format_exc())
-        failed(1, error)
-
-
-def say(text: str) -> None:
-    print(without_secrets(text.rstrip()), file=sys.stderr)
-
-
-def failed(code: int, error: Exception) -> None:
-    """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
-    if os.getpid() != MAIN_PROCESS:
-        raise error
-    FAILURES.append(code)
-
-
-def main() -> int:
-    try:
-        job()
-    except UserError:  # told when it happened
-        return 2
-    except (HydraException, OmegaConfBaseException) as error:
-        say(f"error: {explain(error)}")
-        return 2
-    except KeyboardInterrupt as stop:
-        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
-        say(f"error: {explain(error)}")
-        return 2
-    except Exception:  # a launcher's process told it when it happened
-        return 1
-    return max(FAILURES, default=0)
-
 
 if __name__ == "__main__":
+    try:
+        from massdpo.__main__ import main
+    except ModuleNotFoundError as error:
+        sys.exit(
+            f"error: the package {error.name} is missing here: run `make setup`, then `.venv/bin/python run.py ...`"
+        )
     sys.exit(main())

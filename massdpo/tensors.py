@@ -6,6 +6,7 @@ P prompt tokens, T response tokens, D features. Masks are boolean, True where so
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,26 @@ class Picks:
     info: dict[str, Tensor] = field(default_factory=dict)
 
 
+class Resolution(NamedTuple):
+    """What two passes over one policy agree on, in whatever batches, layouts and processes; closer is a tie.
+
+    Rounding errors of a response's tokens add up like a random walk. Measured on SmolLM2-135M, responses of 2 to 80
+    tokens, batches of 1 to 12 and repeated prompts: at most 3.5e-5 nats times the root of the tokens in float32 and .25
+    in bfloat16; cosines of centred features differ by up to 2.5e-6 and .03.
+    """
+
+    nats: float  # of a response's log-prob, times the root of its tokens
+    features: float  # relative, of inner products
+
+
+RESOLUTION = {
+    torch.float64: Resolution(1e-9, 1e-10),
+    torch.float32: Resolution(1e-3, 1e-4),
+    torch.float16: Resolution(0.06, 0.01),
+    torch.bfloat16: Resolution(0.5, 0.05),
+}
+
+
 @dataclass
 class Scores:
     """What one pass says of each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
@@ -85,6 +106,7 @@ class Scores:
     mask_BC: Tensor  # bool
     features_BCD: Tensor | None = None  # `mean` or `last` hidden state
     gram_BCC: Tensor | None = None  # inner products of the features, where only those exist (`head`)
+    precision: torch.dtype = torch.float32  # in which the model computed: see RESOLUTION
 
     @property
     def mean_logp_BC(self) -> Tensor:
@@ -108,7 +130,9 @@ class Scored:
 class PoolStatistics:
     """What a selector may look at, for B prompts: tensors only, no model, no text.
 
-    `noise_BN` is uniform in [0, 1), keyed by (seed, epoch, example id): the only source of chance.
+    Log-probs and rewards are read here, at the resolution of the arithmetic that made them, so that rounding decides
+    no pick: what differs by less is equal, and `noise_BN` decides. That is uniform in [0, 1), keyed by (seed, epoch,
+    example id): the only source of chance.
     """
 
     scores: Scores
@@ -123,9 +147,27 @@ class PoolStatistics:
         return self.scores.mask_BC[:, 1:]
 
     @property
+    def resolution(self) -> Resolution:
+        return RESOLUTION[self.scores.precision]
+
+    @property
+    def logp_BC(self) -> Tensor:
+        """The policy's log-probs, float64 nats."""
+        return self._to_resolution(self.scores.logp_BC.double())
+
+    @property
+    def mean_logp_BC(self) -> Tensor:
+        """The same per token."""
+        return self.logp_BC / self.scores.length_BC.clamp(min=1)
+
+    @property
     def rewards_BC(self) -> Tensor:
-        """Implicit rewards r = beta (logp - ref_logp)."""
-        return self.beta * (self.scores.logp_BC - self.ref_logp_BC)
+        """Implicit rewards r = beta (logp - ref_logp), float64."""
+        return self.beta * self._to_resolution(self.scores.logp_BC.double() - self.ref_logp_BC)
+
+    def _to_resolution(self, nats_BC: Tensor) -> Tensor:
+        unit_BC = self.resolution.nats * self.scores.length_BC.clamp(min=1).double().sqrt()
+        return (nats_BC / unit_BC).round() * unit_BC
 
     @property
     def advantage_BN(self) -> Tensor:

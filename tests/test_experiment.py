@@ -244,7 +244,7 @@ def test_finished_run_is_skipped_forced_or_refused(places: list[str], capsys: py
     assert train(*places, "name=mine") == folder
     assert "is finished already: skipped" in capsys.readouterr().out
     assert (folder / "metrics.json").stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="holds a run of another config"):
+    with pytest.raises(UserError, match="holds a run with other options"):
         train(*places, "name=mine", "beta=0.1")
     assert (folder / "metrics.json").stat().st_mtime_ns == written
     train(*places, "name=mine", "force=true")

@@ -16,13 +16,13 @@ from massdpo.selection.logdet import (
     design_gram,
     design_vectors,
     limits,
-    pl_fisher,
     select_logdet,
     select_logdet_gram,
     select_subset_fisher,
     solve,
-    subset_fisher_logdet,
 )
+from massdpo.selection.logdet.design import DESIGNS, pl_fisher
+from massdpo.selection.logdet.subset import subset_fisher_logdet
 
 BATCH = 24  # prompts of one shape; 48 shapes make 1,152 instances
 
@@ -188,24 +188,24 @@ def test_design_vectors_by_hand() -> None:
     assert float(pair_scale_B) == 0.25
 
 
-@pytest.mark.parametrize("variant", logdet.VARIANTS)
+@pytest.mark.parametrize("design", DESIGNS)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gram_form_equals_vectors_and_masks(variant: str, normalize: bool) -> None:
+def test_gram_form_equals_vectors_and_masks(design: str, normalize: bool) -> None:
     noise = generator(3)
     features_BCD = torch.randn(6, 9, 5, generator=noise, dtype=torch.float64)
     rewards_BC = torch.randn(6, 9, generator=noise, dtype=torch.float64)
     mask_BC = torch.rand(6, 9, generator=noise) < 0.7
     mask_BC[:, :2] = True
-    vectors_BND, scale_B = design_vectors(features_BCD, rewards_BC, 0.7, variant, normalize, mask_BC)
+    vectors_BND, scale_B = design_vectors(features_BCD, rewards_BC, 0.7, design, normalize, mask_BC)
     gram_BCC = features_BCD @ features_BCD.mT
-    gram_BNN, gram_scale_B = design_gram(gram_BCC, rewards_BC, 0.7, variant, normalize, mask_BC)
+    gram_BNN, gram_scale_B = design_gram(gram_BCC, rewards_BC, 0.7, design, normalize, mask_BC)
     torch.testing.assert_close(gram_BNN, vectors_BND @ vectors_BND.mT, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gram_scale_B, scale_B)
     assert bool((vectors_BND[~mask_BC[:, 1:]] == 0).all())
     for row in range(6):  # a masked candidate changes nothing: the same as a pool without it
         kept_C = mask_BC[row]
         alone, alone_scale = design_vectors(
-            features_BCD[row : row + 1, kept_C], rewards_BC[row : row + 1, kept_C], 0.7, variant, normalize
+            features_BCD[row : row + 1, kept_C], rewards_BC[row : row + 1, kept_C], 0.7, design, normalize
         )
         torch.testing.assert_close(vectors_BND[row, kept_C[1:]], alone[0])
         torch.testing.assert_close(scale_B[row], alone_scale[0])
@@ -465,7 +465,7 @@ def test_bad_ridge(ridge: float) -> None:
 
 def test_bad_names_and_limits() -> None:
     features, rewards = torch.ones(1, 3, 2), torch.zeros(1, 3)
-    with pytest.raises(UserError, match="unknown variant 'centred': did you mean centered"):
+    with pytest.raises(UserError, match="unknown design 'centred': did you mean centered"):
         design_vectors(features, rewards, 1.0, "centred")
     with pytest.raises(UserError, match="unknown solver 'greedi': did you mean greedy"):
         select_logdet(features, 1, 1.0, solver="greedi")

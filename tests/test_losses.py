@@ -128,3 +128,14 @@ def test_large_rewards_stay_finite(name: str, gap: float) -> None:
     loss = getattr(losses, name)(rewards_BC, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).sum()
     assert float(loss.detach()) == pytest.approx(max(-gap, 0.0))
     assert torch.isfinite(grads(loss, rewards_BC)[0]).all()
+
+
+@pytest.mark.parametrize("name", ["pl", "dpo", "dmpo", "pairwise"])
+@pytest.mark.parametrize("margin", [1.0, 16.0, 20.0, 40.0, 80.0])
+def test_gradients_in_float32_are_exact_far_ahead(name: str, margin: float) -> None:
+    """1 - softmax rounds to 0 beyond a margin of 16 in float32; the gradient, exp(-margin), does not."""
+    rewards_BC = torch.tensor([[margin, 0.0]], requires_grad=True)
+    loss = getattr(losses, name)(rewards_BC, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).sum()
+    expected = 1 / (1 + math.exp(margin))
+    assert grads(loss, rewards_BC)[0][0].tolist() == pytest.approx([-expected, expected], rel=1e-5, abs=0.0)
+    assert float(loss.detach()) == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-5, abs=0.0)

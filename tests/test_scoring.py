@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -18,21 +19,21 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
-    OPTConfig,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from massdpo.errors import UserError
-from massdpo.model import scoring
+from massdpo.model import head, packing, scoring
+from massdpo.model.load import disable_dropout
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.tensors import Batch, Picks, Scores
 
@@ -55,7 +56,7 @@ SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "max_position_embeddings", "initializer_range")  # fmt: skip
 GPT2 = GPT2Config(
     vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1,
-    bos_token_id=1, eos_token_id=2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0,
+    bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def tiny(config: PretrainedConfig, attention: str | None = None) -> PreTrainedMo
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+        disable_dropout(model)
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight += 0.1 * torch.randn_like(weight)
@@ -77,7 +79,11 @@ def tiny(config: PretrainedConfig, attention: str | None = None) -> PreTrainedMo
 
 
 def make_batch(
-    prompts: list[int], responses: list[list[int]], seed: int = 0, padding: tuple[int, int] = (0, 0)
+    prompts: list[int],
+    responses: list[list[int]],
+    seed: int = 0,
+    padding: tuple[int, int] = (0, 0),
+    vocabulary: int = VOCABULARY,
 ) -> Batch:
     """Random tokens in the lengths asked for, with this many padding columns more than needed."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,8 +91,8 @@ def make_batch(
     length_BC = torch.tensor([row + [0] * (candidates - len(row)) for row in responses])
     prompt_mask_BP = torch.arange(max(prompts) + padding[0]) < torch.tensor(prompts)[:, None]
     mask_BCT = torch.arange(int(length_BC.max()) + padding[1]) < length_BC[..., None]
-    prompt_ids_BP = torch.randint(1, VOCABULARY, prompt_mask_BP.shape, generator=generator) * prompt_mask_BP
-    ids_BCT = torch.randint(1, VOCABULARY, mask_BCT.shape, generator=generator) * mask_BCT
+    prompt_ids_BP = torch.randint(1, vocabulary, prompt_mask_BP.shape, generator=generator) * prompt_mask_BP
+    ids_BCT = torch.randint(1, vocabulary, mask_BCT.shape, generator=generator) * mask_BCT
     names = [f"example-{i}" for i in range(len(prompts))]
     return Batch(names, torch.arange(len(prompts)), prompt_ids_BP, prompt_mask_BP, ids_BCT, mask_BCT)
 
@@ -259,14 +265,15 @@ def test_one_token_responses() -> None:
 
 
 def test_gradient_checkpointing_leaves_no_cache() -> None:
-    """So the prompt goes through the model twice, once for the pool and once for the picks, each time in one row."""
+    """So the picks bring their prompt in one row; the pool, which needs no checkpoints, is scored off a cache."""
     model = tiny(LLAMA)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     scorer = PreferenceScorer(model, layout="packed")
     fed = lengths_fed(scorer)
     scorer(RAGGED, pick_all)
-    assert fed == [max(9 + 2 + 0 + 3 + 1, 3 + 1 + 4 + 0, 12 + 0 + 1 + 2 + 4)] * 2
+    assert fed == [12, 7, max(9 + 2 + 0 + 3 + 1, 3 + 1 + 4 + 0, 12 + 0 + 1 + 2 + 4)]
+    assert all(module.training for module in scorer.modules())
 
 
 def lengths_fed(scorer: PreferenceScorer) -> list[int]:
@@ -370,8 +377,8 @@ def test_head_features_refuse_an_adapted_output_matrix() -> None:
 
 def test_only_positions_that_predict_meet_the_output_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each once: the prompt's last state serves all first tokens, and no chunk is larger than allowed."""
-    monkeypatch.setattr(scoring, "STORED_ELEMENTS", 0)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 4 * VOCABULARY)
+    monkeypatch.setattr(head, "STORED_ELEMENTS", 0)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 4 * VOCABULARY)
     model = tiny(LLAMA)
     scorer = PreferenceScorer(model, layout="packed")
     met: list[int] = []
@@ -407,6 +414,50 @@ def test_prompts_are_fed_once_and_responses_lie_tight() -> None:
     assert fed == [12, longest, longest]
 
 
+def test_long_responses_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of at most two responses of five tokens: the same log-probs, gradient and features as in one row."""
+    for features in ("mean", "last", "head"):
+        scorer = PreferenceScorer(tiny(LLAMA), features, layout="packed")
+        whole = scorer(RAGGED, pick_all)
+        expected = gradient_of(scorer, pl_loss(whole.scores.logp_BC, whole.scores.mask_BC))
+        with monkeypatch.context() as patched:
+            patched.setattr(packing, "ROW_TOKENS", 10)
+            fed = lengths_fed(scorer)
+            scored = scorer(RAGGED, pick_all)
+        assert fed == [12, 5, 6, 5, 6]
+        assert whole.pool is not None and scored.pool is not None
+        for name, value in vars(whole.pool).items():
+            torch.testing.assert_close(getattr(scored.pool, name), value, rtol=1e-5, atol=1e-5)
+        gradient = gradient_of(scorer, pl_loss(scored.scores.logp_BC, scored.scores.mask_BC))
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+class DeviceWaits(TorchDispatchMode):
+    """Counts what would have the host wait for a GPU: values read, and sizes that depend on values."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        booleans = function.overloadpacket is torch.ops.aten.index and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        self.count += booleans or function.overloadpacket in self.WAITS
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_waits_for_the_device_where_a_size_is_needed() -> None:
+    """For the length of the pool's row, of the longest pick and of the picks' row; backward never."""
+    scorer = PreferenceScorer(tiny(LLAMA), "mean", "packed")
+    with DeviceWaits() as waits:
+        logp_BC = scorer(RAGGED, pick_all).scores.logp_BC
+        logp_BC.sum().backward()
+    assert waits.count <= 5  # a row's two sizes come in one read, which is counted twice
+
+
 def test_short_prompts_lie_beside_their_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row for the pool and one for the picks, unless processes must take the same passes; SFT is plain text."""
     monkeypatch.setattr(scoring, "SHORT_TOKENS", RAGGED.prompt_ids_BP.numel() + 1)
@@ -431,33 +482,9 @@ def test_a_log_prob_that_is_not_finite_names_its_example(layout: str) -> None:
     assert (batch.prompt_ids_BP != poisoned).all() and (batch.response_ids_BCT[0] != poisoned).all()
     with torch.no_grad():
         scorer.model.model.embed_tokens.weight[poisoned] = torch.nan
-    with pytest.raises(UserError, match="example-1") as error:
+    with torch.no_grad(), pytest.raises(UserError, match="example-1") as error:
         scorer(batch)
     assert "example-0" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
-                  word_embed_proj_dim=32, max_position_embeddings=64, init_std=0.1),
-        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=1, n_head=2, initializer_range=0.1),
-    ],
-    ids=lambda config: config.model_type,
-)  # fmt: skip
-def test_a_model_that_cannot_be_packed_is_scored_the_plain_way(config: PretrainedConfig) -> None:
-    model = tiny(config)
-    with pytest.raises(UserError, match="cannot share prompts"):
-        PreferenceScorer(model, layout="packed")
-    with pytest.warns(UserWarning, match="cannot share prompts") as caught:
-        scorer = PreferenceScorer(model)
-        scorer(RAGGED, pick_all)
-    assert len(caught) == 1 and not scorer.packed
-    expected_BC = plain_logp(model, RAGGED)
-    scores = scorer(RAGGED, pick_all).scores
-    torch.testing.assert_close(scores.logp_BC, expected_BC, rtol=1e-5, atol=1e-5)
-    expected = gradient_of(model, pl_loss(expected_BC, RAGGED.mask_BC))
-    assert (gradient_of(model, pl_loss(scores.logp_BC, scores.mask_BC)) - expected).norm() <= 1e-5 * expected.norm()
 
 
 def test_the_probe_sees_a_mask_that_is_silently_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,10 @@ def jobs(*overrides: str) -> list[list[str]]:
         return jobs_of(loader.load_configuration("config", [*overrides], RunMode.MULTIRUN))
 
 
-@pytest.mark.parametrize("size", ["mini", "paper"])
-@pytest.mark.parametrize("sweep", SWEEPS)
+@pytest.mark.parametrize(
+    ("sweep", "size"),
+    [(sweep, size) for sweep in SWEEPS for size in (("small",) if sweep.startswith("small") else ("mini", "paper"))],
+)
 def test_a_sweep_has_a_first_line_a_view_and_jobs(sweep: str, size: str) -> None:
     lines = (ROOT / "sweeps" / f"{sweep}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_", "Hydra reads it on the first line alone"
@@ -59,8 +61,12 @@ def test_a_sweep_has_a_first_line_a_view_and_jobs(sweep: str, size: str) -> None
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_is_there_in_both_sizes_and_possible(setting: str) -> None:
     size, name = setting.split("/")
-    assert f"{'paper' if size == 'mini' else 'mini'}/{name}" in SETTINGS
     config = compose([f"setting={setting}"])
+    if size == "small":  # real weights on a CPU: the benchmarks, with two models
+        assert config.choices.trainer == "cpu_pretrained" and config.choices.model.endswith("_q4")
+        assert config.k == 3 and config.trainer.preference.limit == 300
+        return
+    assert f"{'paper' if size == 'mini' else 'mini'}/{name}" in SETTINGS
     assert name.startswith(config.choices.dataset)
     if size == "mini":
         validate(config)

@@ -2,6 +2,7 @@
 
 import tempfile
 import unittest.mock
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -162,12 +163,34 @@ def test_as_few_of_the_oldest_items_are_cut_as_will_do(max_length):
 
 
 def test_what_cannot_fit_is_refused_by_name():
-    with pytest.raises(UserError, match=r"train/4.*even without its history.*max_length=20.*at least"):
+    with pytest.raises(UserError, match=r"without its history.*1 of 1 rows, train/4.*max_length=20.*at least"):
         tokenize_split([viewer(4, ["blue moon"], end=" and so on" * 9)], TOKENIZER, 20)
-    with pytest.raises(UserError, match=r"train/0: the prompt \("):
+    with pytest.raises(UserError, match=r"train/0 \(\d+ \+ \d+ tokens\)"):
         tokenize_split([example("what is the home? " * 9, "green")], TOKENIZER, 20)
-    with pytest.raises(UserError, match=r"train/0: its longest response has .* shorten the response"):
+    with pytest.raises(UserError, match=r"train/0 \(.* shorten them, or set dataset.long_rows"):
         tokenize_split([example("what?", "green hill " * 20)], TOKENIZER, 20)
+
+
+def test_rows_that_are_too_long_are_all_named_or_left_out_or_cut():
+    """What is left out leaves the others as they are without it; what is cut is a beginning or an end of the whole."""
+    rows = [example(f"number {row}?", "green hill", "blue", row=row) for row in range(9)]
+    rows[3] = replace(example("what is the home? " * 9, "green hill", "blue", row=3), where="own.jsonl:17")
+    rows[5] = example("what?", "green hill " * 20, "blue", row=5)
+    with pytest.raises(UserError, match=r"2 of 9 rows, own.jsonl:17 \(\d+ \+ \d+ tokens\), train/5 \(.*long_rows=skip"):
+        tokenize_split(rows, TOKENIZER, 20)
+    skipped = tokenize_split(rows, TOKENIZER, 20, long_rows="skip")
+    others = [row for row in range(9) if row not in (3, 5)]
+    assert list(skipped) == list(tokenize_split([rows[row] for row in others], TOKENIZER, 20))
+    assert skipped.kept.tolist() == others and "own.jsonl:17" in skipped.warnings[0]
+    whole, cut = tokenize_split(rows, TOKENIZER, 10_000), tokenize_split(rows, TOKENIZER, 20, long_rows="truncate")
+    assert cut.report["longest_total"] <= 20 and "2 of 9 rows" in cut.warnings[0]
+    for row, (before, after) in enumerate(zip(whole, cut, strict=True)):
+        assert (before == after) == (row not in (3, 5)), row
+        kept = len(after.prompt_ids) - 1
+        assert after.prompt_ids == before.prompt_ids[:1] + before.prompt_ids[-kept:]
+        for old, new in zip(before.response_ids, after.response_ids, strict=True):
+            assert new[-1] == old[-1] and new[:-1] == old[:-1][: len(new) - 1]
+    assert len(cut[3].prompt_ids) + max(map(len, cut[3].response_ids)) == 20 and len(cut[5].response_ids[0]) == 10
 
 
 @pytest.mark.parametrize(

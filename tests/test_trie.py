@@ -90,17 +90,17 @@ def test_parts_stay_within_their_bound_and_little_is_fed_twice() -> None:
 
 def test_logits_of_a_part_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory bound: at most CHUNK_ELEMENTS logits, whatever the catalogue's size."""
-    from massdpo.model import scoring
+    from massdpo.model import head
 
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 10 * VOCABULARY)
-    monkeypatch.setattr(scoring, "STORED_ELEMENTS", 0)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 10 * VOCABULARY)
+    monkeypatch.setattr(head, "STORED_ELEMENTS", 0)
     seen: list[int] = []
-    plain = scoring._target_logp
+    plain = head.target_logp
 
     def watched(logits_UV: torch.Tensor, target_UC: torch.Tensor) -> torch.Tensor:
         seen.append(logits_UV.numel())
         return plain(logits_UV, target_UC)
 
-    monkeypatch.setattr(scoring, "_target_logp", watched)
+    monkeypatch.setattr(head, "target_logp", watched)
     assert_agrees(SCORER, [4], responses(60, seed=3), part_tokens=32)
     assert len(seen) > 10 and max(seen) <= 10 * VOCABULARY

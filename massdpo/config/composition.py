@@ -3,7 +3,6 @@
 Importing this registers the resolvers that conf/ and sweeps/ use.
 """
 
-import os
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from massdpo.config.messages import explain
-from massdpo.config.options import root
+from massdpo.config.options import on_search_path, root
 from massdpo.config.rules import CHOICES
 from massdpo.errors import UserError
 
@@ -32,7 +31,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         UserError: an unknown key or option, or an override that cannot be read.
     """
-    os.environ.setdefault("MASSDPO_ROOT", str(root()))
+    on_search_path()
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
             config = hydra_compose("config", list(overrides), return_hydra_config=True)

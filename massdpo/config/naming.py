@@ -17,6 +17,9 @@ NOT_IDENTITY = (
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
+# Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
+ADDED = {"trainer.generate": False}
+
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 
 
@@ -27,14 +30,20 @@ def identity(config: DictConfig) -> dict[str, Any]:
     """
     values = plain(config)
     for key in NOT_IDENTITY:
-        *above, last = key.split(".")
-        node = values
-        for name in above:
-            node = node[name]
+        node, last = _above(values, key)
         node.pop(last, None)
-    if not values["trainer"]["generate"]:
-        del values["trainer"]["generate"]  # it came after the first runs: off, it changes none of their names
+    for key, neutral in ADDED.items():
+        node, last = _above(values, key)
+        if node.get(last, neutral) == neutral:
+            node.pop(last, None)
     return values
+
+
+def _above(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *above, last = key.split(".")
+    for name in above:
+        values = values[name]
+    return values, last
 
 
 def run_name(config: DictConfig, *content: str) -> str:

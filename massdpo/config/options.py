@@ -11,13 +11,22 @@ from massdpo.config.rules import PARTS, RULES
 
 
 def root() -> Path:
-    """The folder that conf/ and sweeps/ are in."""
-    return Path(os.environ.get("MASSDPO_ROOT") or Path(__file__).resolve().parents[2])
+    """The folder that conf/ and sweeps/ are in: the checkout, or the package as it is installed."""
+    package = Path(__file__).resolve().parents[1]
+    return package.parent if (package.parent / "conf" / "config.yaml").is_file() else package
+
+
+def on_search_path() -> None:
+    """Set the variables through which conf/config.yaml puts sweeps/ and a conf/ of one's own on Hydra's search path."""
+    here = Path.cwd() / "conf"
+    os.environ["MASSDPO_ROOT"] = str(root())
+    os.environ["MASSDPO_CONF"] = str(here if here.is_dir() else root() / "conf")
 
 
 def options_of(group: str) -> list[str]:
-    """The options of a group: files in conf/, or beside it (sweeps/)."""
-    return sorted(file.stem for place in ("conf", ".") for file in (root() / place / group).glob("*.yaml"))
+    """The options of a group: files in conf/, the package's and the working folder's, or beside it (sweeps/)."""
+    places = {root() / "conf", Path.cwd() / "conf", root()}
+    return sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
 
 
 def known_keys() -> list[str]:

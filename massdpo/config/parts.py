@@ -11,7 +11,7 @@ from typing import Any
 from massdpo.config.messages import nearest, shown
 from massdpo.errors import UserError
 
-HANDLED = {"dataset": ("name", "terms", "limit_train", "limit_val", "limit_test")}  # options no class ever sees
+HANDLED = {"dataset": ("name", "terms", "long_rows", "limit_train", "limit_val", "limit_test")}  # no class sees these
 
 
 def check_part(part: str, node: Mapping[str, Any]) -> None:

@@ -122,7 +122,7 @@ def fetch(name: str, cache: Cache) -> Path:
         else:
             _fetch_hub(name, source, folder)
 
-    folder = cache.folder("raw", f"{name}-{digest(asdict(source))[:12]}", build)
+    folder = Cache(cache.root).folder("raw", f"{name}-{digest(asdict(source))[:12]}", build)
     return folder / source.inside if isinstance(source, WebFiles) else folder
 
 

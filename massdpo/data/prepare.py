@@ -11,16 +11,12 @@ import hydra.errors
 import hydra.utils
 import numpy as np
 
-import massdpo
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import Splits
 from massdpo.data.stored import StoredExamples, Subset
 from massdpo.errors import UserError
-from massdpo.store import MANIFEST, Cache, digest, keyed_seed, write_json
-
-# prepared data is made anew when the code that makes it changes
-CODE = sorted(Path(__file__).parent.rglob("*.py"))  # whatever makes examples of raw files
+from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
 T = TypeVar("T")
 
@@ -36,6 +32,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     node = dict(dataset)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
+    node.pop("long_rows", None)  # which decides what becomes of its tokens
     if "raw_dir" in node and node["raw_dir"] is None:
         node["raw_dir"] = str(fetch(name, cache))
     try:
@@ -43,7 +40,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options = {key: value for key, value in node.items() if key != "raw_dir"}
-    key = digest(massdpo.__version__, options, *CODE, *source.files())
+    key = digest(package_code("data", "store"), target_code(node), options, *source.files())
 
     def build(folder: Path) -> None:
         if terms:

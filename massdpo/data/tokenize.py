@@ -12,29 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-import massdpo
 from massdpo.data.encode import Encoder, last_word
+from massdpo.data.fitting import named, refusal, shortened, truncated_prompt, truncated_responses
 from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.stored import Subset
 from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest
+from massdpo.store import Cache, digest, package_code
 
-# tokens are made anew when the code that makes them changes
-CODE = [Path(__file__).parent / f"{name}.py" for name in ("chat", "encode", "ragged", "tokenize", "tokens")]
+ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 
 def tokenize_splits(
-    splits: Splits, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool, cache: Cache
+    splits: Splits,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    chat_template: bool,
+    cache: Cache,
+    long_rows: str = "error",
 ) -> dict[str, TokenizedSplit]:
     """`train`, `val` and `test` as `tokenize_split` makes them, once for the same data, tokenizer and options."""
-    key = digest(
-        massdpo.__version__, splits.digest, tokenizer_key(tokenizer, chat_template), max_length, chat_template, *CODE
-    )
+    how = tokenizer_key(tokenizer, chat_template), max_length, chat_template, long_rows
+    key = digest(package_code("data", "store"), splits.digest, how)
 
     def tokens(name: str) -> TokenizedSplit:
         def build(folder: Path) -> None:
-            tokenize_split(getattr(splits, name), tokenizer, max_length, chat_template, folder).save(folder)
+            examples = getattr(splits, name)
+            tokenize_split(examples, tokenizer, max_length, chat_template, folder, long_rows).save(folder)
 
         return TokenizedSplit.load(cache.folder("tokens", f"{key}-{name}", build))
 
@@ -67,10 +72,11 @@ def tokenize_catalogue(
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
     """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
     template = tokenizer.chat_template if chat_template else None
+    rendered = Encoder(tokenizer, chat_template).rendered(ASKED)  # what the template makes of it: it may name the day
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # as every call here leaves it: what an earlier call left behind decides nothing
     backend.no_truncation()
-    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template]
+    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template, rendered]
 
 
 def tokenize_split(
@@ -79,15 +85,18 @@ def tokenize_split(
     max_length: int,
     chat_template: bool = False,
     folder: Path | None = None,
+    long_rows: str = "error",
 ) -> TokenizedSplit:
     """Tokenise a split so that every prompt with any of its responses has at most `max_length` tokens.
 
     A prompt that is too long loses the oldest items of its history, as few as will do; the instruction and the
-    candidates stay. With `folder`, prompts are written there as they are made instead of filling the memory.
+    candidates stay. With rows that do not fit even so, `long_rows` is error, skip (the split lacks them), or truncate:
+    responses of more than half of `max_length` lose their end, then prompts their beginning. With `folder`, prompts are
+    written there as they are made instead of filling the memory.
 
     Raises:
-        UserError: a prompt or response is empty, a response contains the tokenizer's end token, a prompt does not fit
-            even without its history, or the tokenizer lacks the end token or chat template that is needed.
+        UserError: a prompt or response is empty, a response contains the tokenizer's end token, rows do not fit even
+            without their history, or the tokenizer lacks the end token or chat template that is needed.
     """
     encoder = Encoder(tokenizer, chat_template)
     ids: list[str] = []
@@ -118,11 +127,34 @@ def tokenize_split(
     longest_B, tokens, in_pool = _responses_of(candidates, responses)
 
     long = np.flatnonzero(prompts.lengths + longest_B > max_length)
-    shorter, items_cut = _shortened([examples[row] for row in long.tolist()], encoder, longest_B[long], max_length)
-    for row, (_, text) in zip(long, shorter, strict=True):
+    shorter, items_cut = shortened([examples[row] for row in long.tolist()], encoder, longest_B[long], max_length)
+    for row, (_, text) in zip(long.tolist(), shorter, strict=True):
         joint_B[row] = joints.setdefault(last_word(text), len(joints))
+    by_row = {row: prompt for row, (prompt, _) in zip(long.tolist(), shorter, strict=True)}
+    prompt_B = prompts.lengths
+    prompt_B[long] = [len(prompt) for prompt, _ in shorter]
+    too_long = np.flatnonzero(prompt_B + longest_B > max_length)
+    told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
+    if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
+        raise refusal(told, too_long, prompt_B + longest_B, max_length)
+    if told and long_rows == "skip":
+        kept_B = np.setdiff1d(np.arange(len(ids)), too_long)
+        split = tokenize_split(Subset(examples, kept_B), tokenizer, max_length, chat_template, folder)
+        split.kept, split.notes = kept_B, [f"left out, as too long for max_length={max_length}: {told}"]
+        return split
+    differences = encoder.boundary_differences(joints, np.frombuffer(joint_B, np.int32), texts, candidates)
+    notes = []
+    if told:
+        candidates, responses = truncated_responses(too_long, candidates, responses, max_length)
+        longest_B, tokens, in_pool = _responses_of(candidates, responses)
+        for row in too_long.tolist():
+            prompt = by_row[row]
+            by_row[row] = truncated_prompt(prompt, max_length - int(longest_B[row]), encoder.bos)
+        notes = [
+            f"cut to max_length={max_length} (responses of more than half of it lose their end, prompts their "
+            f"beginning): {told}"
+        ]
     if len(long):
-        by_row = {row: prompt for row, (prompt, _) in zip(long.tolist(), shorter, strict=True)}
         whole = prompts
         prompts = kept(by_row[row] if row in by_row else whole[row] for row in range(len(whole)))
 
@@ -130,9 +162,7 @@ def tokenize_split(
         "examples": len(ids),
         "prompts_truncated": len(long),
         "history_items_cut": items_cut,
-        "boundary_differences": encoder.boundary_differences(
-            joints, np.frombuffer(joint_B, np.int32), texts, candidates
-        ),
+        "boundary_differences": differences,
         "chosen_tokens_in_pool": in_pool,
         "longest_prompt": int(prompts.lengths.max(initial=0)),
         "longest_response": int(longest_B.max(initial=0)),
@@ -140,7 +170,7 @@ def tokenize_split(
         "prompt_tokens": int(prompts.lengths.sum()),
         "response_tokens": tokens,
     }
-    return TokenizedSplit(ids, prompts, responses, candidates, report)
+    return TokenizedSplit(ids, prompts, responses, candidates, report, notes)
 
 
 def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int64], int, int]:
@@ -158,47 +188,3 @@ def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int
         as_chosen_X = kind_X == np.repeat(kind_X[start_B], block.lengths)
         in_pool += int((np.add.reduceat(as_chosen_X, start_B, dtype=np.int64) > 1).sum())
     return longest_B, tokens, in_pool
-
-
-def _shortened(
-    examples: Sequence[PreferenceExample], encoder: Encoder, longest_B: NDArray[np.int64], max_length: int
-) -> tuple[list[tuple[NDArray[np.int32], str]], int]:
-    """Prompts with as few of the oldest items left out as will do, as ids and as text; how many items that were."""
-    names = [example.id for example in examples]
-    cut = _history_to_cut(examples, encoder, max_length - longest_B)
-    texts = [encoder.rendered(*pair) for pair in zip(examples, cut, strict=True)]
-    prompts = list(encoder.prompts(texts, names))
-    for example, prompt, longest in zip(examples, prompts, longest_B.tolist(), strict=True):
-        if len(prompt) + longest > max_length:
-            raise UserError(_too_long(example, len(prompt), longest, max_length))
-    return list(zip(prompts, texts, strict=True)), sum(cut)
-
-
-def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: NDArray[np.int64]) -> list[int]:
-    """The fewest oldest items to leave out so that each prompt fits its room, by bisection of all at once."""
-    low = [0] * len(examples)
-    high = [len(example.history) for example in examples]
-    while rows := [row for row in range(len(examples)) if low[row] < high[row]]:
-        middle = [(low[row] + high[row]) // 2 for row in rows]
-        asked = [examples[row] for row in rows]
-        rendered = [encoder.rendered(*pair) for pair in zip(asked, middle, strict=True)]
-        names = [example.id for example in asked]
-        for row, cut, prompt in zip(rows, middle, encoder.prompts(rendered, names), strict=True):
-            if len(prompt) <= room_B[row]:
-                high[row] = cut
-            else:
-                low[row] = cut + 1
-    return high
-
-
-def _too_long(example: PreferenceExample, prompt: int, response: int, max_length: int) -> str:
-    if response >= max_length:
-        return (
-            f"{example.id}: its longest response has {response} tokens, but max_length={max_length} holds the "
-            "prompt too: shorten the response or raise max_length"
-        )
-    without = "" if not example.history else " even without its history"
-    return (
-        f"{example.id}: the prompt{without} ({prompt} tokens) and its longest response ({response}) exceed "
-        f"max_length={max_length}: raise it to at least {prompt + response} (if the model allows) or shorten the prompt"
-    )

@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import overload
+from typing import TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from massdpo.data.ragged import Ragged
+from massdpo.data.stored import Subset
 from massdpo.store import write_json
+
+T = TypeVar("T")
 
 UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
 
@@ -35,9 +41,13 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         responses: Ragged,
         candidates: Ragged,  # of each example, the rows of `responses`
         report: dict[str, int],
+        notes: Sequence[str] = (),
+        kept: NDArray[np.int64] | None = None,
     ):
         self.ids = ids
         self.report = report
+        self.notes = notes  # what became of rows that are too long
+        self.kept = kept  # the examples that the rows are, where some were left out
         self._prompts, self._responses, self._candidates = prompts, responses, candidates
         self._response = lru_cache(UNPACKED)(lambda row: responses[row].tolist())
 
@@ -55,6 +65,10 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         responses = [self._response(text) for text in self._candidates[number].tolist()]
         return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
 
+    def rows_of(self, examples: Sequence[T]) -> Sequence[T]:
+        """Those of the examples that were not left out."""
+        return examples if self.kept is None else Subset(examples, self.kept)
+
     @property
     def warnings(self) -> list[str]:
         report = self.report
@@ -66,7 +80,10 @@ class TokenizedSplit(Sequence[TokenizedExample]):
             "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
             "it cannot be told from the chosen one",
         }
-        return [f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]]
+        return [
+            *self.notes,
+            *(f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]),
+        ]
 
     def save(self, folder: Path) -> None:
         """Write the arrays as .npy files, ids and report as JSON; prompts may have been written there already."""
@@ -74,11 +91,14 @@ class TokenizedSplit(Sequence[TokenizedExample]):
             self._prompts.save(folder, "prompts")
         self._responses.save(folder, "responses")
         self._candidates.save(folder, "candidates")
-        write_json(folder / "about.json", {"report": self.report, "ids": self.ids})
+        kept = None if self.kept is None else self.kept.tolist()
+        about = {"report": self.report, "notes": list(self.notes), "kept": kept, "ids": self.ids}
+        write_json(folder / "about.json", about)
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSplit":
         """What `save` wrote; rows are read when they are asked for."""
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         prompts, responses, candidates = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
-        return cls(about["ids"], prompts, responses, candidates, about["report"])
+        kept = None if about["kept"] is None else np.array(about["kept"], np.int64)
+        return cls(about["ids"], prompts, responses, candidates, about["report"], about["notes"], kept)

@@ -18,13 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import massdpo
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.evaluation.metrics import ranking_values
-from massdpo.store import Cache, digest, write_json
+from massdpo.store import Cache, digest, package_code, write_json
 
-CODE = Path(__file__)  # baselines are computed anew when the code that computes them changes
 Guess = Callable[[PreferenceExample], list[float]]  # a score for each candidate of the slate
 
 
@@ -39,7 +37,7 @@ def baselines(splits: Splits, cache: Cache) -> dict[str, float]:
     def build(folder: Path) -> None:
         write_json(folder / "baselines.json", compute(splits))
 
-    folder = cache.folder("baselines", digest(massdpo.__version__, splits.digest, CODE), build)
+    folder = cache.folder("baselines", digest(package_code("data", "evaluation", "store"), splits.digest), build)
     values: dict[str, float] = json.loads((folder / "baselines.json").read_text(encoding="utf-8"))
     return values
 

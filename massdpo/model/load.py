@@ -139,7 +139,8 @@ def _fitting(
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: policy and reference must agree where their weights do."""
+    """Set every dropout probability to 0, and the noise on routers to experts: policy and reference must agree where
+    their weights do."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -150,13 +151,16 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _zero_dropout(holder: Any) -> None:
     for name, value in list(vars(holder).items()):
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+        if name.endswith(("drop", "dropout", "jitter_noise")) and isinstance(value, float):
             setattr(holder, name, 0.0)
 
 
-def attention(config: PreTrainedConfig) -> str:
-    """SDPA, unless the model caps its attention scores (Gemma 2): SDPA cannot, and some versions then drop it."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else "sdpa"
+def attention(config: PreTrainedConfig) -> str | None:
+    """What transformers prefers for the family: SDPA, or eager where there is none.
+
+    Eager where attention's scores are capped (Gemma 2): SDPA cannot, and some versions then drop the cap.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else None
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:

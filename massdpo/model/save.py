@@ -67,8 +67,9 @@ def merge_adapter(model: "PeftModel") -> PreTrainedModel:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A key of all parameters' names and values, adapters included, one tensor in memory at a time."""
-    return digest([[name, digest(weight)] for name, weight in sorted(model.named_parameters())])
+    """A key of all parameters' and buffers' names and values, adapters included, one tensor in memory at a time."""
+    named = sorted([*model.named_parameters(), *model.named_buffers()], key=lambda pair: pair[0])
+    return digest([[name, digest(weight)] for name, weight in named])
 
 
 def save_policy(

@@ -46,10 +46,9 @@ class Part:
     def mask(self, causal_lm: PreTrainedModel, prompt: Prompt, row: Row) -> Tensor | dict[str, Tensor]:
         """A beginning sees the prompt and what it starts with."""
         position_BK = torch.cat([prompt.row.position_BL, row.position_BL], dim=1)
-        distance_BQK = row.position_BL[:, None, :, None] - position_BK[:, None, None, :]
         prompt_BQK = (prompt.row.segment_BL == PROMPT)[:, None, None, :].expand(-1, -1, len(self.ids_M), -1)
         own_BQK = self.sees_MM.expand(len(prompt_BQK), 1, -1, -1)
-        return layer_masks(causal_lm, torch.cat([prompt_BQK, own_BQK], dim=-1), distance_BQK)
+        return layer_masks(causal_lm, torch.cat([prompt_BQK, own_BQK], dim=-1), row.position_BL, position_BK)
 
     def response_logp(self, logp_BUC: Tensor) -> Tensor:
         """Log-probs of whole responses `(B, N)` from those of what goes on from each source."""

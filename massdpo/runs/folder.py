@@ -1,17 +1,19 @@
 """A run's folder from outside: who holds it, whether it is done, what it used, and the table at its end."""
 
+import glob
 import json
 import math
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from filelock import FileLock
 
@@ -19,29 +21,54 @@ from massdpo.config import without_secrets
 from massdpo.console import summary_table
 from massdpo.errors import UserError
 from massdpo.evaluation.metrics import GENERATION, METRICS
-from massdpo.store import acquire, remove_unfinished, replacing, set_aside, write_json, writing
+from massdpo.store import acquire, digest, remove_unfinished, replacing, set_aside, write_json, writing
 
+Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
 SHOWN = tuple(metric.name for metric in METRICS.values() if metric.summary)  # in the table at the end of a run
 GENERATED = tuple(metric.name for metric in GENERATION)  # below it, with trainer.generate
 
 
 @contextmanager
-def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder: a second run of the same config waits. The lock goes with the process that holds it."""
+def alone(
+    accelerator: Accelerator, lock: Callable[[Callable[[], object]], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """The main process takes a lock, for whom the others wait in rounds: one collective of its whole wait times out."""
+
+    def told(taken: bool) -> bool:
+        return bool(accelerator.reduce(torch.tensor(float(taken), device=accelerator.device), "sum") > 0)
+
     if not accelerator.is_main_process:
-        accelerator.wait_for_everyone()
+        while not told(False):
+            pass
         yield
         return
-    with writing(folder, "set runs_dir"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        acquire(lock, lambda: f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting")
-    try:
-        accelerator.wait_for_everyone()
+    with lock(lambda: told(False)):
+        told(True)
         yield
-    finally:
-        lock.release()
+
+
+@contextmanager
+def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder: a second run of the same config waits. The lock goes with the process that holds it."""
+
+    @contextmanager
+    def lock(meanwhile: Callable[[], object]) -> Iterator[None]:
+        with writing(folder, "set runs_dir"):
+            folder.mkdir(parents=True, exist_ok=True)
+            held = FileLock(folder / ".lock")
+            acquire(
+                held,
+                lambda: f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting",
+                meanwhile,
+            )
+        try:
+            yield
+        finally:
+            held.release()
+
+    with alone(accelerator, lock):
+        yield
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -54,7 +81,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def telling(folder: Path, key: str, accelerator: Accelerator) -> Iterator[None]:
+def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[None]:
     """Keep status.json true: `running`, then `finished`, `interrupted` or `failed` (and why), however the run ends.
 
     SIGTERM, a cluster's preemption, ends a run as Ctrl-C does. Raises `UserError` where the folder takes no more.
@@ -62,7 +89,8 @@ def telling(folder: Path, key: str, accelerator: Accelerator) -> Iterator[None]:
 
     def tell(state: str, **more: Any) -> None:
         if accelerator.is_main_process:
-            write_json(folder / "status.json", without_secrets({"status": state, "key": key, **more}))
+            found = {"status": state, "key": digest(parts), "parts": parts, **more}
+            write_json(folder / "status.json", without_secrets(found))
 
     try:
         with writing(folder, "free some room or set runs_dir; the last checkpoint is good"), _terminable():
@@ -92,18 +120,19 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool:
+def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> bool:
     """May this run be computed into the folder? False, with a line that says so, where it is finished already.
 
-    Raises `UserError` where the folder holds a run of another config or other data.
+    Raises `UserError` where the folder holds a run that something else decided.
     """
-    before = status(folder)
+    before, key = status(folder), digest(parts)
     if before and before["key"] != key and not force:
-        raise UserError(f"{folder} holds a run of another config, data or version: set another name=, or force=true")
+        raise UserError(f"{folder} holds a run {_otherwise(before, parts)}: set another name=, or force=true")
     if before.get("status") == "finished" and not force:
         if accelerator.is_main_process:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
-            print(f"{folder} is finished already: skipped (force=true computes it again)")
+            same = ", ".join(parts)
+            print(f"{folder} is finished already: skipped, with the same {same} (force=true computes it again)")
         return False
     if accelerator.is_main_process:
         remove_unfinished(folder)
@@ -111,17 +140,24 @@ def claim(folder: Path, key: str, force: bool, accelerator: Accelerator) -> bool
             set_aside(folder / CHECKPOINTS)  # status.json is lost: nobody knows what config they belong to
         if before and (before["key"] != key or before["status"] == "finished"):
             for path in folder.iterdir():
-                if path.is_dir():
+                if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 elif path.name != ".lock":
                     path.unlink()
     return True
 
 
-def take_over(folder: Path, key: str) -> None:
+def _otherwise(before: Mapping[str, Any], parts: Parts) -> str:
+    known = before.get("parts")
+    if not isinstance(known, dict):
+        return "of another version"
+    return f"with other {' and '.join(name for name, key in parts.items() if known.get(name) != key)}"
+
+
+def take_over(folder: Path, parts: Parts) -> None:
     """Copy the same run from another sweep beside this one, if it is finished there: tables share many runs."""
-    others = sorted(folder.parent.parent.glob(f"*/{folder.name}"))
-    finished = {"status": "finished", "key": key}
+    others = sorted(folder.parent.parent.glob(f"*/{glob.escape(folder.name)}"))
+    finished = {"status": "finished", "key": digest(parts), "parts": parts}
     if not status(folder) and (other := next((path for path in others if status(path) == finished), None)):
         print(f"{folder}: taken over from {other}")
         shutil.copytree(

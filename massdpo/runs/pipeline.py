@@ -15,8 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-import massdpo
-from massdpo.config import identity, resolved, run_name, without_secrets
+from massdpo.config import resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
@@ -29,10 +28,11 @@ from massdpo.runs import launch
 from massdpo.runs.card import model_card
 from massdpo.runs.folder import CHECKPOINTS, claim, draw_history, holding, show, take_over, telling
 from massdpo.runs.machine import commit, in_words, machine, peak_memory_mb
+from massdpo.runs.provenance import run_parts
 from massdpo.runs.start import Data, cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
-from massdpo.store import Cache, build_folder, digest, write_json, write_text
+from massdpo.store import Cache, build_folder, write_json, write_text
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
@@ -65,12 +65,12 @@ def train(config: DictConfig) -> Path:
     cache = cache_of(config)
     folder = Path(config.runs_dir) / config.sweep / (config.name or run_name(config))
     data, model = load(config, cache)
-    key = digest(massdpo.__version__, identity(config), data.key, accelerator.num_processes)
+    parts = run_parts(config, data.key, data.model_key, accelerator)
     with holding(folder, accelerator):
         if accelerator.is_main_process and not config.force:
-            take_over(folder, key)
+            take_over(folder, parts)
         accelerator.wait_for_everyone()
-        if not claim(folder, key, config.force, accelerator):
+        if not claim(folder, parts, config.force, accelerator):
             return folder
         accelerator.wait_for_everyone()
         logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
@@ -78,7 +78,7 @@ def train(config: DictConfig) -> Path:
         score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
         run = Run(config, data, cache, folder, tracker, History(folder / "history.csv"), score)
         try:
-            with telling(folder, key, accelerator):
+            with telling(folder, parts, accelerator):
                 compute(run, model)
         except BaseException:
             tracker.finish(None)
@@ -103,7 +103,7 @@ def compute(run: Run, model: nn.Module) -> None:
     scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
-    reference = reference_scores(config, run.data, rows, scorer, run.cache, run.score)
+    reference = reference_scores(config, run.data, rows, start_folder, scorer, run.cache, run.score)
     seconds = {"sft_seconds": start["seconds"], "reference_seconds": time.perf_counter() - started}
 
     objective = Preference(

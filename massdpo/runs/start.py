@@ -3,8 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import massdpo
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
@@ -25,18 +23,14 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
-from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
+from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
-from massdpo.store import Cache, digest, is_whole, write_json
+from massdpo.runs.folder import alone
+from massdpo.runs.provenance import model_key, reference_key, start_key
+from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
 from massdpo.training.objectives import Sft
-
-# Options of the trainer that change the SFT start.
-SFT_OPTIONS = (
-    *("device", "precision", "max_length", "chat_template", "gradient_checkpointing", "layout", "adapter", "sft"),
-    *("batch_size", "accumulate", "weight_decay", "max_grad_norm", "warmup", "keep", "keep_metric", "log_every"),
-)
 
 
 @dataclass
@@ -49,6 +43,7 @@ class Data:
     val: TokenizedSplit
     test: TokenizedSplit
     key: str
+    model_key: str  # of the start weights and the model's configuration
     catalogue: list[list[int]]  # the ids of every title that tests rank against; empty: of each prompt's own candidates
 
     @property
@@ -58,7 +53,7 @@ class Data:
 
 
 def cache_of(config: DictConfig) -> Cache:
-    return Cache(Path(config.cache_dir).expanduser())
+    return Cache(Path(config.cache_dir).expanduser(), config.force)
 
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
@@ -72,7 +67,8 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
             yield prompt + joint(prompt, example.chosen) + example.chosen
             yield from (joint(prompt, response) + response for response in example.pool)
 
-    model, tokenizer = source.load(texts, config.seed, cache, digest(massdpo.__version__, splits.digest))
+    texts_key = digest(package_code("data", "model", "store"), splits.digest)
+    model, tokenizer = source.load(texts, config.seed, cache, texts_key)
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
@@ -81,13 +77,16 @@ def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:
         print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
-    tokens = tokenize_splits(splits, tokenizer, *options, cache)
+    long_rows = config.dataset.get("long_rows", "error")
+    tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
+    train, val, test = (tokens[name].rows_of(getattr(splits, name)) for name in tokens)
+    splits = replace(splits, train=train, val=val, test=test)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
-    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options)
+    key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options, long_rows)
     catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
-    return Data(splits, tokenizer, **tokens, key=key, catalogue=catalogue), model
+    return Data(splits, tokenizer, **tokens, key=key, model_key=model_key(model), catalogue=catalogue), model
 
 
 def sft_start(
@@ -104,11 +103,7 @@ def sft_start(
     Whether the model gives what the preference stage needs, the selector's `features` too, is found out before it.
     """
     trainer, accelerator = config.trainer, score.accelerator
-    options: Any = OmegaConf.to_container(trainer, resolve=True)
-    chosen = {name: options[name] for name in SFT_OPTIONS}
-    # The number of threads changes last digits, and a start of other threads would change a repeated run's.
-    machine_shape = accelerator.num_processes, torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(model), data.key, chosen, config.seed, machine_shape)
+    key = start_key(config, data.key, data.model_key, accelerator)
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
     def make() -> Callable[[Path], None]:
@@ -161,23 +156,19 @@ def reference_scores(
     config: DictConfig,
     data: Data,
     rows: Sequence[TokenizedExample],
+    start: Path,
     scorer: PreferenceScorer,
     cache: Cache,
     score: SplitScorer,
 ) -> dict[str, SplitScores]:
-    """Log-probs of every split under the policy as the preference stage starts.
-
-    They are kept by all that decides them: weights, tokenizer, data and, for the last digits, how they are computed.
+    """Log-probs of every split under the policy as the preference stage starts: that in the folder `start`.
 
     Raises:
         UserError: what was kept is not what this policy gives.
     """
     trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": rows, "val": data.val, "test": data.test}
-    limit = trainer.preference.limit, config.dataset.seed
-    digits = trainer.precision, trainer.layout, trainer.eval_batch_size, accelerator.num_processes
-    threads = torch.get_num_threads()
-    key = digest(massdpo.__version__, weights_digest(scorer), data.key, limit, digits, threads)
+    key = reference_key(config, start)
 
     def make() -> Callable[[Path], None]:
         scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
@@ -204,12 +195,13 @@ def shared_folder(
     if accelerator.num_processes == 1:
         return cache.folder(kind, key, lambda folder: make()(folder))
     place = cache.path(kind, key)
-    with cache.lock(kind, key) if accelerator.is_main_process else nullcontext():
-        if accelerator.is_main_process:
-            cache.holds(kind, key)  # sets a damaged one aside before the others look
+    with alone(accelerator, lambda meanwhile: cache.lock(kind, key, meanwhile)):
+        held = accelerator.is_main_process and cache.holds(kind, key)  # sets a damaged one aside
         accelerator.wait_for_everyone()
-        there = torch.tensor(float(is_whole(place)), device=accelerator.device)
-        if int(accelerator.reduce(there, "sum")) < accelerator.num_processes:
+        # One process of each machine looks at every byte.
+        there = held or (cache.believes(kind, key) if accelerator.is_local_main_process else place.is_dir())
+        count = torch.tensor(float(there), device=accelerator.device)
+        if int(accelerator.reduce(count, "sum")) < accelerator.num_processes:
             write = make()
             if accelerator.is_main_process:
                 cache.build(kind, key, write)

@@ -5,24 +5,10 @@ A selector is any object with `features` (what the scorer computes for it: "mean
 `pool.noise_BN` alone, which is keyed by (seed, epoch, example id): larger noise wins a tie.
 """
 
-from massdpo.selection.diversity import Dpp, Farthest, sample_dpp
-from massdpo.selection.gram import candidate_gram, hidden_features, reorder, reorder_gram
-from massdpo.selection.information import VARIANTS, Adpo, Mass, check_ridge
-from massdpo.selection.pools import (
-    LOGP_RESOLUTION,
-    Selector,
-    as_picks,
-    check_finite,
-    check_options,
-    check_pools,
-    check_selection,
-    noise_order,
-    overlap,
-    take_best,
-    to_resolution,
-)
+from massdpo.selection.diversity import Dpp, Farthest
+from massdpo.selection.information import Adpo, Mass
+from massdpo.selection.pools import Selector, check_selection, overlap, take_best
 from massdpo.selection.scores import (
-    ByScore,
     Dynamic,
     Full,
     Hardest,
@@ -32,37 +18,3 @@ from massdpo.selection.scores import (
     Sampled,
     hardest_overlap,
 )
-
-__all__ = [
-    "LOGP_RESOLUTION",
-    "VARIANTS",
-    "Adpo",
-    "ByScore",
-    "Dpp",
-    "Dynamic",
-    "Farthest",
-    "Full",
-    "Hardest",
-    "HardestLogp",
-    "Interleaved",
-    "Mass",
-    "Random",
-    "Sampled",
-    "Selector",
-    "as_picks",
-    "candidate_gram",
-    "check_finite",
-    "check_options",
-    "check_pools",
-    "check_ridge",
-    "check_selection",
-    "hardest_overlap",
-    "hidden_features",
-    "noise_order",
-    "overlap",
-    "reorder",
-    "reorder_gram",
-    "sample_dpp",
-    "take_best",
-    "to_resolution",
-]

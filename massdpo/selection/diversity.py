@@ -17,6 +17,8 @@ from massdpo.selection.pools import as_picks, check_finite, check_options, check
 from massdpo.store import keyed_seed
 from massdpo.tensors import Picks, PoolStatistics
 
+APART = 1e-6  # times the noise, added to a kernel whose smallest eigenvalue is 1
+
 
 class Dpp(Mass):
     """A k-DPP sample of the kernel whose most probable set is the one `mass` looks for: P(S) ~ det H(S).
@@ -70,7 +72,8 @@ class Farthest:
         picked = []
         for _ in range(min(self.k, order_BN.shape[1])):
             best_B1 = nearest_BN.amax(-1, keepdim=True)
-            index_B1 = (nearest_BN >= best_B1 - 1e-10 * best_B1.abs()).to(torch.uint8).argmax(-1, keepdim=True)
+            tied_BN = nearest_BN >= best_B1 * (1 - pool.resolution.features)
+            index_B1 = tied_BN.to(torch.uint8).argmax(-1, keepdim=True)
             picked.append(order_BN.gather(1, index_B1))
             nearest_BN = torch.minimum(nearest_BN, distance_BCC[rows_B, index_B1[:, 0] + 1, 1:])
             nearest_BN = nearest_BN.scatter(1, index_B1, -math.inf)
@@ -89,18 +92,20 @@ def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) ->
         numbers = torch.rand(int(count_B[row]) + k, generator=generator, dtype=torch.float64)
         uniform_BX[row, -len(numbers) :] = numbers
     uniform_BX = uniform_BX.to(kernel_BNN.device)
-    value_BN, vector_BNN = torch.linalg.eigh(kernel_BNN)
-    value_BN = (value_BN / value_BN[:, -1:]).clamp(min=0.0)  # a k-DPP does not change with the kernel's scale
-    # symmetric[n]: the elementary symmetric polynomials e_0..e_k of the first n eigenvalues
-    symmetric = [torch.nn.functional.pad(value_BN.new_zeros(batch, k), (1, 0), value=1.0)]
+    # Near-duplicates share an eigenvalue, and which vectors then span its space depends on the padding: part them.
+    value_BN, vector_BNN = torch.linalg.eigh(kernel_BNN + torch.diag_embed(APART * noise_BN * mask_BN))
+    value_BN = value_BN.clamp(min=0.0).log()
+    # symmetric[n]: logarithms of the elementary symmetric polynomials e_0..e_k of the first n eigenvalues
+    symmetric = [torch.nn.functional.pad(value_BN.new_full((batch, k), -math.inf), (1, 0))]
     for n in range(pool):
-        shifted_BL = torch.nn.functional.pad(symmetric[-1][:, :-1], (1, 0))
-        symmetric.append(symmetric[-1] + value_BN[:, n : n + 1] * shifted_BL)
+        shifted_BL = torch.nn.functional.pad(symmetric[-1][:, :-1], (1, 0), value=-math.inf)
+        symmetric.append(torch.logaddexp(symmetric[-1], value_BN[:, n : n + 1] + shifted_BL))
     left_B1 = count_B.clamp(max=k)[:, None]
     chosen_BN = torch.zeros_like(mask_BN)
     for n in reversed(range(pool)):  # which eigenvectors span the sample
-        with_it_B1 = value_BN[:, n : n + 1] * symmetric[n].gather(1, (left_B1 - 1).clamp(min=0))
-        take_B1 = (left_B1 > 0) & (uniform_BX[:, n : n + 1] * symmetric[n + 1].gather(1, left_B1) < with_it_B1)
+        without_B1 = symmetric[n].gather(1, left_B1)
+        chance_B1 = (without_B1 - symmetric[n + 1].gather(1, left_B1)).exp()  # of leaving it out
+        take_B1 = (left_B1 > 0) & ((uniform_BX[:, n : n + 1] >= chance_B1) | (without_B1 == -math.inf))
         chosen_BN[:, n : n + 1] = take_B1
         left_B1 = left_B1 - take_B1.long()
     span_BNN = vector_BNN * chosen_BN[:, None]
@@ -112,7 +117,7 @@ def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) ->
     for step in range(min(k, pool)):  # a candidate in proportion to its squared length, then project it out
         cumulative_BN = (left_BN * mask_BN).cumsum(-1)
         threshold_B1 = uniform_BX[:, pool + step : pool + step + 1] * cumulative_BN[:, -1:]
-        index_B = (cumulative_BN <= threshold_B1).sum(-1).clamp(max=pool - 1)
+        index_B = (cumulative_BN > threshold_B1).to(torch.uint8).argmax(-1)
         picked.append(index_B)
         row_BN = projection_BNN[rows_B, index_B]
         for factor_BN in factors:

@@ -15,8 +15,6 @@ from massdpo.selection.gram import candidate_gram, hidden_features, reorder, reo
 from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
 from massdpo.tensors import Picks, PoolStatistics
 
-VARIANTS = ("centered", "relative", "subset_fisher")
-
 
 class Mass:
     """The subset with the largest log det(ridge I + Fisher information): MASS-DPO, arXiv 2605.10784.
@@ -42,7 +40,7 @@ class Mass:
         short_pool: str = "error",
     ):
         check_options(k, short_pool)
-        logdet.check_name("variant", variant, VARIANTS)
+        logdet.check_name("variant", variant, ("centered", "relative", "subset_fisher"))
         logdet.check_name("features", features, FEATURES)
         logdet.check_name("solver", solver, ("greedy", "exact") if variant == "subset_fisher" else logdet.SOLVERS)
         check_ridge(ridge)
@@ -75,9 +73,13 @@ class Mass:
                 gram_BCC = logdet.unit_gram(gram_BCC, rewards_BC, mask_BC)
             # Where the chosen response wins beyond float64's range, every gain is 0 and the tie rule decides.
             ridge = (self.ridge * mean_B * scale_B).clamp(min=1e-300) if self.ridge_relative else self.ridge
-            return logdet.select_subset_fisher(gram_BCC, rewards_BC, pool.beta, self.k, ridge, mask_BN, self.solver)
+            return logdet.select_subset_fisher(
+                gram_BCC, rewards_BC, pool.beta, self.k, ridge, mask_BN, self.solver, pool.resolution.features
+            )
         ridge, scale_B = self._weighing(mean_B, scale_B)
-        return logdet.select_logdet_gram(vectors_BNN, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe)
+        return logdet.select_logdet_gram(
+            vectors_BNN, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, pool.resolution.features
+        )
 
     def _select_from_vectors(self, pool: PoolStatistics, order_BN: Tensor) -> logdet.LogdetSelection:
         """For large pools: only the picked rows of the Gram matrix are ever made."""
@@ -88,7 +90,9 @@ class Mass:
         mask_BN = pool.mask_BN.gather(1, order_BN)
         mean_B = logdet.mean_square(vectors_BND.square().sum(-1), mask_BN)
         ridge, scale_B = self._weighing(mean_B, scale_B)
-        return logdet.select_logdet(vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe)
+        return logdet.select_logdet(
+            vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, pool.resolution.features
+        )
 
     def _weighing(self, mean_B: Tensor, scale_B: Tensor) -> tuple[float | Tensor, Tensor]:
         """Gamma and the vectors' scale: a relative gamma is ridge * mean(scale |v|^2), where the scale cancels."""

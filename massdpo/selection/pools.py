@@ -14,8 +14,6 @@ from massdpo.errors import UserError
 from massdpo.selection import logdet
 from massdpo.tensors import Picks, PoolStatistics
 
-LOGP_RESOLUTION = 1e-4  # nats: two float32 passes over one model differ by about this much; closer is a tie
-
 
 class Selector(Protocol):
     """What training asks of a selector."""
@@ -92,11 +90,6 @@ def noise_order(pool: PoolStatistics) -> Tensor:
 
 def as_picks(index_BK: Tensor, mask_BK: Tensor, info: dict[str, Tensor] | None = None) -> Picks:
     return Picks(index_BK * mask_BK, mask_BK, info or {})
-
-
-def to_resolution(nats: Tensor, unit: float = LOGP_RESOLUTION) -> Tensor:
-    """Rounded, so that what differs by numerical noise alone is equal."""
-    return (nats.double() / unit).round()
 
 
 def overlap(a: Picks, b: Picks) -> Tensor:

@@ -18,7 +18,6 @@ from massdpo.selection.pools import (
     noise_order,
     overlap,
     take_best,
-    to_resolution,
 )
 from massdpo.tensors import Picks, PoolStatistics
 
@@ -55,7 +54,7 @@ class Hardest(ByScore):
     """The k with the largest s_i = r_i - r_0: what the policy has come to prefer most against the reference."""
 
     def score_BN(self, pool: PoolStatistics) -> Tensor:
-        return to_resolution(pool.advantage_BN / pool.beta)
+        return pool.advantage_BN
 
 
 class HardestLogp(ByScore):
@@ -67,8 +66,8 @@ class HardestLogp(ByScore):
         self.score = score
 
     def score_BN(self, pool: PoolStatistics) -> Tensor:
-        logp_BC = pool.scores.mean_logp_BC if self.score == "mean" else pool.scores.logp_BC
-        return to_resolution(logp_BC[:, 1:])
+        logp_BC = pool.mean_logp_BC if self.score == "mean" else pool.logp_BC
+        return logp_BC[:, 1:]
 
 
 class Sampled(ByScore):
@@ -108,8 +107,8 @@ class Interleaved:
         mask_BN = pool.mask_BN
         check_pools(mask_BN.sum(-1), self.k, self.short_pool)
         order_BN = noise_order(pool)  # so that the first of equals is the one with the largest noise
-        values = (pool.scores.logp_BC, pool.rewards_BC / pool.beta, pool.scores.mean_logp_BC)
-        scores_BSN = torch.stack([to_resolution(value_BC[:, 1:] - value_BC[:, :1]) for value_BC in values], dim=1)
+        values = (pool.logp_BC, pool.rewards_BC, pool.mean_logp_BC)  # taking the chosen one's away changes no order
+        scores_BSN = torch.stack([value_BC[:, 1:] for value_BC in values], dim=1)
         scores_BSN = scores_BSN.masked_fill(~mask_BN[:, None], -math.inf).gather(2, order_BN[:, None].expand(-1, 3, -1))
         start_B = ((pool.noise_BN.double() * mask_BN).sum(-1).frac() * 3).long()  # uniform, in whatever order they come
         rows_B = torch.arange(len(start_B), device=start_B.device)
@@ -141,7 +140,7 @@ class Dynamic:
     def __call__(self, pool: PoolStatistics) -> Picks:
         check_finite(pool)
         check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
-        logp_BC = to_resolution(pool.scores.logp_BC)
+        logp_BC = pool.logp_BC
         logp_BN = logp_BC[:, 1:]
         above_BN = (logp_BN >= logp_BC[:, :1]) & pool.mask_BN
         boundary_BN = torch.where(above_BN.any(-1, keepdim=True), above_BN, self._top_cluster(logp_BN, pool.mask_BN))

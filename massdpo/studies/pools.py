@@ -6,7 +6,8 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 import torch
 from torch import Tensor
 
-from massdpo.selection import candidate_gram, logdet
+from massdpo.selection import logdet
+from massdpo.selection.gram import candidate_gram
 from massdpo.store import keyed_seed
 from massdpo.tensors import Picks, PoolStatistics, Scores
 
@@ -25,7 +26,8 @@ def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, cluster
 def pools_of(features_BCD: Tensor, logp_BC: Tensor, noise_BN: Tensor, beta: float) -> PoolStatistics:
     """Pool statistics of these log-probs and features; the reference is uniform."""
     ones_BC = torch.ones_like(logp_BC, dtype=torch.int64)
-    scores = Scores(logp_BC, logp_BC[..., None], ones_BC, ones_BC.bool(), features_BCD)
+    mask_BC = ones_BC.bool()
+    scores = Scores(logp_BC, logp_BC[..., None], ones_BC, mask_BC, features_BCD, precision=torch.float64)
     names = [f"prompt {row}" for row in range(len(logp_BC))]
     return PoolStatistics(scores, torch.zeros_like(logp_BC), beta, noise_BN, names)
 

@@ -1,6 +1,7 @@
 """`task=evaluate`: the test split, ranked by the policy of a run."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,15 @@ def evaluate(config: DictConfig) -> None:
         if config.trainer[name] != value:
             print(f"warning: the run was trained with trainer.{name}={value}", file=sys.stderr)
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), start.cache_of(config))  # type: ignore[arg-type]
-    rows = tokenize_split(splits.test, tokenizer, config.trainer.max_length, config.trainer.chat_template)
+    options = config.trainer.max_length, config.trainer.chat_template
+    rows = tokenize_split(splits.test, tokenizer, *options, long_rows=config.dataset.get("long_rows", "error"))
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
     score = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
     scores = score(scorer, rows, "evaluate")
     answers = generate_split(scorer, rows, score, tokenizer) if config.trainer.generate else []
-    options = config.trainer.max_length, config.trainer.chat_template
+    splits = replace(splits, test=rows.rows_of(splits.test))
     against = {}
     if title_ids := tokenize_catalogue(splits.catalogue, tokenizer, rows, *options):
         against = rank_catalogue(scorer, splits, rows, title_ids, score).metrics()

@@ -46,7 +46,7 @@ def select(config: DictConfig) -> None:
     sft_folder = start.sft_start(config, data, model, features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
-    reference = start.reference_scores(config, data, rows, scorer, cache, score)
+    reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
     loss = start.instantiate(config.loss)
     picking = Preference(selector, loss, config.beta, "once", config.seed, rows, data.val, reference, score)
     picking.begin_epoch(scorer, 0)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 
 def pl(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """Plackett-Luce: -log P(chosen wins) = logsumexp([0, r_i - r_0]) (S-DPO, 2406.09215; MASS-DPO, 2605.10784)."""
-    return torch.logsumexp(rewards_BC.masked_fill(~mask_BC, -torch.inf), dim=-1) - rewards_BC[:, 0]
+    """Plackett-Luce: -log P(chosen wins) = log(1 + sum_i exp(r_i - r_0)) (S-DPO, 2406.09215; MASS-DPO, 2605.10784)."""
+    rejected_B = torch.logsumexp(rewards_BC[:, 1:].masked_fill(~mask_BC[:, 1:], -torch.inf), dim=-1)
+    return -F.logsigmoid(rewards_BC[:, 0] - rejected_B)  # 1 - softmax would round to 0 where the chosen one is ahead
 
 
 def dpo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:

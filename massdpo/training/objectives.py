@@ -21,7 +21,7 @@ from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# A margin of 16 leaves exp(-16), float32's epsilon, beside the 1 of log(1 + sum exp(-margin)): nothing more is learned.
+# At a margin of 16 the loss and its gradient are exp(-16), a ten-millionth of what they were: nothing more is learned.
 RUNAWAY = 16.0
 # Mean nats a token below the start: the chosen responses' perplexity is e times what SFT left.
 COLLAPSE = 1.0

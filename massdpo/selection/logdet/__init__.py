@@ -7,36 +7,7 @@ large for the design objective of MASS-DPO (arXiv 2605.10784). The small factor 
 
 from massdpo.selection.logdet import limits
 from massdpo.selection.logdet.arguments import check_exact, check_name
-from massdpo.selection.logdet.design import (
-    VARIANTS,
-    centre_gram,
-    design_gram,
-    design_vectors,
-    inner_products,
-    mean_square,
-    pl_fisher,
-    unit_gram,
-)
+from massdpo.selection.logdet.design import design_gram, design_vectors, inner_products, mean_square, unit_gram
 from massdpo.selection.logdet.greedy import LogdetSelection
 from massdpo.selection.logdet.solve import SOLVERS, select_logdet, select_logdet_gram
-from massdpo.selection.logdet.subset import select_subset_fisher, subset_fisher_logdet
-
-__all__ = [
-    "SOLVERS",
-    "VARIANTS",
-    "LogdetSelection",
-    "centre_gram",
-    "check_exact",
-    "check_name",
-    "design_gram",
-    "design_vectors",
-    "inner_products",
-    "limits",
-    "mean_square",
-    "pl_fisher",
-    "select_logdet",
-    "select_logdet_gram",
-    "select_subset_fisher",
-    "subset_fisher_logdet",
-    "unit_gram",
-]
+from massdpo.selection.logdet.subset import select_subset_fisher

@@ -31,7 +31,7 @@ def check_exact(pool: int, k: int) -> None:
         )
 
 
-def check_finite(gram: Tensor) -> None:
+def check_rows_finite(gram: Tensor) -> None:
     """Raise UserError, naming the first rows, where what belongs to a prompt (its row) is not finite."""
     if not math.isfinite(float(gram.sum())):  # one pass; only where it is not, look closer
         rows = (~gram.isfinite().flatten(1).all(-1)).nonzero()[:, 0].tolist()

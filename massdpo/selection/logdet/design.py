@@ -4,6 +4,7 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +12,14 @@ from torch import Tensor
 from massdpo.selection.logdet import limits
 from massdpo.selection.logdet.arguments import check_name, selectable
 
-VARIANTS = ("centered", "relative", "pairwise")
+DESIGNS = ("centered", "relative", "pairwise")
 
 
 def design_vectors(
     features_BCD: Tensor,
     rewards_BC: Tensor,
     beta: float,
-    variant: str = "centered",
+    design: str = "centered",
     normalize: bool = True,
     mask_BC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -30,20 +31,24 @@ def design_vectors(
     `pairwise` is v_i = sqrt(mu_i (1 - mu_i)) (phi_i - phi_0), mu_i = sigma(-s_i), with scale beta^2 (Active DPO,
     arXiv 2503.01076). `normalize` brings the difference to unit length before the root's factor weighs it; a difference
     within the rounding of its inputs has no direction and becomes zero. Rows where `mask_BC` is False are zero.
-    Raises UserError for an unknown variant.
+    Raises UserError for an unknown design.
     """
-    check_name("variant", variant, VARIANTS)
+    check_name("design", design, DESIGNS)
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
-    share_BN, weight_BN, scale_B = _pool_weights(rewards_BC, beta, variant, mask_BN)
+    shares = _shares(rewards_BC, mask_BN)
+    weight_BN, scale_B = _weighing(rewards_BC, beta, design, normalize, shares)
     negatives_BND = features_BCD[:, 1:].double() * mask_BN[..., None]  # 0 * padding: padding must be finite, as it is
-    if variant == "centered":
-        origin_B1D = torch.einsum("bn,bnd->bd", share_BN, negatives_BND)[:, None]
+    if design == "centered":
+        origin_BXD = torch.stack([shares.all_BN, shares.others_BN], dim=1) @ negatives_BND
     else:
-        origin_B1D = features_BCD[:, :1].double()
-    difference_BND = (negatives_BND - origin_B1D) * mask_BN[..., None]
+        origin_BXD = features_BCD[:, :1].double()
+    difference_BND = (negatives_BND - origin_BXD[:, :1]) * mask_BN[..., None]
+    if design == "centered":
+        rows_B, top_B = torch.arange(len(mask_BN), device=mask_BN.device), shares.top_B1[:, 0]
+        difference_BND[rows_B, top_B] = negatives_BND[rows_B, top_B] - origin_BXD[:, 1]
     if normalize:
         length_BN = difference_BND.norm(dim=-1)
-        size_BN = negatives_BND.norm(dim=-1) + origin_B1D.norm(dim=-1)
+        size_BN = negatives_BND.norm(dim=-1) + origin_BXD.norm(dim=-1).amax(-1, keepdim=True)
         has_direction_BN = length_BN > torch.finfo(features_BCD.dtype).eps * size_BN
         weight_BN = weight_BN * _inverse_where(has_direction_BN, length_BN)
     return difference_BND * weight_BN[..., None], scale_B
@@ -53,27 +58,24 @@ def design_gram(
     gram_BCC: Tensor,
     rewards_BC: Tensor,
     beta: float,
-    variant: str = "centered",
+    design: str = "centered",
     normalize: bool = True,
     mask_BC: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`design_vectors` from inner products of the features: the vectors' Gram matrix `(B, N, N)` and the scale."""
-    check_name("variant", variant, VARIANTS)
+    check_name("design", design, DESIGNS)
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
-    share_BN, weight_BN, scale_B = _pool_weights(rewards_BC, beta, variant, mask_BN)
-    gram = gram_BCC.double()
-    origin_BC = torch.zeros_like(gram[..., 0])
-    if variant == "centered":
-        origin_BC[:, 1:] = share_BN
+    shares = _shares(rewards_BC, mask_BN)
+    weight_BN, scale_B = _weighing(rewards_BC, beta, design, normalize, shares)
+    if design == "centered":
+        centred_BCC = _about_the_mean(gram_BCC.double(), shares)
     else:
-        origin_BC[:, 0] = 1.0
-    centred_BNN = centre_gram(gram, origin_BC)[:, 1:, 1:] * (mask_BN[:, :, None] & mask_BN[:, None, :])
+        chosen_BC = torch.zeros_like(gram_BCC[..., 0], dtype=torch.float64)
+        chosen_BC[:, 0] = 1.0
+        centred_BCC = centre_gram(gram_BCC.double(), chosen_BC)
+    centred_BNN = centred_BCC[:, 1:, 1:] * (mask_BN[:, :, None] & mask_BN[:, None, :])
     if normalize:
-        square_BN = centred_BNN.diagonal(dim1=-2, dim2=-1)
-        origin_square_B = torch.einsum("bi,bij,bj->b", origin_BC, gram, origin_BC)
-        size_BN = gram.diagonal(dim1=-2, dim2=-1)[:, 1:] + origin_square_B[:, None]
-        has_direction_BN = square_BN > 8 * torch.finfo(gram_BCC.dtype).eps * size_BN
-        weight_BN = weight_BN * _inverse_where(has_direction_BN, square_BN.clamp(min=0).sqrt())
+        weight_BN = weight_BN * _inverse_length(centred_BCC, gram_BCC, mask_BN)[:, 1:]
     return centred_BNN * weight_BN[:, :, None] * weight_BN[:, None, :], scale_B
 
 
@@ -115,13 +117,8 @@ def centre_gram(gram_BCC: Tensor, weight_BC: Tensor) -> Tensor:
 def unit_gram(gram_BCC: Tensor, rewards_BC: Tensor, mask_BC: Tensor | None = None) -> Tensor:
     """Inner products of (phi_i - phibar) / |phi_i - phibar|, the chosen one included; phibar is the pool's."""
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
-    share_BN, _, _ = _pool_weights(rewards_BC, 1.0, "centered", mask_BN)
-    centred_BCC = centre_gram(gram_BCC.double(), torch.nn.functional.pad(share_BN, (1, 0)))
-    square_BC = centred_BCC.diagonal(dim1=-2, dim2=-1)
-    size_BC = gram_BCC.diagonal(dim1=-2, dim2=-1)
-    has_direction_BC = square_BC > 8 * torch.finfo(gram_BCC.dtype).eps * size_BC
-    has_direction_BC = has_direction_BC & torch.nn.functional.pad(mask_BN, (1, 0), value=True)
-    unit_BC = _inverse_where(has_direction_BC, square_BC.clamp(min=0).sqrt())
+    centred_BCC = _about_the_mean(gram_BCC.double(), _shares(rewards_BC, mask_BN))
+    unit_BC = _inverse_length(centred_BCC, gram_BCC, mask_BN)
     return centred_BCC * unit_BC[:, :, None] * unit_BC[:, None, :]
 
 
@@ -132,16 +129,65 @@ def mean_square(square_BN: Tensor, mask_BN: Tensor | None = None) -> Tensor:
     return torch.where(mean_B > 0, mean_B, 1.0)
 
 
-def _pool_weights(rewards_BC: Tensor, beta: float, variant: str, mask_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p over the pool, the factor of each difference, and the scale, all float64."""
+class _Shares(NamedTuple):
+    """p = softmax(s) over the pool, and what is left without the negative that holds most of it."""
+
+    all_BN: Tensor  # p; 0 where masked
+    top_B1: Tensor  # the largest p's index
+    others_BN: Tensor  # p of all but the top, summing to 1; a pool of one keeps its own
+    left_B1: Tensor  # 1 - p of the top, exact where it is far below float64's epsilon
+
+
+def _shares(rewards_BC: Tensor, mask_BN: Tensor) -> _Shares:
+    reward_BN = rewards_BC[:, 1:].double().masked_fill(~mask_BN, -math.inf)
+    total_B1 = torch.logsumexp(reward_BN, dim=-1, keepdim=True)
+    all_BN = torch.where(mask_BN, (reward_BN - total_B1).exp(), 0.0)
+    top_B1 = reward_BN.argmax(-1, keepdim=True)
+    reward_BN = reward_BN.scatter(1, top_B1, -math.inf)
+    rest_B1 = torch.logsumexp(reward_BN, dim=-1, keepdim=True)
+    others_BN = torch.where(rest_B1.isfinite(), (reward_BN - rest_B1).exp(), all_BN)
+    return _Shares(all_BN, top_B1, others_BN, torch.where(mask_BN.any(-1, keepdim=True), (rest_B1 - total_B1).exp(), 0))
+
+
+def _weighing(rewards_BC: Tensor, beta: float, design: str, normalize: bool, shares: _Shares) -> tuple[Tensor, Tensor]:
+    """The factor of each difference, `(B, N)`, and the scale, `(B,)`, float64."""
     rewards_BC = rewards_BC.double()
-    advantage_BN = (rewards_BC[:, 1:] - rewards_BC[:, :1]).masked_fill(~mask_BN, -math.inf)
-    total_B1 = torch.logsumexp(advantage_BN, dim=-1, keepdim=True)
-    share_BN = torch.where(mask_BN, (advantage_BN - total_B1).exp(), 0.0)
-    if variant == "pairwise":
+    advantage_BN = rewards_BC[:, 1:] - rewards_BC[:, :1]
+    if design == "pairwise":
         variance_BN = torch.sigmoid(advantage_BN) * torch.sigmoid(-advantage_BN)
-        return share_BN, variance_BN.sqrt(), torch.full_like(total_B1[:, 0], beta**2)
-    return share_BN, share_BN.sqrt(), beta**2 * torch.sigmoid(total_B1[:, 0])
+        return variance_BN.sqrt(), torch.full_like(advantage_BN[:, 0], beta**2)
+    weight_BN = shares.all_BN.sqrt()
+    if design == "centered" and not normalize:  # the top's difference is to the others' mean, longer than to phibar
+        weight_BN = weight_BN.scatter(1, shares.top_B1, weight_BN.gather(1, shares.top_B1) * shares.left_B1)
+    total_B = torch.logsumexp(advantage_BN.masked_fill(shares.all_BN == 0, -math.inf), dim=-1)
+    return weight_BN, beta**2 * torch.sigmoid(total_B)
+
+
+def _about_the_mean(gram_BCC: Tensor, shares: _Shares) -> Tensor:
+    """Inner products of phi_i - phibar, with phi_i - the others' mean for the top negative.
+
+    phi_i - phibar = (1 - p_i) (phi_i - the others' mean): where p_i is within rounding of 1 only the right side has a
+    direction left, so the negative that dominates a pool would vanish from it.
+    """
+    all_BC, others_BC = (torch.nn.functional.pad(share_BN, (1, 0)) for share_BN in (shares.all_BN, shares.others_BN))
+    towards_BCX = gram_BCC @ torch.stack([all_BC, others_BC], dim=-1)
+    rows_B, top_B = torch.arange(len(gram_BCC), device=gram_BCC.device), shares.top_B1[:, 0] + 1
+    mean_others_B1 = (towards_BCX[..., 1] * all_BC).sum(-1, keepdim=True)
+    row_BC = gram_BCC[rows_B, top_B] - towards_BCX[rows_B, top_B, :1] - towards_BCX[..., 1] + mean_others_B1
+    others_B = (towards_BCX[..., 1] * others_BC).sum(-1)
+    row_BC[rows_B, top_B] = gram_BCC[rows_B, top_B, top_B] - 2 * towards_BCX[rows_B, top_B, 1] + others_B
+    centred_BCC = centre_gram(gram_BCC, all_BC)
+    centred_BCC[rows_B, top_B], centred_BCC[rows_B, :, top_B] = row_BC, row_BC
+    return centred_BCC
+
+
+def _inverse_length(centred_BCC: Tensor, gram_BCC: Tensor, mask_BN: Tensor) -> Tensor:
+    """1 / |phi_i - phibar| `(B, C)`; 0 where masked, or where the difference is within its terms' rounding."""
+    mask_BC = torch.nn.functional.pad(mask_BN, (1, 0), value=True)
+    size_BC = gram_BCC.diagonal(dim1=-2, dim2=-1).double() * mask_BC
+    square_BC = centred_BCC.diagonal(dim1=-2, dim2=-1)
+    least_BC = 8 * torch.finfo(gram_BCC.dtype).eps * (size_BC + size_BC.amax(-1, keepdim=True))
+    return _inverse_where((square_BC > least_BC) & mask_BC, square_BC.clamp(min=0).sqrt())
 
 
 def _inverse_where(condition: Tensor, value: Tensor) -> Tensor:

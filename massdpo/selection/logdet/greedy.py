@@ -15,6 +15,8 @@ from torch import Tensor
 
 from massdpo.errors import UserError
 
+ROUND_OFF = 16 * torch.finfo(torch.float64).eps  # of the subtractions that update an excess
+
 
 class LogdetSelection(NamedTuple):
     """The selected negatives in pick order. Where a prompt has fewer than k to select from, all of them are taken.
@@ -39,23 +41,26 @@ class LogdetSelection(NamedTuple):
 
 
 def greedy(
-    row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tensor, k: int, certify: bool
+    row: Callable[[Tensor], Tensor], diagonal_BN: Tensor, mask_BN: Tensor, k: int, resolution: float, certify: bool
 ) -> LogdetSelection:
-    """Greedy from rows of A on demand. A candidate's excess is scale v^T H^{-1} v: its gain is log1p(excess)."""
+    """Greedy from rows of A on demand. A candidate's excess is scale v^T H^{-1} v: its gain is log1p(excess).
+
+    An excess is what subtractions leave of the candidate's diagonal, so it is known to `resolution` times that: below
+    it counts as nothing, and what may be as large as the best is a tie.
+    """
     if k < 1:
         raise UserError(f"k must be at least 1, got {k}")
     batch, pool = diagonal_BN.shape
     rows_B = torch.arange(batch, device=diagonal_BN.device)
     taken_BN = ~mask_BN
     excess_BN = diagonal_BN.clamp(min=0.0)
-    # Round-off of the subtractions below: what differs by less is a tie.
-    round_off_B1 = 16 * torch.finfo(torch.float64).eps * excess_BN.amax(-1, keepdim=True)
+    unsure_BN = resolution * excess_BN
     factor_BJN = diagonal_BN.new_zeros(batch, k, pool)
     opens, ties, picks, excesses = [], [], [], []
     for step in range(k):
         open_BN = excess_BN.masked_fill(taken_BN, -math.inf)
-        best_B1 = open_BN.amax(-1, keepdim=True)
-        tied_BN = open_BN >= best_B1 * (1 - 1e-10) - round_off_B1
+        surely_B1 = (1 - 1e-10) * (open_BN - unsure_BN).amax(-1, keepdim=True)  # the best has at least that
+        tied_BN = open_BN >= torch.maximum(surely_B1 - unsure_BN, unsure_BN * (surely_B1 > 0))
         index_B1 = tied_BN.view(torch.uint8).argmax(-1, keepdim=True)  # the first of equals
         index_B = index_B1[:, 0]
         picked_B1 = excess_BN.gather(1, index_B1)
@@ -92,14 +97,16 @@ def greedy(
     )
 
 
-def greedy_gram(gram_BNN: Tensor, mask_BN: Tensor, k: int, certify: bool) -> LogdetSelection:
+def greedy_gram(
+    gram_BNN: Tensor, mask_BN: Tensor, k: int, certify: bool, resolution: float = ROUND_OFF
+) -> LogdetSelection:
     """`greedy` from all of A."""
     rows_B = rows(mask_BN[:, 0])
 
     def row(index_B: Tensor) -> Tensor:
         return gram_BNN[rows_B, index_B]
 
-    return greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k, certify)
+    return greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k, resolution, certify)
 
 
 def rows(index: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from massdpo.selection.logdet import limits
 from massdpo.selection.logdet.greedy import LogdetSelection, greedy_gram, rows
 
 
-def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> Tensor:
-    """Members `(B, N)` after single exchanges, the best one first, until none helps any prompt."""
-    k = start.indices_BK.shape[1]
+def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection, resolution: float) -> Tensor:
+    """Members `(B, N)` after single exchanges, the best first, until none helps a prompt by more than rounding."""
+    k, alike = start.indices_BK.shape[1], max(resolution, 1e-10)
     members_BN = _members(start, mask_BN)
     open_B = mask_BN.sum(-1) > k  # a short row has nothing to exchange
     others = [[j for j in range(k) if j != out] for out in range(k)]
@@ -26,8 +26,9 @@ def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> Tenso
         logdet_BM, excess_BMN = _given(gram_BNN, current_BK[:, others_KJ])
         value_BMN = logdet_BM[..., None] + excess_BMN.log1p()
         value_BMN = value_BMN.masked_fill(~(mask_BN & ~members_BN)[:, None], -math.inf)
-        best_B, where_B = value_BMN.flatten(1).max(-1)
-        open_B = open_B & (best_B > value_B + 1e-10 * (1.0 + value_B))  # more than round-off, so that it ends
+        best_B = value_BMN.amax((-2, -1))
+        open_B = open_B & (best_B > value_B * (1 + alike))
+        where_B = (value_BMN.flatten(1) >= (best_B * (1 - alike))[:, None]).to(torch.uint8).argmax(-1)
         out_B, in_B = where_B // mask_BN.shape[1], where_B % mask_BN.shape[1]
         exchanged_BK = current_BK.scatter(1, out_B[:, None], in_B[:, None])
         current_BK = torch.where(open_B[:, None], exchanged_BK, current_BK)
@@ -37,12 +38,13 @@ def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> Tenso
     return torch.where(short_B1, mask_BN, members_BN)
 
 
-def enumerate_all(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> Tensor:
-    """Members `(B, N)` of the best subset of k; the lexicographically first of equals.
+def enumerate_all(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection, resolution: float) -> Tensor:
+    """Members `(B, N)` of the best subset of k; the lexicographically first of those within the resolution of it.
 
     For every subset of k - 1 the excess of all others is at hand, so the last member costs nothing.
     """
     pool, k = mask_BN.shape[1], start.indices_BK.shape[1]
+    alike = max(resolution, 1e-12)
     short_B = mask_BN.sum(-1) <= k
     if bool(short_B.all()):
         return mask_BN
@@ -61,10 +63,10 @@ def enumerate_all(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection) -> 
         last_BM = excess_BMN.amax(-1)
         value_BM = (logdet_BM + last_BM.log1p()).masked_fill(~mask_BN[:, part_MJ].all(-1), -math.inf)
         top_B1 = value_BM.amax(-1, keepdim=True)
-        prefix_B = (value_BM >= top_B1 - 1e-12 * (1.0 + top_B1)).to(torch.uint8).argmax(-1)
+        prefix_B = (value_BM >= top_B1 * (1 - alike)).to(torch.uint8).argmax(-1)
         excess_BN = excess_BMN[rows(prefix_B), prefix_B]
-        last_B1 = (excess_BN >= excess_BN.amax(-1, keepdim=True) * (1 - 1e-12)).to(torch.uint8).argmax(-1, keepdim=True)
-        better_B1 = top_B1 > best_B1 + 1e-12 * (1.0 + top_B1)
+        last_B1 = (excess_BN >= excess_BN.amax(-1, keepdim=True) * (1 - alike)).to(torch.uint8).argmax(-1, keepdim=True)
+        better_B1 = top_B1 * (1 - alike) > best_B1
         best_BK = torch.where(better_B1, torch.cat([part_MJ[prefix_B], last_B1], dim=1), best_BK)
         best_B1 = torch.where(better_B1, top_B1, best_B1)
     members_BN = torch.zeros_like(mask_BN).scatter(1, best_BK, True)
@@ -102,7 +104,7 @@ def _members(selection: LogdetSelection, mask_BN: Tensor) -> Tensor:
     return torch.zeros_like(mask_BN, dtype=torch.int64).scatter_add(1, selection.indices_BK, ones_BK) > 0
 
 
-def in_greedy_order(gram_BNN: Tensor, members_BN: Tensor, start: LogdetSelection) -> LogdetSelection:
+def in_greedy_order(gram_BNN: Tensor, members_BN: Tensor, start: LogdetSelection, resolution: float) -> LogdetSelection:
     """The selection of exactly these members; the bound and the ties stay those of the start."""
-    ordered = greedy_gram(gram_BNN, members_BN, start.indices_BK.shape[1], certify=False)
+    ordered = greedy_gram(gram_BNN, members_BN, start.indices_BK.shape[1], False, resolution)
     return ordered._replace(upper_bound_B=start.upper_bound_B, ties_B=start.ties_B)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from massdpo.errors import UserError
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.arguments import check_exact, check_finite, check_name, factor, selectable
+from massdpo.selection.logdet.arguments import check_exact, check_name, check_rows_finite, factor, selectable
 from massdpo.selection.logdet.design import inner_products
-from massdpo.selection.logdet.greedy import LogdetSelection, greedy, greedy_gram, rows
+from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, greedy, greedy_gram, rows
 from massdpo.selection.logdet.search import enumerate_all, exchange, in_greedy_order
 
 SOLVERS = ("greedy", "swap", "exact")
@@ -24,12 +24,14 @@ def select_logdet(
     mask_BN: Tensor | None = None,
     solver: str = "greedy",
     certify: bool = True,
+    resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
     """Choose k rows a prompt that maximise log det(ridge I + scale sum_{i in S} v_i v_i^T).
 
     `ridge` and `scale` are numbers or `(B,)`; only candidates where `mask_BN` is True can be selected (all by default).
     `greedy` is within 1 - 1/e of the best log-det above the empty set's (Nemhauser et al. 1978), `swap` improves it by
-    single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. Of candidates that gain alike the first is taken.
+    single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. `resolution` is the relative precision of the inner
+    products: of candidates that gain alike within it, the first is taken.
     `certify=False` leaves the upper bound out.
     Raises UserError for an unknown solver, a ridge that is not positive, too many subsets for `exact`, or vectors that
     are not finite, naming their rows.
@@ -37,7 +39,7 @@ def select_logdet(
     check_name("solver", solver, SOLVERS)
     pool = vectors_BND.shape[1]
     if pool <= limits.DENSE_POOL:
-        return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver, certify)
+        return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver, certify, resolution)
     if solver != "greedy":
         raise UserError(
             f"solver={solver} needs all inner products, a pool of {pool:,} is above its limit of "
@@ -52,8 +54,8 @@ def select_logdet(
 
     diagonal_BN = vectors.square().sum(-1) * factor_B[:, None]
     mask_BN = selectable(mask_BN, diagonal_BN)
-    check_finite(diagonal_BN.masked_fill(~mask_BN, 0.0))
-    return greedy(row, diagonal_BN, mask_BN, k, certify)
+    check_rows_finite(diagonal_BN.masked_fill(~mask_BN, 0.0))
+    return greedy(row, diagonal_BN, mask_BN, k, resolution, certify)
 
 
 def select_logdet_gram(
@@ -64,6 +66,7 @@ def select_logdet_gram(
     mask_BN: Tensor | None = None,
     solver: str = "greedy",
     certify: bool = True,
+    resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
     """`select_logdet` from the inner products `v_i . v_j` alone."""
     check_name("solver", solver, SOLVERS)
@@ -71,18 +74,18 @@ def select_logdet_gram(
     if mask_BN is not None:
         gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
     mask_BN = selectable(mask_BN, gram_BNN[..., 0])
-    check_finite(gram_BNN)
-    start = greedy_gram(gram_BNN, mask_BN, k, certify)
+    check_rows_finite(gram_BNN)
+    start = greedy_gram(gram_BNN, mask_BN, k, certify, resolution)
     if certify and gram_BNN.shape[1] <= limits.DENSE_POOL:
         start = start._replace(upper_bound_B=torch.minimum(start.upper_bound_B, _eigenvalue_bound(gram_BNN, k)))
     if solver == "greedy":
         return start
     if solver == "swap":
-        members_BN = exchange(gram_BNN, mask_BN, start)
-        return in_greedy_order(gram_BNN, members_BN, start)
+        members_BN = exchange(gram_BNN, mask_BN, start, resolution)
+        return in_greedy_order(gram_BNN, members_BN, start, resolution)
     check_exact(int(mask_BN.sum(-1).max()), k)
-    members_BN = enumerate_all(gram_BNN, mask_BN, start)
-    best = in_greedy_order(gram_BNN, members_BN, start)
+    members_BN = enumerate_all(gram_BNN, mask_BN, start, resolution)
+    best = in_greedy_order(gram_BNN, members_BN, start, resolution)
     return best._replace(upper_bound_B=best.logdet_B)
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.arguments import check_exact, check_finite, check_name, factor, selectable
+from massdpo.selection.logdet.arguments import check_exact, check_name, check_rows_finite, factor, selectable
 from massdpo.selection.logdet.design import centre_gram
-from massdpo.selection.logdet.greedy import LogdetSelection, rows
+from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, rows
 from massdpo.selection.logdet.search import all_subsets
 
 
@@ -45,6 +45,7 @@ def select_subset_fisher(
     ridge: float | Tensor,
     mask_BN: Tensor | None = None,
     solver: str = "greedy",
+    resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
     """Choose k negatives a prompt that make `subset_fisher_logdet` large: greedily, or the best of all by `exact`.
 
@@ -53,18 +54,24 @@ def select_subset_fisher(
     check_name("solver", solver, ("greedy", "exact"))
     mask_BN = selectable(mask_BN, rewards_BC[:, 1:])
     real_BC = torch.nn.functional.pad(mask_BN, (1, 0), value=True)
-    check_finite(gram_BCC.masked_fill(~(real_BC[:, :, None] & real_BC[:, None, :]), 0.0))
-    check_finite(rewards_BC.masked_fill(~real_BC, 0.0))
+    check_rows_finite(gram_BCC.masked_fill(~(real_BC[:, :, None] & real_BC[:, None, :]), 0.0))
+    check_rows_finite(rewards_BC.masked_fill(~real_BC, 0.0))
     if solver == "exact":
         check_exact(int(mask_BN.sum(-1).max()), k)
         members_BN = _enumerate_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)
         best = _greedy_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, members_BN)
         return best._replace(upper_bound_B=best.logdet_B)
-    return _greedy_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)
+    return _greedy_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN, resolution)
 
 
 def _greedy_subset_fisher(
-    gram_BCC: Tensor, rewards_BC: Tensor, beta: float, k: int, ridge: float | Tensor, mask_BN: Tensor
+    gram_BCC: Tensor,
+    rewards_BC: Tensor,
+    beta: float,
+    k: int,
+    ridge: float | Tensor,
+    mask_BN: Tensor,
+    resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
     batch, pool = mask_BN.shape
     taken_BJ = torch.zeros(batch, 0, dtype=torch.int64, device=mask_BN.device)
@@ -78,7 +85,7 @@ def _greedy_subset_fisher(
         value_BN = subset_fisher_logdet(gram_BCC, rewards_BC, beta, ridge, subsets_BNJ)
         value_BN = value_BN.masked_fill(~available_BN, -math.inf)
         best_B = value_BN.amax(-1)
-        tied_BN = value_BN >= (best_B - 1e-10 * (1.0 + best_B.abs()))[:, None]
+        tied_BN = value_BN >= (best_B - (1e-10 + resolution) * best_B.abs())[:, None]
         index_B1 = tied_BN.to(torch.uint8).argmax(-1, keepdim=True)
         real_B = count_B > step
         reached.append(torch.where(real_B, best_B, reached[-1]))

@@ -1,0 +1,81 @@
+"""The command: `python run.py`, `massdpo` and `python -m massdpo` alike. Composes the config and hands it to tasks."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+
+# Hydra would print several lines and exit with 1 for any failure; with this set, it lets us see the exception instead.
+os.environ["HYDRA_FULL_ERROR"] = "1"
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+import massdpo
+from massdpo.config import explain, without_secrets
+from massdpo.config.options import on_search_path, root
+from massdpo.errors import UserError
+
+MAIN_PROCESS = os.getpid()
+FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
+
+on_search_path()
+
+
+@hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
+def job(config: DictConfig) -> None:
+    from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
+
+    try:
+        run(config)
+    except UserError as error:
+        say(f"error: {error}")
+        if config.debug:
+            say(traceback.format_exc())
+        failed(2, error)
+    except Exception as error:
+        say(traceback.format_exc())
+        failed(1, error)
+
+
+def say(text: str) -> None:
+    print(without_secrets(text.rstrip()), file=sys.stderr)
+
+
+def failed(code: int, error: Exception) -> None:
+    """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
+    if os.getpid() != MAIN_PROCESS:
+        raise error
+    FAILURES.append(code)
+
+
+def main() -> int:
+    """Run the command line's jobs; returns the exit code: 0, 1 (a defect), 2 (a mistake in what was asked), 130."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"massdpo {massdpo.__version__}")
+        return 0
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # for a `_target_` of one's own, wherever the command is installed
+    try:
+        job()
+    except UserError:  # told when it happened
+        return 2
+    except (HydraException, OmegaConfBaseException) as error:
+        say(f"error: {explain(error)}")
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
+        say(f"error: {explain(error)}")
+        return 2
+    except Exception:  # a launcher's process told it when it happened
+        return 1
+    return max(FAILURES, default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Rows that are longer than the model reads: the oldest of their history goes, and if that is not enough, what the user
+chose: the run stops with all of them named, they are left out, or they are cut.
+
+Suffixes: B examples of a split.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from massdpo.data.encode import Encoder
+from massdpo.data.ragged import Ragged
+from massdpo.data.schema import PreferenceExample
+from massdpo.errors import UserError
+
+Counts = NDArray[np.int64]
+
+NAMED = 5  # rows that a line names
+
+
+def shortened(
+    examples: Sequence[PreferenceExample], encoder: Encoder, longest_B: Counts, max_length: int
+) -> tuple[list[tuple[NDArray[np.int32], str]], int]:
+    """Prompts with as few of the oldest items left out as will do, as ids and as text; how many items that were.
+
+    One that does not fit is without any history then.
+    """
+    names = [example.id for example in examples]
+    cut = _history_to_cut(examples, encoder, max_length - longest_B)
+    texts = [encoder.rendered(*pair) for pair in zip(examples, cut, strict=True)]
+    return list(zip(encoder.prompts(texts, names), texts, strict=True)), sum(cut)
+
+
+def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: Counts) -> list[int]:
+    """The fewest oldest items to leave out so that each prompt fits its room, by bisection of all at once."""
+    low = [0] * len(examples)
+    high = [len(example.history) for example in examples]
+    while rows := [row for row in range(len(examples)) if low[row] < high[row]]:
+        middle = [(low[row] + high[row]) // 2 for row in rows]
+        asked = [examples[row] for row in rows]
+        rendered = [encoder.rendered(*pair) for pair in zip(asked, middle, strict=True)]
+        names = [example.id for example in asked]
+        for row, cut, prompt in zip(rows, middle, encoder.prompts(rendered, names), strict=True):
+            if len(prompt) <= room_B[row]:
+                high[row] = cut
+            else:
+                low[row] = cut + 1
+    return high
+
+
+def named(
+    examples: Sequence[PreferenceExample],
+    rows: Counts,
+    prompt_B: Counts,
+    longest_B: Counts,
+) -> str:
+    """Rows by file and line, with the tokens of each one's prompt and longest response."""
+    some = [examples[row] for row in rows[:NAMED].tolist()]
+    places = [
+        f"{example.where or example.id} ({prompt_B[row]} + {longest_B[row]} tokens)"
+        for row, example in zip(rows.tolist(), some, strict=False)
+    ]
+    more = f" and {len(rows) - len(some)} more" if len(rows) > len(some) else ""
+    return f"{len(rows)} of {len(examples)} rows, {', '.join(places)}{more}"
+
+
+def refusal(told: str, rows: Counts, total_B: Counts, max_length: int) -> UserError:
+    return UserError(
+        f"prompt (without its history) and longest response of {told}, exceed max_length={max_length}: raise it to at "
+        f"least {total_B[rows].max()} (if the model allows), shorten them, or set dataset.long_rows=skip or truncate"
+    )
+
+
+def truncated_responses(rows: Counts, candidates: Ragged, responses: Ragged, max_length: int) -> tuple[Ragged, Ragged]:
+    """Candidates and responses, of which these rows have none longer than half of `max_length`: the end is cut off.
+
+    EOS stays, and rows that share such a response and fit keep it whole.
+    """
+    half = max_length // 2
+    place, cut = candidates.flat.copy(), dict[int, int]()
+    parts = [responses.flat]
+    for row in rows.tolist():
+        for slot in range(candidates.offsets[row], candidates.offsets[row + 1]):
+            ids = responses[int(candidates.flat[slot])]
+            if len(ids) > half:
+                if candidates.flat[slot] not in cut:
+                    cut[candidates.flat[slot]] = len(responses) + len(cut)
+                    parts.append(np.concatenate([ids[: half - 1], ids[-1:]]))
+                place[slot] = cut[candidates.flat[slot]]
+    ends = responses.offsets[-1] + half * np.arange(1, len(cut) + 1)
+    return Ragged(place, candidates.offsets), Ragged(np.concatenate(parts), np.concatenate([responses.offsets, ends]))
+
+
+def truncated_prompt(ids: NDArray[np.int32], room: int, bos: int | None) -> NDArray[np.int32]:
+    """The end of a prompt, with BOS if it has one."""
+    start = ids[:1] if len(ids) > room and ids[0] == bos else ids[:0]
+    return np.concatenate([start, ids[len(start) :][-(room - len(start)) :]])

@@ -1,0 +1,62 @@
+"""What decides a run's numbers, as keys: equal keys, equal numbers.
+
+Decided by: the code (the package's modules that can change a number, and the files of classes from outside it), the
+data as tokens, the start weights with their model's configuration, and the options. Each key that a cache or a run
+goes by is made here, the later ones from the earlier: the SFT start's, the reference's, the run's.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from massdpo.config import identity
+from massdpo.model.save import weights_digest
+from massdpo.store import MANIFEST, digest, package_code, target_code
+
+NOT_OF_THE_START = ("preference", "generate", "save_policy")  # options of the trainer that come after the SFT start
+BY_CONTENT = ("dataset", "model")  # groups whose outcome has a key of its own
+OF_OTHER_TASKS = ("task", "in", "split", "study")
+
+
+def model_key(model: nn.Module) -> str:
+    """Start weights, and the configuration that says what is computed with them."""
+    config = json.loads(model.config.to_json_string(use_diff=False))  # type: ignore[union-attr, operator]
+    told = {"_name_or_path", "_commit_hash", "transformers_version"}
+    return digest(weights_digest(model), {name: value for name, value in config.items() if name not in told})
+
+
+def start_key(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator) -> str:
+    """The SFT start's: the same for every selector, loss, k and beta. `weights` is the `model_key`."""
+    trainer = identity(config)["trainer"]
+    options = {name: value for name, value in trainer.items() if name not in NOT_OF_THE_START}
+    # The number of threads changes last digits, and a start of other threads would change a repeated run's.
+    machine = accelerator.device.type, accelerator.num_processes, torch.get_num_threads()
+    return digest(package_code(), target_code(_node(config.model)), data_key, weights, options, config.seed, machine)
+
+
+def reference_key(config: DictConfig, start: Path) -> str:
+    """The reference log-probs': those of the policy in the folder `start`, on the rows that are trained on."""
+    files = json.loads((start / MANIFEST).read_text(encoding="utf-8"))
+    files.pop("start.json", None)  # how long it took
+    return digest(start.name, files, config.trainer.preference.limit, config.dataset.seed)
+
+
+def run_parts(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator) -> dict[str, str]:
+    """The run's, part by part, so that a run can say which of them it found otherwise; `weights` is the `model_key`."""
+    options = {name: value for name, value in identity(config).items() if name not in (*BY_CONTENT, *OF_OTHER_TASKS)}
+    return {
+        "options": digest(options, config.dataset.seed),
+        "code": digest(package_code(), target_code([_node(config[part]) for part in ("model", "selector", "loss")])),
+        "data": data_key,
+        "model": weights,
+        "number of processes": str(accelerator.num_processes),
+    }
+
+
+def _node(node: DictConfig) -> Any:
+    return OmegaConf.to_container(node, resolve=True)

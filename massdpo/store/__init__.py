@@ -1,0 +1,33 @@
+"""What is kept on a disk and found again: content keys, files and folders that appear whole, a shared cache."""
+
+from massdpo.store.code import package_code, target_code
+from massdpo.store.content import digest, file_digest, keyed_seed
+from massdpo.store.files import replacing, write_json, write_text, writing
+from massdpo.store.folders import (
+    MANIFEST,
+    Cache,
+    acquire,
+    build_folder,
+    is_whole,
+    remove_unfinished,
+    set_aside,
+)
+
+__all__ = [
+    "MANIFEST",
+    "Cache",
+    "acquire",
+    "build_folder",
+    "digest",
+    "file_digest",
+    "is_whole",
+    "keyed_seed",
+    "package_code",
+    "remove_unfinished",
+    "replacing",
+    "set_aside",
+    "target_code",
+    "write_json",
+    "write_text",
+    "writing",
+]

@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from massdpo.errors import UserError
+
+
+def name_beside(path: Path) -> Path:
+    """A hidden name in the same folder, for what is not finished yet."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to; it takes `path`'s place once written, or disappears on an error.
+
+    A link is followed and stays. What is there and no regular file (a device, a pipe) is yielded itself.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = name_beside(path)
+    try:
+        beside.touch(exist_ok=False)
+        yield beside
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# How Rust (safetensors, tokenizers), NumPy and PyTorch tell that a disk takes no more.
+TOLD_OTHERWISE = re.compile(r"\(os error (\d+)\)|requested and \d+ written|inline_container")
+
+
+@contextmanager
+def writing(place: Path, remedy: str) -> Iterator[None]:
+    """Tell in one line (`place`, why, `remedy`) what a full disk or a folder that cannot be written raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if why := _why_not_written(error, place):
+            raise UserError(f"{place} cannot be written ({why}): {remedy}") from error
+        raise
+
+
+def _why_not_written(error: Exception, place: Path) -> str | None:
+    """None where the error is about something else, such as a file that cannot be read."""
+    if isinstance(error, OSError) and error.errno is not None:
+        there, asked = os.path.abspath(place), os.path.abspath(error.filename or "/dev/null")
+        ours = asked.startswith(there) or there.startswith(asked)
+        return error.strerror if ours or error.errno in FULL else None
+    if not (found := TOLD_OTHERWISE.search(str(error))):
+        return None
+    return os.strerror(int(found[1])) if found[1] else "a write was cut short"

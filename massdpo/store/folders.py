@@ -1,0 +1,181 @@
+"""Folders that appear whole or not at all, and a cache of them that parallel jobs compute once.
+
+A cached folder is built beside its place, checksummed, and renamed; a reader verifies the checksums, and a folder that
+does not match them is told, set aside and built again.
+"""
+
+import glob
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from massdpo.errors import UserError
+from massdpo.store.content import file_digest
+from massdpo.store.files import name_beside, write_json, writing
+
+MANIFEST = "manifest.json"
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<old>\.old)?")  # how `name_beside` names what is made there
+
+
+def acquire(lock: FileLock, waiting: Callable[[], str], meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Take the lock, however long that takes; after a second, say what is waited for, unless this job's own process.
+
+    `meanwhile` is called every few seconds of the wait.
+    """
+    holder = Path(lock.lock_file)
+    # torchrun starts the processes of one job side by side
+    job = f"{socket.gethostname()} {os.getppid() if 'RANK' in os.environ else os.getpid()}"
+    timeout = 1
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=timeout)
+        except Timeout:
+            if timeout == 1 and holder.read_text(encoding="utf-8") != job:
+                print(waiting(), file=sys.stderr)
+            timeout = 5
+            meanwhile()
+    with suppress(OSError):  # where a locked file cannot be written
+        holder.write_text(job, encoding="utf-8")
+
+
+class Cache:
+    """Folders under `root`, each named by kind and content key.
+
+    With `force`, none is believed that was not computed through this object.
+    """
+
+    def __init__(self, root: Path, force: bool = False):
+        self.root = root
+        self.force = force
+        self._renewed: set[Path] = set()
+
+    def path(self, kind: str, key: str) -> Path:
+        return self.root / kind / key
+
+    def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
+        """The folder for `key`, built by `build(empty_folder)` if it is not there yet, once by jobs side by side."""
+        if not self.believes(kind, key):
+            with self.lock(kind, key):
+                if not self.holds(kind, key):
+                    self.build(kind, key, build)
+        return self.path(kind, key)
+
+    def build(self, kind: str, key: str, build: Callable[[Path], None]) -> None:
+        """Build the folder for `key` anew; for who has the lock."""
+        with writing(self.root, "free some room or set cache_dir"):
+            build_folder(self.path(kind, key), build)
+        self._renewed.add(self.path(kind, key))
+
+    @contextmanager
+    def lock(self, kind: str, key: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Build the folder for `key` alone: others wait. The lock goes with its process, however that ends."""
+        place = self.path(kind, key)
+        with writing(self.root, "set cache_dir"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{place}.lock")
+            acquire(lock, lambda: f"another job computes {place}: waiting for it", meanwhile)
+        try:
+            remove_unfinished(place.parent, f"{key}.")
+            yield
+        finally:
+            lock.release()
+
+    def believes(self, kind: str, key: str) -> bool:
+        """Is the folder there and whole, and not to be computed again?"""
+        place = self.path(kind, key)
+        return not (self.force and place not in self._renewed) and is_whole(place)
+
+    def holds(self, kind: str, key: str) -> bool:
+        """As `believes`, and a damaged folder is set aside; only who has the lock may ask."""
+        place = self.path(kind, key)
+        if place.is_dir() and not is_whole(place):
+            set_aside(place)
+        return self.believes(kind, key)
+
+
+def set_aside(place: Path) -> None:
+    """Move a damaged folder out of the way, with a line that says so."""
+    aside = place.with_name(f"{place.name}.damaged.{secrets.token_hex(4)}")
+    os.replace(place, aside)
+    print(f"warning: {place} is damaged; it was set aside as {aside.name} and is computed again", file=sys.stderr)
+
+
+def remove_unfinished(folder: Path, prefix: str = "") -> None:
+    """Remove what `replacing` and `build_folder` had begun here when their process was killed; for who has the lock."""
+    for path in folder.glob(f".{glob.escape(prefix)}*"):
+        if not (found := UNFINISHED.fullmatch(path.name)):
+            continue
+        if found["old"] and not (place := folder / found["name"]).exists():
+            os.replace(path, place)  # the kill came between the two renames of `build_folder`
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def build_folder(place: Path, build: Callable[[Path], None]) -> None:
+    """Let `build` fill a folder beside `place`, write its manifest, and put it in `place`'s stead; links are followed.
+
+    Its files get the mode that the umask asks for, whatever wrote them: safetensors are their owner's alone otherwise.
+    """
+    place = place.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = name_beside(place)
+    old = beside.with_name(f"{beside.name}.old")  # removed last: a rename is quick, removing is not
+    try:
+        beside.mkdir()
+        build(beside)
+        write_json(beside / MANIFEST, {name: file_digest(beside / name) for name in _files(beside)})
+        for name in _files(beside):
+            (beside / name).chmod((beside / MANIFEST).stat().st_mode & 0o777)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(beside, place)
+    finally:
+        if old.exists() and not place.exists():  # stopped between the two renames
+            os.replace(old, place)
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+_COMPARED: dict[str, dict[str, tuple[int, int]]] = {}  # folders found whole, with their files' sizes and times then
+
+
+def is_whole(place: Path) -> bool:
+    """Does every file of the folder match its manifest, with none missing and none added?
+
+    Checksums are compared once in a process, as long as sizes and times stay. Raises `UserError` where a file is there
+    and cannot be read: that is no damage.
+    """
+    try:
+        manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
+        seen = {name: _size_and_time(place / name) for name in (*_files(place), MANIFEST)}
+        if _COMPARED.get(os.path.abspath(place)) == seen:
+            return True
+        whole: bool = manifest == {name: file_digest(place / name) for name in seen if name != MANIFEST}
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    except OSError as error:
+        raise UserError(f"{error.filename or place} cannot be read ({error.strerror}): ask who wrote it") from error
+    if whole:
+        _COMPARED[os.path.abspath(place)] = seen
+    return whole
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _files(folder: Path) -> list[str]:
+    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MANIFEST)
