@@ -192,10 +192,10 @@ def _number(value: float) -> str:
 PANELS: dict[str, tuple[str, dict[str, str]]] = {  # title -> stage, column of history.csv -> what the legend says
     "SFT: loss (nats)": ("sft", {"loss": "training"}),
     "SFT: validation": ("sft", {"val/accuracy": "accuracy", "val/mrr": "MRR"}),
-    "preference stage: log-prob (nats)": ("preference", {"chosen_logp": "chosen", "rejected_logp": "rejected"}),
-    "preference stage: loss": ("preference", {"loss": "training"}),
-    "preference stage: validation": ("preference", {"val/accuracy": "accuracy", "val/reward_accuracy": "reward accuracy"}),
-    "preference stage: margin (β·nats)": (
+    "preferences: log-prob (nats)": ("preference", {"chosen_logp": "chosen", "rejected_logp": "rejected"}),
+    "preferences: loss": ("preference", {"loss": "training"}),
+    "preferences: validation": ("preference", {"val/accuracy": "accuracy", "val/reward_accuracy": "reward accuracy"}),
+    "preferences: margin (β·nats)": (
         "preference",
         {"margin": "mean", "margin_max": "max", "val/margin": "mean, validation", "val/margin_max": "max, validation"},
     ),
