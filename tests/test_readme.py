@@ -104,7 +104,9 @@ def test_a_command_runs(command: str, desk: Path) -> None:
     if "sweep=mine" in command:  # the line below it in the README
         report = [sys.executable, "-m", "massdpo.report", "mine"]
         subprocess.run(report, cwd=desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
-        assert (desk / "results" / "index.html").exists() and "python -m massdpo.report mine" in LINES
+        assert (
+            desk / "results" / "runs" / "reports" / "index.html"
+        ).exists() and "python -m massdpo.report mine" in LINES
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
+from omegaconf import DictConfig
 
-from massdpo.config import without_secrets
+from massdpo.config import EXPECTED, run_name, without_secrets
 from massdpo.console import summary_table
 from massdpo.errors import UserError
 from massdpo.evaluation.metrics import GENERATION, METRICS
@@ -106,6 +107,15 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
         except OSError:  # a full disk: what stopped the run matters more
             print(f"warning: {folder / 'status.json'} could not be written either", file=sys.stderr)
         raise
+
+
+def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
+    """A run that a multirun expected, and that failed before its folder held anything, is told by `--status` too."""
+    if not (sweep / EXPECTED).exists():
+        return
+    folder = sweep / (config.get("name") or run_name(config))
+    if not (folder / "config.yaml").exists() and folder.name in (sweep / EXPECTED).read_text(encoding="utf-8"):
+        write_json(folder / "status.json", without_secrets({"status": "failed", "why": str(error)}))
 
 
 @contextmanager
