@@ -77,6 +77,9 @@ class Chosen(NamedTuple):
         return replace(view, x=x, group=group, figure="lines") if any(self) else view
 
 
+SUGGESTED = Chosen()
+
+
 def _all_sweeps(runs: Path, out: Path) -> list[str]:
     sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")}
     sweeps |= {path.parent.name for path in out.glob("*/rows.csv")}
@@ -188,7 +191,7 @@ def write_tables(folder: Path) -> tuple[Summary, Section]:
     return summary, Section(sweep, title, source(rows, view.rows_of or sweep), list(found.values()), pictures)
 
 
-def render(folder: Path, chosen: Chosen = Chosen()) -> Section:
+def render(folder: Path, chosen: Chosen = SUGGESTED) -> Section:
     """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
     summary, section = write_tables(folder)
     histories = folder / "histories.csv"

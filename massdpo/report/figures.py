@@ -61,7 +61,7 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
                     f"Over steps of the preference stage: {dataset}",
                     "Mean over seeds; band: lowest to highest seed.",
                 )
-                written.append(_save(curves, folder / f"{name}plots.curves", head, seeds))
+                written.append(_save(curves, folder / f"{name}_curves", head, seeds))
     return written
 
 

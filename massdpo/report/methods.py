@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from zlib import crc32
 
 GREY = "#6b6b6b"
-# Okabe and Ito's colours, safe for colour-blind readers
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, BROWN, BLACK = (
+COLOURS = (  # Okabe and Ito's, safe for colour-blind readers
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#000000"),
 )
+MARKERS = "osD^vP<X>*hp"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, BROWN, BLACK = COLOURS
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ METHODS = {  # in the order of tables
         *(
             GREY,
             "o",
-            "S-DPO (Softmax-DPO, arXiv 2406.09215): k random negatives, Plackett-Luce loss; not what TRL calls SDPO",
+            "S-DPO (Softmax-DPO, arXiv 2406.09215): k random negatives, Plackett-Luce loss; not TRL's SDPO",
         )
     ),
     "dpo": Method(SKY, "D", "DPO (arXiv 2305.18290): one random negative"),

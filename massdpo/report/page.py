@@ -72,7 +72,8 @@ def _section(part: Section) -> str:
         f"{len(table.lines)} lines</summary>{to_html(table)}</details>"
         for table in part.tables
     )
-    source = f"<details><summary>Where these numbers come from</summary><p class=note>{html.escape(part.source)}</p></details>"
+    source = f"<p class=note>{html.escape(part.source)}</p>"
+    source = f"<details><summary>Where these numbers come from</summary>{source}</details>"
     return f'<h2 id="{name}">{html.escape(part.title)}</h2>\n{figures}{tables}{source}\n'
 
 

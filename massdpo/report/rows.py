@@ -61,13 +61,12 @@ class Rows:
         frame = pd.concat([kept.assign(source=0), new.frame.assign(source=1)], ignore_index=True)
         frame = frame.sort_values("name", kind="stable", ignore_index=True)
         prompts: Prompts = {}
-        kept: list[Any]
         for key, rows in frame.groupby("prompts"):
             places = list(zip(rows["source"], rows["place"], strict=True))
             for field in FIELDS:
-                kept = [source.prompts.get(f"{key}/{field}") for source in (self, new)]
-                if all(kept[source] is not None for source, _ in places):
-                    prompts[f"{key}/{field}"] = np.stack([kept[source][place] for source, place in places])
+                arrays: list[Any] = [source.prompts.get(f"{key}/{field}") for source in (self, new)]
+                if all(arrays[source] is not None for source, _ in places):
+                    prompts[f"{key}/{field}"] = np.stack([arrays[source][place] for source, place in places])
         text = frame.drop(columns=["place", "source"]).to_csv(index=False)
         return Rows.parse(io.StringIO(text), prompts)
 

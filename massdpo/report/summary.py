@@ -67,9 +67,8 @@ def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] =
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
     absent = [metric for metric in metrics if metric not in frame]
     finished = rows.frame[rows.frame["status"] == "finished"]
-    odd = ~np.isfinite(finished[[name for name in present if name in rows.frame]].fillna(0)).all(axis=1)
-    written = finished[[name for name in present if name in rows.frame]].isna().any(axis=1)
-    names = finished.loc[odd | written, "name"].tolist()
+    measured = finished[[name for name in present if name in finished]].to_numpy(dtype=np.float64)
+    names = finished["name"][~np.isfinite(measured).all(axis=1)].tolist()  # NaN is written as an empty cell
     return Summary(cells, in_block, rows.axes, present, absent, unfinished, names, _sizes(rows))
 
 
