@@ -12,12 +12,12 @@ from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from massdpo.selection import Full, Mass, Random
-from massdpo.studies.features import features
-from massdpo.studies.loglinear import LoglinearWorld, loglinear, maximum_likelihood
-from massdpo.studies.optimality import optimality
-from massdpo.studies.pools import clustered_pools, mass_design, value_of
-from massdpo.studies.publish import with_interval
-from massdpo.studies.refresh import refresh as refresh_study
+from massdpo.tasks.studies.features import features
+from massdpo.tasks.studies.loglinear import LoglinearWorld, loglinear, maximum_likelihood
+from massdpo.tasks.studies.optimality import optimality
+from massdpo.tasks.studies.pools import clustered_pools, mass_design, value_of
+from massdpo.tasks.studies.publish import with_interval
+from massdpo.tasks.studies.refresh import refresh as refresh_study
 from massdpo.tensors import Batch
 
 

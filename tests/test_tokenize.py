@@ -171,6 +171,24 @@ def test_what_cannot_fit_is_refused_by_name():
         tokenize_split([example("what?", "green hill " * 20)], TOKENIZER, 20)
 
 
+@pytest.mark.parametrize("template", [False, True])
+def test_prompts_that_carry_the_tokenizers_own_markup_are_told(template):
+    tokenizer = bpe()
+    tokenizer.chat_template = CHAT
+    rows = [example("<s>what?", "green", row=0), example("what?", "green", row=1)]
+    (told,) = [line for line in tokenize_split(rows, tokenizer, 100, template).warnings if "markup" in line]
+    assert told.startswith("1 of 2 prompts") and ("chat_template=false" in told) == template
+
+
+def test_texts_are_joined_as_they_stand():
+    """A space joins two texts only where neither brings one; every token stands for what was given."""
+    rows = [("what?", "green"), ("what?\n", "green"), ("what? ", "blue"), ("def f():\n", "    return"), ("a", "\tb")]
+    split = tokenize_split([example(*texts, row=row) for row, texts in enumerate(rows)], TOKENIZER, 100)
+    for (prompt, response), item in zip(rows, split, strict=True):
+        whole = TOKENIZER.decode(item.prompt_ids[1:] + item.response_ids[0][:-1])
+        assert whole == prompt + (" " if (prompt, response) == ("what?", "green") else "") + response
+
+
 def test_rows_that_are_too_long_are_all_named_or_left_out_or_cut():
     """What is left out leaves the others as they are without it; what is cut is a beginning or an end of the whole."""
     rows = [example(f"number {row}?", "green hill", "blue", row=row) for row in range(9)]

@@ -50,16 +50,13 @@ class Setting:
     k: int = 4
     prompts: int = 8
     tied: bool = False
-    dtype: str = "float32"  # bfloat16: autocast over float32 weights, on a GPU
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.dtype == "bfloat16" else "cpu"
+    dtype: str = "float32"  # bfloat16: autocast over float32 weights
+    device: str = "cpu"
 
 
 CPU = Setting()
 GPU = Setting(
-    16, 2048, 8192, 32, 8, 128_256, prompt=512, negatives=19, prompts=4, dtype="bfloat16"
+    16, 2048, 8192, 32, 8, 128_256, prompt=512, negatives=19, prompts=4, dtype="bfloat16", device="cuda"
 )  # unmeasured so far
 
 GROWTH: dict[str, tuple[int, ...]] = {
@@ -249,8 +246,8 @@ def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     Six operations a weight and token, forward and backward: the layers for each token fed, the output matrix for each
     token scored.
     """
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    size = 8192 if setting.device == "cuda" else 512
+    left, right = (torch.randn(size, size, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * size**3 / min(measure.alternate({"matmul": lambda: left @ right}, rounds=20, warmup=5)["matmul"])
     key_value_width = setting.width * setting.key_value_heads // setting.heads
     layers = setting.layers * (
@@ -267,7 +264,8 @@ def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
             ("packed", shared, 1 + count * (setting.response - 1)),
         ):
             operations = 6 * setting.prompts * (fed * layers + scored * head)
-            found[f"{side}_{way}"] = operations / seconds[f"{side}_{way}"] / rate
+            if (name := f"{side}_{way}") in seconds:
+                found[name] = operations / seconds[name] / rate
     return found
 
 

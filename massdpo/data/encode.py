@@ -5,6 +5,7 @@ two sides are tokenised apart, so that every response follows the very same prom
 prompt is a user message, its rendering brings BOS, and no space joins the two.
 """
 
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +47,11 @@ class Encoder:
             return prompt
         messages: list[dict[str, Any]] = example.meta.get("messages") or [{"role": "user", "content": prompt}]
         return chat.rendered(self.tokenizer, messages, example.id)
+
+    def marks(self) -> re.Pattern[str]:
+        """The tokenizer's own markup: what it reads as special tokens wherever it stands in a text."""
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
 
     def joined(self, rendered: str, response: str) -> str:
         """The response as it follows the rendered prompt: with the space that joins the two, if one does."""

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from massdpo.data.containers import SUFFIXES, Reading, Row, read_rows
+from massdpo.data.text import reading_errors
 from massdpo.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -79,10 +80,14 @@ class Source:
     @cached_property
     def found(self) -> dict[str, list[Path]]:
         """The files of every split, by the name that it has here."""
-        if not self.place.exists():
-            raise UserError(f"{self.place} cannot be read: No such file or directory")
-        if self.place.is_file():
-            return {"train": [self.place]}
+        shown = str(self.place) if str(self.place).isprintable() else repr(str(self.place))
+        with reading_errors(shown):
+            if not self.place.exists():
+                raise UserError(f"{shown} cannot be read: No such file or directory")
+            if self.place.is_file():
+                return {"train": [self.place]}
+            if not self.place.is_dir():
+                raise UserError(f"{shown} cannot be read: neither a file nor a folder")
         parts = self._saved() or self._by_card() or self._by_name()
         for files in parts.values():
             for file in files:

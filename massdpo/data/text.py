@@ -23,7 +23,9 @@ def normalise(text: str) -> str:
 
 
 def opened(path: Path) -> io.BufferedReader:
-    """The bytes of a file, decompressed where its name ends in .gz or .zst."""
+    """The bytes of a file, decompressed where its name ends in .gz or .zst; of standard input where it is `-`."""
+    if str(path) == "-":
+        return open(0, "rb", closefd=False)  # as it is: a socket cannot be opened again by a name
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path))
     if path.suffix == ".zst":
@@ -34,7 +36,7 @@ def opened(path: Path) -> io.BufferedReader:
 
 
 @contextmanager
-def reading_errors(path: Path) -> Iterator[None]:
+def reading_errors(path: Path | str) -> Iterator[None]:
     """Tells in one line what goes wrong while a file is read: it is missing, a folder, or damaged."""
     try:
         yield

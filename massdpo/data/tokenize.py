@@ -104,10 +104,13 @@ def tokenize_split(
     owner: list[str] = []  # the example that it was first seen in
     joints: dict[str, int] = {}  # every distinct end of a prompt
     place_X, offsets, joint_B = array("i"), array("q", [0]), array("i")
+    marks, marked = encoder.marks(), 0
 
     def rendered() -> Iterator[str]:
+        nonlocal marked
         for example in examples:  # one pass: a split may be read from the disk
             text = encoder.rendered(example)
+            marked += marks.search(example.prompt) is not None
             ids.append(example.id)
             joint_B.append(joints.setdefault(last_word(text), len(joints)))
             for response in (encoder.joined(text, each) for each in (example.chosen, *example.pool)):
@@ -164,6 +167,8 @@ def tokenize_split(
         "history_items_cut": items_cut,
         "boundary_differences": differences,
         "chosen_tokens_in_pool": in_pool,
+        "prompts_with_markup": 0 if chat_template else marked,
+        "prompts_with_markup_twice": marked if chat_template else 0,
         "longest_prompt": int(prompts.lengths.max(initial=0)),
         "longest_response": int(longest_B.max(initial=0)),
         "longest_total": int((prompts.lengths + longest_B).max(initial=0)),

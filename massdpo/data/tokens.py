@@ -79,6 +79,9 @@ class TokenizedSplit(Sequence[TokenizedExample]):
             "with its prompt: the model sees a joint it did not see in plain text",
             "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
             "it cannot be told from the chosen one",
+            "prompts_with_markup": "of {examples} prompts carry the tokenizer's own markup, which is read as such",
+            "prompts_with_markup_twice": "of {examples} prompts carry the tokenizer's own markup inside what the chat "
+            "template puts around them: leave one of the two out (trainer.chat_template=false)",
         }
         return [
             *self.notes,

@@ -82,7 +82,7 @@ def _figure(figure: Path, part: Section) -> str:
     name, picture = html.escape(figure.stem), base64.b64encode(figure.with_suffix(".svg").read_bytes()).decode()
     return (
         f'<figure id="figure-{name}"><a class=close href="#{html.escape(part.sweep)}">close ✕</a>'
-        f'<a href="#figure-{name}"><img loading="lazy" alt="{html.escape(part.title)}: {name}" '
+        f'<a href="#figure-{name}"><img alt="{html.escape(part.title)}: {name}" '
         f'src="data:image/svg+xml;base64,{picture}"></a></figure>\n'
     )
 

@@ -87,7 +87,7 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
                 axis.plot(x, y, markersize=5, **_looks(label))
             random = part[part["label"].isin(BASELINES)]["mean"].tolist()
             if differences or len(random) == 1:
-                axis.axvline(0 if differences else random[0], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+                axis.axvline(0 if differences else random[0], color=GREY, linewidth=1, linestyle="--", zorder=1)
             axis.set_xlabel(f"Δ {axis_name(metric)}" if differences else axis_name(metric))
             if not differences:
                 _bounded((axis.get_xlim, axis.set_xlim), metric)

@@ -47,19 +47,19 @@ def study(config: DictConfig) -> None:
 
 
 def _study_optimality(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.optimality import optimality  # seconds: tables and figures
+    from massdpo.tasks.studies.optimality import optimality  # seconds: tables and figures
 
     optimality(out)
 
 
 def _study_loglinear(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.loglinear import loglinear
+    from massdpo.tasks.studies.loglinear import loglinear
 
     loglinear(out)
 
 
 def _study_refresh(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.refresh import refresh
+    from massdpo.tasks.studies.refresh import refresh
 
     def run(kind: str, seed: int) -> Mapping[str, float]:
         folder = pipeline.train(_run_of(config, refresh=kind, seed=seed))
@@ -70,7 +70,7 @@ def _study_refresh(config: DictConfig, out: Path) -> None:
 
 
 def _study_features(config: DictConfig, out: Path) -> None:
-    from massdpo.studies.features import features
+    from massdpo.tasks.studies.features import features
 
     accelerator = launch.start(config)
     if not config.trainer.save_policy:

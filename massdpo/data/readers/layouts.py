@@ -136,13 +136,13 @@ class Layout:
         before = [{"role": "system", "content": system}] if system.strip() else []
         if isinstance(value, list) or is_message(value):
             messages = checked_messages(where, "prompt", value, self.told)
-            self.told["inputs_beside_messages_ignored"] += "context" in parts
+            self.told["inputs_beside_messages_ignored"] += bool(parts.get("context"))
             if messages[-1]["role"] == "assistant":
                 raise UserError(f'{where}: "prompt" ends with a message of the assistant: the response would follow it')
             return "", messages if messages[0]["role"] == "system" else before + messages
         text = self._text(where, "prompt", value)
-        if "context" in parts:
-            text = f"{text}\n{self._text(where, 'input', parts['context'])}"
+        if context := self._text(where, "input", parts.get("context", "")):
+            text = f"{text}\n{context}"
         if not before:
             return text, dialogue(text)
         return "", [*before, *(dialogue(text) or [{"role": "user", "content": text}])]

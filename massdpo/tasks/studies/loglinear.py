@@ -15,8 +15,8 @@ from torch import Tensor
 
 from massdpo.selection import Adpo, Full, Hardest, Mass, Random, Selector
 from massdpo.store import keyed_seed
-from massdpo.studies.pools import clustered_pools, pools_of
-from massdpo.studies.publish import panels, publish, style, with_interval
+from massdpo.tasks.studies.pools import clustered_pools, pools_of
+from massdpo.tasks.studies.publish import panels, publish, style, with_interval
 
 CASE = ["rounds", "prompts", "k"]
 MEASURED = {"max_error": "maximum relative logit error", "mean_error": "mean relative logit error"}

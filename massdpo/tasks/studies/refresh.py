@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from massdpo.report.methods import COLOURS, GREY
-from massdpo.studies.publish import panels, publish, with_interval
+from massdpo.tasks.studies.publish import panels, publish, with_interval
 
 KINDS = ("once", "epoch", "step")
 

@@ -17,8 +17,8 @@ from massdpo.model.features import FEATURES, projected_gradients
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Mass, Random, logdet, overlap
 from massdpo.store import keyed_seed
-from massdpo.studies.pools import mass_design, value_of
-from massdpo.studies.publish import panels, publish, style, with_interval
+from massdpo.tasks.studies.pools import mass_design, value_of
+from massdpo.tasks.studies.publish import panels, publish, style, with_interval
 from massdpo.tensors import Batch, PoolStatistics
 
 SKETCH = 4_096  # numbers that a gradient is projected to: inner products to about 1.6% of the norms

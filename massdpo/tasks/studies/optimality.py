@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 
 from massdpo.report.methods import COLOURS
 from massdpo.selection import Random, logdet
-from massdpo.studies.pools import clustered_pools, mass_design, value_of
-from massdpo.studies.publish import panels, publish, style, with_interval
+from massdpo.tasks.studies.pools import clustered_pools, mass_design, value_of
+from massdpo.tasks.studies.publish import panels, publish, style, with_interval
 
 LINES: dict[str, Any] = {"greedy": "-", "swap": "--"}
 

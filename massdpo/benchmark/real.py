@@ -1,0 +1,160 @@
+"""Real weights on a CPU: where selection saves time and memory, and where it only improves what is learned.
+
+SmolLM2-135M in bfloat16, each step forward and backward. Short answers behind long prompts are multiple choice and
+recommendation; long answers are chat. `python -m massdpo.benchmark.real SIDE SETTING` measures one side's memory.
+
+Suffixes: B prompts, P prompt tokens, T response tokens, L tokens of a row.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from transformers import PreTrainedModel
+
+from massdpo.benchmark import measure
+from massdpo.benchmark.engine import Setting, autocast, build_batch, build_model, build_sides
+from massdpo.config import compose
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs import machine
+from massdpo.store import Cache, write_json, write_text
+
+SIDES = {
+    "sft_plain": "SFT, the plain Hugging Face step",
+    "sft": "SFT",
+    "random_packed": "random k",
+    "mass": "MASS, selected at this step",
+    "full_packed": "full pool",
+    "pool": "scoring the pool, no gradients",
+}
+KEPT_IN_MEMORY = ("random_packed", "mass", "full_packed")
+AT_MOST = {"sft_over_plain": 1.1, "mass_over_random": 1.25}  # goals where responses are short
+SHORT = [Setting(prompt=prompt, response=4, negatives=20, k=4, prompts=8, dtype="bfloat16") for prompt in (110, 300)]
+LONG = [
+    Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=2, dtype="bfloat16")
+    for response in (64, 256)
+    for negatives in (8, 20)
+]
+
+
+def load(model: str, setting: Setting) -> tuple[PreTrainedModel, Setting]:
+    """The model of that name in conf/model, with its vocabulary; random weights in the setting's shape for no name."""
+    if not model:
+        return build_model(setting), setting
+    config = compose([f"model={model}"])
+    loaded, _ = instantiate(config.model).load([], 0, Cache(Path(config.cache_dir)))
+    return loaded, replace(setting, vocabulary=loaded.config.vocab_size)
+
+
+def sides_of(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[], object]]:
+    batch, scorer = build_batch(setting), PreferenceScorer(model, "mean", layout="packed")
+    chosen = batch.chosen_only()
+    ids_BL = torch.cat([chosen.prompt_ids_BP, chosen.response_ids_BCT[:, 0]], dim=1)
+    labels_BL = ids_BL.clone()
+    labels_BL[:, : setting.prompt] = -100
+
+    def sft_plain() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(setting):
+            output = model(input_ids=ids_BL, attention_mask=torch.ones_like(ids_BL), labels=labels_BL, use_cache=False)
+        output.loss.backward()
+
+    def sft() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(setting):
+            scores = scorer(chosen).scores
+        (-scores.mean_logp_BC).mean().backward()
+
+    def pool() -> None:
+        with torch.no_grad(), autocast(setting):
+            scorer(batch)
+
+    ours = {"sft_plain": sft_plain, "sft": sft, "pool": pool, **build_sides(setting, model)}
+    return {side: ours[side] for side in SIDES}
+
+
+def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
+    """Medians of a setting's sides in alternation, their ratios, and the memory of each in a fresh process."""
+    model, setting = load(model_name, setting)
+    seconds = measure.medians(measure.alternate(sides_of(model, setting), rounds))
+    arguments = model_name, json.dumps(asdict(setting))
+    memory = {side: int(measure.fresh_process(__name__, side, *arguments)) for side in KEPT_IN_MEMORY}
+    whole = (1 + setting.negatives) * (setting.prompt + setting.response)
+    return {
+        "prompt": setting.prompt,
+        "response": setting.response,
+        "negatives": setting.negatives,
+        "k": setting.k,
+        "prompts": setting.prompts,
+        "seconds": seconds,
+        "peak_bytes": memory,
+        "sft_over_plain": seconds["sft"] / seconds["sft_plain"],
+        "mass_over_random": seconds["mass"] / seconds["random_packed"],
+        "full_over_mass": seconds["full_packed"] / seconds["mass"],
+        "full_over_mass_memory": memory["full_packed"] / max(1, memory["mass"]),
+        "pool_share_of_mass": seconds["pool"] / seconds["mass"],
+        "token_bound": whole / (setting.prompt + (1 + setting.negatives) * setting.response),
+    }
+
+
+def run(
+    out: Path,
+    model: str = "smollm2_135m_q4",
+    short: list[Setting] = SHORT,
+    long: list[Setting] = LONG,
+    rounds: int = 5,
+) -> None:
+    """Measure everything and write `real.json` and `real.md` into `out`; long responses get three rounds at most."""
+    rows = [measured(model, setting, rounds) for setting in short]
+    rows += [measured(model, setting, min(rounds, 3)) for setting in long]
+    report = {
+        "model": model,
+        "dtype": short[0].dtype,
+        "goals": {"at_most": AT_MOST},
+        "short": rows[: len(short)],
+        "long": rows[len(short) :],
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+    }
+    write_json(out / "real.json", report)
+    write_text(out / "real.md", markdown(report))
+    print(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Every number of the report as Markdown tables."""
+    rows = [*report["short"], *report["long"]]
+    places = [f"{row['prompt']} + {row['response']}, N={row['negatives']}, batch {row['prompts']}" for row in rows]
+    head = ["| step, s | " + " | ".join(places) + " |", "|---" * (1 + len(rows)) + "|"]
+    lines = list(head)
+    for side, meaning in SIDES.items():
+        lines.append(f"| {meaning} | " + " | ".join(f"{row['seconds'][side]:.2f}" for row in rows) + " |")
+    lines += ["", head[0].replace("step, s", "extra peak memory, GB"), head[1]]
+    for side in KEPT_IN_MEMORY:
+        lines.append(f"| {SIDES[side]} | " + " | ".join(f"{row['peak_bytes'][side] / 1e9:.2f}" for row in rows) + " |")
+    lines += ["", head[0].replace("step, s", "ratio"), head[1]]
+    ratios = {
+        "sft_over_plain": "SFT over plain SFT",
+        "mass_over_random": "MASS over random k",
+        "full_over_mass": "full pool over MASS",
+        "full_over_mass_memory": "full pool over MASS, memory",
+        "pool_share_of_mass": "scoring the pool, share of MASS",
+        "token_bound": "tokens that sharing prompts saves, at most (times)",
+    }
+    for name, meaning in ratios.items():
+        lines.append(f"| {meaning} | " + " | ".join(f"{row[name]:.2f}" for row in rows) + " |")
+    goals = ", ".join(f"{ratios[name]} at most {goal:g}" for name, goal in AT_MOST.items())
+    where = f"Model: {report['model'] or 'random weights'}, {report['dtype']}. Goals for short responses: {goals}."
+    machine_words = machine.in_words(report["machine"])
+    return "\n".join([*lines, "", where, f"Machine: {machine_words}.", f"Commit: {report['commit']}.", ""])
+
+
+if __name__ == "__main__":  # the memory of one side, in a process of its own
+    side, name, shape = sys.argv[1], sys.argv[2], Setting(**json.loads(sys.argv[3]))
+    loaded, shape = load(name, shape)
+    print(measure.peak_bytes(sides_of(loaded, shape)[side]))
