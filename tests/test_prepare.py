@@ -221,6 +221,7 @@ def test_every_option_has_a_comment_and_the_class_takes_it(name: str) -> None:
     options_node = node(name)
     limits = [options_node.pop(f"limit_{split}") for split in SPLITS]
     terms = options_node.pop("terms", "")
+    assert options_node.pop("long_rows") == "error"
     assert options_node.pop("name") == name and limits == [None] * 3 and (terms or name == "sequences")
     instance = instantiate(options_node)
     for key, value in options_node.items():
