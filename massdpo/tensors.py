@@ -74,6 +74,7 @@ class Picks:
     index_BK: Tensor  # int64
     mask_BK: Tensor  # bool
     info: dict[str, Tensor] = field(default_factory=dict)
+    gains_BK: Tensor | None = None  # nats of log det that each pick added, for selectors that maximise it
 
 
 class Resolution(NamedTuple):
@@ -124,6 +125,8 @@ class Scored:
     pool: Scores | None = None  # the whole pool, without gradients, where a selection was made
     picks: Picks | None = None
     select_seconds: float = 0.0  # scoring the pool and selecting
+    fed_B: Tensor | None = None  # int64, tokens that went through the model for each prompt
+    learned_B: Tensor | None = None  # int64, those among them that have gradients
 
 
 @dataclass

@@ -12,7 +12,7 @@ from massdpo.data.prepare import prepare
 from massdpo.data.readers.recommendation import UserSequences
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
 from massdpo.errors import UserError
-from massdpo.model.load import learn_tokenizer
+from massdpo.model.scratch import learn_tokenizer
 from massdpo.store import Cache
 from tests.test_recommendation import write_interactions
 from tests.test_tasks import MODEL, plain_scores

@@ -28,7 +28,7 @@ BAD = [
     ("selectr=mass", r"unknown key 'selectr'; did you mean 'selector'"),
     ("selector=mas", r"unknown selector 'mas'; did you mean 'mass'"),
     ("selector=RANDOM", r"did you mean 'random'"),
-    ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, random"),
+    ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, .*random"),
     ("dataset=lastfn", r"unknown dataset 'lastfn'; did you mean 'lastfm'"),
     ("model=tiny_lama", r"did you mean 'tiny_llama'"),
     ("model=/some/folder", r"unknown model '/some/folder'.*model=pretrained with model.path=DIR"),

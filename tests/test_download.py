@@ -20,7 +20,7 @@ import pytest
 from massdpo.data import download
 from massdpo.data.download import SOURCES, HubSet, WebFiles, extract, fetch
 from massdpo.data.prepare import prepare
-from massdpo.data.readers.mcqa import MedMCQA, MultipleChoice
+from massdpo.data.readers.mcqa import MultipleChoice
 from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.test_prepare import node
@@ -182,7 +182,7 @@ def test_hub_sets_are_turned_into_the_owners_layout(
     ]
     assert [example.chosen for example in splits.test] == expected
     assert {each[0] for each in asked} == {source.repo} and {each[3] for each in asked} == {source.revision}
-    target = MedMCQA if name == "medmcqa" else MultipleChoice
+    target = MultipleChoice
     assert config["_target_"].endswith(target.__name__)
 
 

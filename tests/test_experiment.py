@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.errors import UserError
-from massdpo.runs import pipeline
+from massdpo.runs import pipeline, start
 from massdpo.store import MANIFEST, Cache, file_digest, write_json
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 
@@ -101,6 +101,42 @@ def test_metrics_hold_every_promised_key(finished: Path) -> None:
     assert found["k_effective"] == 4
     assert found["threads"] == 1
     assert 0 < found["select_seconds"] < found["train_seconds"]
+
+
+def test_tokens_are_those_that_were_fed_and_those_that_were_learned_from(places: list[str]) -> None:
+    """The whole pool is fed where it is selected from, and learned from where it is trained on."""
+    found = {name: metrics(train(*places, f"selector={name}", "k=2")) for name in ("full", "random", "mass")}
+    config = compose([*TINY, *places])
+    data = start.load(config, Cache(Path(config.cache_dir)))[0]
+    prompts = sum(len(row.prompt_ids) for row in data.train)
+    pools = sum(len(response) for row in data.train for response in row.response_ids)
+    chosen = sum(len(row.response_ids[0]) for row in data.train)
+    assert found["full"]["train_tokens"] == found["full"]["fed_tokens"] == prompts + pools
+    assert prompts + chosen < found["random"]["train_tokens"] == found["random"]["fed_tokens"] < prompts + pools / 2
+    # prompts this short are fed with the pool, and again with the picks
+    assert found["mass"]["fed_tokens"] - found["mass"]["train_tokens"] == prompts + pools
+    assert found["mass"]["train_tokens"] < prompts + pools / 2
+
+
+@pytest.mark.parametrize("part", ["model_card", "draw_history", "picks_table"])
+def test_what_decorates_a_run_costs_none_of_its_results(
+    places: list[str], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("a bomb")
+
+    monkeypatch.setattr(pipeline, part, fails)
+    folder = train(*places, "trainer.save_policy=true", f"name={part}")
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    assert metrics(folder) and (folder / "policy" / "model.safetensors").is_file()
+    assert "is left out (RuntimeError: a bomb)" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line_with_the_default_logger_too(places: list[str], main: Main) -> None:
+    options = [*TINY, *places, "logger=wandb", "selector.short_pool=error", "dataset.num_negatives=3", "k=3"]
+    assert main(*options, "trainer.preference.learning_rate=1e9", "trainer.sft.learning_rate=1e9")[0] == 2
+    code, _, error = main(*TINY, *places, "logger=wandb", "dataset=qasc", "dataset.raw_dir=/nowhere")
+    assert code == 2 and error.count("\n") == 1 and error.startswith("error: ")
 
 
 def test_a_run_leaves_its_files_and_no_others(finished: Path) -> None:

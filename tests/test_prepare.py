@@ -223,7 +223,7 @@ def test_every_option_has_a_comment_and_the_class_takes_it(name: str) -> None:
     terms = options_node.pop("terms", "")
     assert options_node.pop("long_rows") == "error"
     assert options_node.pop("name") == name and limits == [None] * 3 and (terms or name == "sequences")
-    instance = instantiate(options_node)
+    instance = instantiate(options_node, _convert_="all")
     for key, value in options_node.items():
         if key != "_target_":
             assert getattr(instance, key) == value

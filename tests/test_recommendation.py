@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
+import yaml
 
 from massdpo.data.raw import SPLITS
 from massdpo.data.readers.public_logs import split_titles
-from massdpo.data.readers.recommendation import LastFM, MovieLens1M, MovieLens100K, Recommendation, UserSequences, near
+from massdpo.data.readers.recommendation import LastFM, Recommendation, UserSequences, near
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -25,6 +26,16 @@ from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 LASTFM = str(SHARED_DATA / "lastfm")
 READY = SHARED_DATA / "lastfm" / "lastfm-sft-cans20"
 MOVIELENS = str(SHARED_DATA / "movielens_100k")
+
+
+def set_up(name: str) -> Callable[..., UserSequences]:
+    """What conf/dataset/ makes of anyone's own sequences for a public data set."""
+    options = yaml.safe_load((ROOT / "conf" / "dataset" / f"{name}.yaml").read_text())
+    handled = ("_target_", "name", "terms", "raw_dir", "long_rows", "limit_train", "limit_val", "limit_test")
+    return partial(UserSequences, **{key: value for key, value in options.items() if key not in handled})
+
+
+MovieLens100K, MovieLens1M = set_up("movielens_100k"), set_up("movielens_1m")
 TRAIN_SHA256 = "ecfdf0999aee341da322e5ab4315875cbf01656caeb9321ec3c7d8209e5c03e6"  # of S-DPO's lastfm-train.json
 
 
@@ -40,7 +51,7 @@ def write_interactions(folder: Path, users: int = 30, length: int = 12, items: i
     return UserSequences(raw_dir=str(folder))
 
 
-def write_movielens(folder: Path, dataset: type[Recommendation]) -> None:
+def write_movielens(folder: Path, dataset: Callable[..., UserSequences]) -> None:
     """Invented films in GroupLens's two formats, with what is awkward in the real ones."""
     titles = [f"Invented Film {number} (19{number:02d})" for number in range(60)]
     titles[3], titles[4] = "Night to Invent, A (1950)", "Étrange Invention, The (1951)"
@@ -180,7 +191,7 @@ def test_movielens_100k_is_cut_as_published() -> None:
 
 
 @pytest.mark.parametrize("dataset", [MovieLens100K, MovieLens1M])
-def test_movielens_formats(tmp_path: Path, dataset: type[MovieLens100K] | type[MovieLens1M]) -> None:
+def test_movielens_formats(tmp_path: Path, dataset: Callable[..., UserSequences]) -> None:
     write_movielens(tmp_path, dataset)
     options = dataset(raw_dir=str(tmp_path), num_negatives=5, min_rating=1)
     splits = options.load()
@@ -344,6 +355,7 @@ def test_legacy_refuses_equal_titles(tmp_path: Path) -> None:
     write_movielens(tmp_path, MovieLens100K)
     with pytest.raises(UserError, match=r"legacy needs 30 titles or more that differ"):
         MovieLens100K(raw_dir=str(tmp_path), slate="legacy").load()
-    few = write_interactions(tmp_path, items=25)
+    (few_in := tmp_path / "few").mkdir()
+    few = write_interactions(few_in, items=25)
     with pytest.raises(UserError, match=r"legacy needs 30 titles"):
         UserSequences(raw_dir=few.raw_dir, slate="legacy").load()

@@ -13,7 +13,19 @@ import pytest
 import torch
 
 from massdpo.errors import UserError
-from massdpo.store import MANIFEST, Cache, build_folder, digest, is_whole, keyed_seed, replacing, write_json, write_text
+from massdpo.store import (
+    MANIFEST,
+    Cache,
+    build_folder,
+    digest,
+    is_whole,
+    keyed_seed,
+    plain_yaml,
+    remove_unfinished,
+    replacing,
+    write_json,
+    write_text,
+)
 from tests.conftest import ROOT
 
 
@@ -185,3 +197,109 @@ def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="set cache_dir"):
         Cache(tmp_path / "file").folder("sft", "key", build)
+
+
+def test_files_and_folders_follow_the_umask_whatever_wrote_them(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_text(tmp_path / "file", "text")
+
+        def private(folder: Path) -> None:
+            (folder / "weights").write_text("1")
+            (folder / "weights").chmod(0o600)  # as safetensors does
+
+        build_folder(tmp_path / "folder", private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "folder" / "weights").stat().st_mode) == 0o640
+
+
+def test_a_pipe_is_written_into_and_a_link_is_followed(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_text(tmp_path / "pipe", "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+    write_text(Path("/dev/null"), "nothing")
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "far").mkdir()
+    for name in ("file", "folder"):
+        (tmp_path / name).symlink_to(tmp_path / "far" / name)
+    write_text(tmp_path / "file", "text")
+    build_folder(tmp_path / "folder", build)
+    build_folder(tmp_path / "folder", build)
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "far" / "file").read_text() == "text"
+    assert (tmp_path / "folder").is_symlink() and is_whole(tmp_path / "far" / "folder")
+    assert names(tmp_path / "far") == ["file", "folder"]
+
+
+@pytest.mark.parametrize("stop", ["Ctrl-C", "kill"])
+def test_an_end_between_the_two_renames_loses_nothing(
+    tmp_path: Path, stop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "policy"
+    build_folder(place, build)
+    before, done = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}, []
+    rename = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target == place and not done:
+            done.append(target)
+            if stop == "kill":  # nothing of what cleans up comes about
+                monkeypatch.setattr("massdpo.store.folders.shutil.rmtree", lambda *arguments, **options: None)
+                monkeypatch.setattr("massdpo.store.folders.os.replace", lambda *arguments: None)
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("massdpo.store.folders.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_folder(place, build)
+    monkeypatch.undo()
+    assert done and place.exists() is (stop == "Ctrl-C")
+    remove_unfinished(tmp_path)
+    assert names(tmp_path) == ["policy"]
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+
+
+def test_what_cannot_be_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = Cache(tmp_path)
+    place = cache.folder("kind", "key", build)
+
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("massdpo.store.folders.file_digest", refused)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\)"):
+        cache.folder("kind", "key", build)
+    assert names(place.parent) == ["key", "key.lock"]
+
+
+def test_checksums_are_compared_once_in_a_process_while_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path)
+    place = cache.folder("kind", "key", build)
+    assert is_whole(place)
+    monkeypatch.setattr("massdpo.store.folders.file_digest", lambda path: pytest.fail("read again"))
+    cache.folder("kind", "key", build)
+    monkeypatch.undo()
+    file = next(path for path in place.iterdir() if path.name != MANIFEST)
+    file.write_bytes(file.read_bytes() + b"1")
+    assert not is_whole(place)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: &a [x]\nb: *a", "[" * 60 + "]" * 60, "a: " + "x" * 1_000_001, "a: [", "license: *bomb"],
+    ids=["alias", "nesting", "size", "broken", "no anchor"],
+)
+def test_yaml_that_could_fill_memory_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        plain_yaml(text)
+
+
+def test_plain_yaml_is_read() -> None:
+    assert plain_yaml("a: 1\nb: [x, {c: null}]") == {"a": 1, "b": ["x", {"c": None}]}

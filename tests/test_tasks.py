@@ -3,6 +3,8 @@
 import importlib
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,6 +36,7 @@ MODEL = [
     *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.eval_batch_size=7", "logger=none"),
 ]
 DATA = ["dataset.num_train=40", "dataset.num_val=8", "dataset.num_test=30", "dataset.num_negatives=8"]
+MINE = "choices: {dataset: mine}\n"
 Call = Callable[..., int]
 
 
@@ -48,7 +51,7 @@ def call(home: Path) -> Call:
 
     def run_py(*overrides: str) -> int:
         given = [*MODEL, *([] if "dataset=qasc" in overrides else DATA), *overrides]
-        given += [f"cache_dir={home / 'cache'}", f"runs_dir={home / 'runs'}"]
+        given = [f"cache_dir={home / 'cache'}", f"runs_dir={home / 'runs'}", *given]
         HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": given}}})  # type: ignore[assignment]
         try:
             tasks.run(compose(given))
@@ -75,7 +78,8 @@ def plain_scores(policy: Path, prompt: str, candidates: list[str]) -> list[float
     scores = []
     for text in candidates:
         before = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-        response = [*tokenizer.encode(" " + text, add_special_tokens=False), tokenizer.eos_token_id]
+        space = "" if prompt[-1:].isspace() or text[:1].isspace() else " "
+        response = [*tokenizer.encode(space + text, add_special_tokens=False), tokenizer.eos_token_id]
         with torch.no_grad():
             logp_TV = model(torch.tensor([before + response])).logits[0].double().log_softmax(-1)
         places = range(len(before) - 1, len(before) + len(response) - 1)
@@ -134,6 +138,44 @@ def test_evaluate_runs_nothing_of_a_foreign_folder_and_uses_its_tokenizer(
     capsys.readouterr()
     assert call("task=evaluate", f"in={foreign}", *other) == 0
     assert "trained with trainer.max_length=512" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_runs_own_data_unless_told_otherwise(
+    call: Call, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = f"cache_dir={tmp_path / 'cache'}"
+    assert call("name=recommends", "dataset=synthetic_rec", elsewhere) == 0
+    run, out = trained.parent / "recommends", tmp_path / "found.json"
+    assert call("task=evaluate", f"in={run}", f"out={out}") == 0
+    found, own = json.loads(out.read_text()), json.loads((run / "metrics.json").read_text())
+    assert found["dataset"] == "synthetic_rec"
+    assert [found[name] for name in ("mrr", "ndcg@5")] == pytest.approx([own[name] for name in ("mrr", "ndcg@5")])
+    assert call("task=evaluate", f"in={run}", f"out={out}", "dataset=synthetic_mcqa") == 0
+    assert json.loads(out.read_text())["dataset"] == "synthetic_mcqa"
+    assert call("task=evaluate", f"in={run}", f"out={out}", "dataset.limit_test=9") == 0
+    assert json.loads(out.read_text())["prompts"] == 9 and json.loads(out.read_text())["dataset"] == "synthetic_rec"
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ("choices: {dataset: mine}\ndataset: {_target_: os.system, command: ls}", "a reader that is not massdpo's"),
+        (
+            "choices: {dataset: mine}\ndataset: {_target_: massdpo.data.readers.synthetic.SyntheticMCQA, hi: 1}",
+            "dataset.hi",
+        ),
+        (MINE + "a: &a [1]\nb: [*a, *a]", "does not say what it was trained on"),
+        ("[" * 10_000, "does not say what it was trained on"),
+    ],
+    ids=["code", "option", "alias", "nesting"],
+)
+def test_the_config_of_a_foreign_run_is_only_data(
+    call: Call, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, says: str
+) -> None:
+    (tmp_path / "policy").symlink_to(trained / "policy")
+    (tmp_path / "config.yaml").write_text(config)
+    call("task=evaluate", f"in={tmp_path}")
+    assert says in capsys.readouterr().err
 
 
 def test_evaluate_without_a_policy(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -221,6 +263,58 @@ def test_rank_without_a_policy(call: Call, tmp_path: Path, capsys: pytest.Captur
     assert "there is no policy in" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def talks(trained: Path, home: Path) -> Path:
+    """A policy whose tokenizer has a chat template."""
+    folder = home / "talks"
+    shutil.copytree(trained / "policy", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = "{% for turn in messages %}{{ turn['role'] + ': ' + turn['content'] + '\n' }}{% endfor %}"
+    tokenizer.chat_template = turn + "{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rank_reads_messages_and_says_what_a_policy_was_trained_with(
+    call: Call, talks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, replies = "What is it?", ["a stone", "a bird"]
+    messages = [{"role": "user", "content": asked}]
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p, "candidates": replies}) + "\n" for p in (asked, messages)))
+    options = ["task=rank", f"in={file}", f"out={out}", f"policy={talks}", "trainer.max_length=256"]
+    assert call(*options, "trainer.chat_template=true") == 0
+    text, listed = read_lines(out)
+    assert text["scores"] == listed["scores"]
+    assert listed["prompt"] == messages
+    (talks.parent / "config.yaml").write_text("trainer: {chat_template: true}\n")
+    capsys.readouterr()
+    assert call(*options) == 0
+    assert "the run was trained with trainer.chat_template=True" in capsys.readouterr().err
+    (talks.parent / "config.yaml").unlink()
+
+
+def test_rank_reads_a_socket_in_any_locale_and_outlives_its_reader(trained: Path, home: Path) -> None:
+    """What a Node program gives its children as stdin is a socket; it may leave while answers are on their way."""
+    ours, theirs = socket.socketpair()
+    options = ["in=-", "out=-", f"policy={trained / 'policy'}", "trainer.eval_batch_size=1", f"cache_dir={home}"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "run.py"), "task=rank", *options],
+        stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    )  # fmt: skip
+    theirs.close()
+    assert process.stdout is not None and process.stderr is not None
+    ours.sendall(json.dumps({"prompt": "Où?", "candidates": ["là", "ici"]}).encode() + b"\n")
+    assert sorted(json.loads(process.stdout.readline())["candidates"]) == ["ici", "là"]
+    process.stdout.close()
+    ours.sendall(b'{"prompt": "a", "candidates": ["b"]}\n' * 3)
+    ours.close()
+    error = process.stderr.read().decode()
+    assert process.wait() == 2
+    assert error.splitlines() == ["error: out=- cannot be written (Broken pipe)"]
+
+
 # select ---------------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +351,32 @@ def test_the_three_forms_hold_the_same(selected: Path) -> None:
         for rejected in row["rejected"]
     ]
     assert read_lines(selected / "pairs.jsonl") == pairs
+
+
+def test_select_with_a_chat_template_exports_messages(talks: Path, home: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Say {n}"}],
+         "chosen": f"{n}", "rejected": [f"{n + 1}", f"{n + 2}"]}
+        for n in range(20)
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks.run(
+        compose([
+            "task=select", "dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}", "model=smollm2_135m",
+            f"model.path={talks}", "trainer.chat_template=true", "trainer.max_length=256", "trainer.sft.epochs=0",
+            "selector=random", "k=1", f"out={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}", "logger=none",
+        ])
+    )  # fmt: skip
+    given = {row["chosen"]: row for row in rows}
+    for row in read_lines(tmp_path / "out" / "train.jsonl"):
+        (answer,) = row["chosen"]
+        assert answer["role"] == "assistant" and row["prompt"] == given[answer["content"]]["prompt"]
+        assert all(turn["content"] in given[answer["content"]]["rejected"] for (turn,) in row["rejected"])
+    pair = read_lines(tmp_path / "out" / "pairs.jsonl")[0]
+    assert [type(pair[name]) for name in ("prompt", "chosen", "rejected")] == [list] * 3
+    assert len(datasets.load_from_disk(str(tmp_path / "out" / "dataset"))) == len(
+        read_lines(tmp_path / "out" / "train.jsonl")
+    )
 
 
 def test_selecting_again_replaces_its_own_result_only(

@@ -144,6 +144,23 @@ def test_a_wandb_that_fails_costs_one_line(
     assert error.count("\n") == 1 and "W&B was left out" in error
 
 
+def test_a_run_that_fails_before_it_is_announced_ends_quietly() -> None:
+    assert build("wandb").finish(None) is None
+
+
+def test_a_run_that_was_stopped_is_one_run_when_it_goes_on(tmp_path: Path, no_account: None) -> None:
+    folders, command = [], ""
+    for _ in range(2):
+        tracker = build("wandb")
+        tracker.start({}, tmp_path, "name")
+        tracker.log(1, {"loss": 1.0})
+        command = tracker.finish(None)
+        folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+        time.sleep(1.1)  # W&B names folders by the second
+    assert len(folders) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
+    assert all(folder.name in command for folder in folders)
+
+
 def test_a_wandb_that_hangs_costs_its_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,13 +1,13 @@
-"""`python -m massdpo.benchmark engine|selection|real [folder]`: all sides in one run; tables, figures, JSON."""
+"""`python -m massdpo.benchmark engine|selection|real|gpu [folder]`: all sides in one run; tables, figures, JSON."""
 
 import sys
 from pathlib import Path
 
-from massdpo.benchmark import engine, real, selection
+from massdpo.benchmark import engine, gpu, real, selection
 from massdpo.errors import UserError
 
-USAGE = "usage: python -m massdpo.benchmark engine|selection|real [folder, results/benchmarks by default]"
-RUNS = {"engine": engine.run, "selection": selection.run, "real": real.run}
+USAGE = "usage: python -m massdpo.benchmark engine|selection|real|gpu [folder, results/benchmarks by default]"
+RUNS = {"engine": engine.run, "selection": selection.run, "real": real.run, "gpu": gpu.run}
 
 if __name__ == "__main__":
     match sys.argv[1:]:

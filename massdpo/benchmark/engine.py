@@ -246,8 +246,8 @@ def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     Six operations a weight and token, forward and backward: the layers for each token fed, the output matrix for each
     token scored.
     """
-    size = 8192
-    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    size = 8192 if setting.device == "cuda" else 512
+    left, right = (torch.randn(size, size, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * size**3 / min(measure.alternate({"matmul": lambda: left @ right}, rounds=20, warmup=5)["matmul"])
     key_value_width = setting.width * setting.key_value_heads // setting.heads
     layers = setting.layers * (
@@ -264,7 +264,8 @@ def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
             ("packed", shared, 1 + count * (setting.response - 1)),
         ):
             operations = 6 * setting.prompts * (fed * layers + scored * head)
-            found[f"{side}_{way}"] = operations / seconds[f"{side}_{way}"] / rate
+            if (name := f"{side}_{way}") in seconds:
+                found[name] = operations / seconds[name] / rate
     return found
 
 

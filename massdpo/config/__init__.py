@@ -3,6 +3,8 @@
 from massdpo.config.composition import as_composed, compose
 from massdpo.config.messages import explain
 from massdpo.config.naming import EXPECTED, NOT_IDENTITY, identity, resolved, run_name
+from massdpo.config.options import root
+from massdpo.config.parts import check_part
 from massdpo.config.rules import RULES, Rule
 from massdpo.config.secrets import without_secrets
 from massdpo.config.validation import validate
@@ -13,10 +15,12 @@ __all__ = [
     "RULES",
     "Rule",
     "as_composed",
+    "check_part",
     "compose",
     "explain",
     "identity",
     "resolved",
+    "root",
     "run_name",
     "validate",
     "without_secrets",

@@ -36,10 +36,12 @@ def explain(error: Exception) -> str:
         return f"'{found[1]}' has several values: add -m to run one after the other, or write a list as key=[a,b]"
     if isinstance(error, OverrideParseException):
         given = f" '{error.override}'" if getattr(error, "override", None) else ""
-        reason = said.split("\nSee https")[0].splitlines()[-1].strip(" ^") if said else ""
+        lines = [line.strip(" ^") for line in said.split("\nSee https")[0].splitlines()]
+        reason = next(line for line in [*reversed(lines), "it is not of that form"] if line)
         return f"cannot read the argument{given}: write KEY=VALUE, with quotes around special characters ({reason})"
     if found := re.search(r"Missing mandatory value: (\S+)", said):
-        return f"the key '{found[1]}' has no value: write {found[1]}=VALUE"
+        key = getattr(error, "full_key", None) or found[1]
+        return f"the key '{key}' has no value: write {key}=VALUE"
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"Interpolation key '([^']+)'", said)):
         if found[1] in known_keys():
             return f"the key '{found[1]}' is missing: it was removed or overwritten"

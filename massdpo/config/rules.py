@@ -47,7 +47,7 @@ def text(allowed: str) -> Rule:
 
 
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,@-]{0,199}")
-METRIC = re.compile(r"(accuracy|mrr|(recall|ndcg)@(1|3|5|10))(_sum)?|reward_accuracy(_pairwise)?|margin(_max)?")
+METRIC = re.compile(r"(accuracy|mrr|(recall|ndcg)@(1|3|5|10|20))(_sum)?|reward_accuracy(_pairwise)?|margin(_max)?")
 
 positive = number("a number above 0", lambda value: value > 0)
 not_negative = number("a number of at least 0", lambda value: value >= 0)
@@ -59,7 +59,7 @@ folder_name = Rule(
     lambda value: isinstance(value, str) and SAFE_NAME.fullmatch(value) is not None,
 )
 metric_name = Rule(
-    "accuracy | mrr | recall@N | ndcg@N (N is 1, 3, 5 or 10; each also with _sum) | reward_accuracy"
+    "accuracy | mrr | recall@N | ndcg@N (N is 1, 3, 5, 10 or 20; each also with _sum) | reward_accuracy"
     " | reward_accuracy_pairwise | margin | margin_max",
     lambda value: isinstance(value, str) and METRIC.fullmatch(value) is not None,
     ("accuracy", "mrr", "recall@5", "ndcg@5", "reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max"),
@@ -154,6 +154,7 @@ RULES: dict[str, Rule] = {
     "selector.ridge_relative": flag(),
     "selector.solver": one_of("greedy", "swap", "exact"),
     "selector.score": one_of("mean", "sum"),
+    "selector.top": whole(1),
     "selector.short_pool": one_of("error", "all"),
     "logger.project": wandb_name,
     "logger.entity": wandb_name | null,

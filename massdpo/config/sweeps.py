@@ -17,7 +17,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from massdpo.config import EXPECTED, as_composed, resolved, run_name, without_secrets
+from massdpo.config import EXPECTED, RULES, as_composed, resolved, run_name, without_secrets
 from massdpo.errors import UserError
 from massdpo.store import write_json, write_text
 
@@ -63,6 +63,9 @@ def runs_of(config: DictConfig) -> dict[Path, dict[str, Any]]:
     expected: dict[Path, dict[str, Any]] = {}
     for job in jobs:
         composed = as_composed(loader.load_configuration("config", job, RunMode.RUN))
+        for key in ("sweep", "name"):
+            if not RULES[key].holds(composed[key]):
+                raise UserError(f"{key}={composed[key]}: {RULES[key].allowed}")  # before a file goes where it says
         if composed.task == "train":
             told = without_secrets({"job": shlex.join(job), "command": command})
             run = {**told, "config": resolved(composed)}

@@ -31,11 +31,14 @@ DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeE
 
 @dataclass(frozen=True)
 class Reading:
-    """What a file does not say of itself. `separator` None: found in its first line; `rows`: the key of the array."""
+    """What a file does not say of itself. `separator` None: found in its first line; `rows`: the key of the array;
+    `header`: the first columns of a table without one, where quotation marks mean nothing and further columns are left
+    out."""
 
     separator: str | None = None
     encoding: str = "utf-8"
     rows: str | None = None
+    header: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.separator == "":
@@ -93,17 +96,17 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
 
 def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
     """Rows of separated columns, named by the first line. A cell is a text, whatever it looks like."""
-    names: list[str] = []
+    names = list(reading.header or ())
     for number, cells in _cells(path, reading):
         where = f"{path}:{number}"
         if not names:
             names = [name.strip() for name in cells]
             if len(set(names)) < len(names):
                 raise UserError(f"{where}: two columns have one name in the header: {', '.join(names)[:200]}")
-        elif len(cells) != len(names):
+        elif len(cells) < len(names) or (len(cells) > len(names) and not reading.header):
             bad(UserError(f"{where}: {len(cells)} fields, but the header has {len(names)} (see dataset.separator)"))
         else:
-            yield where, dict(zip(names, cells, strict=True))
+            yield where, dict(zip(names, cells, strict=not reading.header))
 
 
 def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
@@ -119,7 +122,7 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
                 yield number, line.rstrip("\r\n").split(separator)
         return
     csv.field_size_limit(1 << 24)  # a cell may be long; Python's own limit is 131,072 characters
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if suffix_of(path) in RECBOLE else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if reading.header or suffix_of(path) in RECBOLE else csv.QUOTE_MINIMAL
     rows = csv.reader(chain(begun, lines), delimiter=separator, strict=True, quoting=quoting)
     while True:
         number = rows.line_num + 1

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import hydra.errors
 import hydra.utils
 import numpy as np
+from omegaconf import OmegaConf
 
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
@@ -17,6 +18,8 @@ from massdpo.data.schema import Splits
 from massdpo.data.stored import StoredExamples, Subset
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
+
+TOLD = {"equal_times": "equal times", "rating_is_ignored": "a column of ratings is ignored"}  # of the report, each time
 
 T = TypeVar("T")
 
@@ -29,14 +32,14 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     Raises:
         UserError: from the dataset's own reader, the download, or a limit that is no count.
     """
-    node = dict(dataset)
+    node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
     node.pop("long_rows", None)  # which decides what becomes of its tokens
     if "raw_dir" in node and node["raw_dir"] is None:
         node["raw_dir"] = str(fetch(name, cache))
     try:
-        source = hydra.utils.instantiate(node)
+        source = hydra.utils.instantiate(node, _convert_="all")
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
     options = {key: value for key, value in node.items() if key != "raw_dir"}
@@ -64,6 +67,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
     """What a user should know of the preparation whenever the data is used, made anew or not."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
+    notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
     if count := report.get("bad_rows_skipped"):
         notes.append(f"warning: {name}: {count} rows skipped, the first: {report['first_bad_row']}")
     return notes + [f"note: {name}: {note}" for note in report.get("notes", [])]

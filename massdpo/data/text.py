@@ -23,7 +23,9 @@ def normalise(text: str) -> str:
 
 
 def opened(path: Path) -> io.BufferedReader:
-    """The bytes of a file, decompressed where its name ends in .gz or .zst."""
+    """The bytes of a file, decompressed where its name ends in .gz or .zst; of standard input where it is `-`."""
+    if str(path) == "-":
+        return open(0, "rb", closefd=False)  # as it is: a socket cannot be opened again by a name
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path))
     if path.suffix == ".zst":

@@ -52,11 +52,12 @@ def rank_catalogue(
     started, accelerator = time.perf_counter(), score.accelerator
     catalogue = Catalogue.of(title_ids).to(accelerator.device)
     place_of = {title: place for place, title in enumerate(splits.catalogue)}
+    row_of = {example.id: row for row, example in enumerate(splits.test)}  # `rows` may lack some that were too long
     parts = []
     few = replace(score, batch_size=min(score.batch_size, PROMPTS))
     for batch in few.batches(scorer, rows, "catalogue"):
         scored: Scored = scorer(batch, catalogue=catalogue)
-        examples = [splits.test[row] for row in batch.index_B.tolist()]
+        examples = [splits.test[row_of[name]] for name in batch.ids]
         target_B = torch.tensor([place_of[example.chosen] for example in examples], device=accelerator.device)
         rival_BI = torch.ones_like(scored.scores.mask_BC)
         for row, example in enumerate(examples):

@@ -80,11 +80,12 @@ class PreferenceScorer(nn.Module):
         if catalogue is not None:
             return Scored(self._against(batch, catalogue))
         if select is None and torch.is_grad_enabled():
-            return Scored(self._score(batch, self._shared(batch)))
+            tokens_B = self._tokens(batch)
+            return Scored(self._score(batch, self._shared(batch)), fed_B=tokens_B, learned_B=tokens_B)
         if select is None:
             scores = self._without_gradients(batch, None)
             _check_finite(batch, scores.logp_BC)
-            return Scored(scores)
+            return Scored(scores, fed_B=self._tokens(batch))
         prompt = self._shared(batch)
         started = time.perf_counter()
         pool = self._without_gradients(batch, prompt)
@@ -92,7 +93,14 @@ class PreferenceScorer(nn.Module):
             picks = select(pool)
         picked = batch.take(picks)  # waits for the device, so that the time spent there is counted
         seconds = time.perf_counter() - started
-        return Scored(self._score(picked, prompt), pool, picks, seconds)
+        learned_B = self._tokens(picked)
+        fed_B = self._tokens(batch) + learned_B - (0 if prompt is None else batch.prompt_mask_BP.sum(-1))
+        return Scored(self._score(picked, prompt), pool, picks, seconds, fed_B, learned_B)
+
+    def _tokens(self, batch: Batch) -> Tensor:
+        """Tokens of each prompt and its responses as they are fed, `(B,)`."""
+        times_B = 1 if self.packed else batch.mask_BC.sum(-1)
+        return batch.prompt_mask_BP.sum(-1) * times_B + batch.length_BC.sum(-1)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

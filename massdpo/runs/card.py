@@ -3,16 +3,17 @@
 It says what the options say and never what the data say: no text of a dataset stands in it, and no path of a machine.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.repocard import metadata_load
 
 import massdpo
 from massdpo.runs.folder import GENERATED, SHOWN
+from massdpo.store import plain_yaml
 
 HUB = "https://huggingface.co"
 HUB_DATASETS = {  # by what name the hub knows the data of an option
@@ -22,6 +23,7 @@ HUB_DATASETS = {  # by what name the hub knows the data of an option
     "openbookqa": "allenai/openbookqa",
     "qasc": "allenai/qasc",
 }
+FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
 LICENCE = ("license", "license_name", "license_link")
 
 
@@ -73,10 +75,12 @@ def _licence(model: Mapping[str, Any]) -> dict[str, str]:
     """The licence that the base model's own card names, where that card lies beside its weights."""
     card = _base_folder(model) / "README.md"
     try:
-        said = metadata_load(card) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # there is none, or none that can be read
+        with open(card, encoding="utf-8") as file:
+            front = FRONT_MATTER.match(file.read(100_000))
+        said = plain_yaml(front[1]) if front else {}
+    except (OSError, ValueError):  # there is none, or none that can be read
         return {}
-    return {key: str(said[key]) for key in LICENCE if said.get(key)}
+    return {key: said[key] for key in LICENCE if isinstance(said, dict) and isinstance(said.get(key), str)}
 
 
 def _base_folder(model: Mapping[str, Any]) -> Path:

@@ -1,7 +1,10 @@
 """Before anything is computed: threads, devices, processes, and what libraries may print."""
 
+import ctypes
 import logging
 import os
+import signal
+import sys
 import warnings
 from dataclasses import replace
 
@@ -16,8 +19,21 @@ from massdpo.errors import UserError
 from massdpo.runs.machine import reset_peak_memory
 
 
+def end_with_launcher() -> None:
+    """A process of torchrun's goes when torchrun is killed: it would wait for its mates until their timeouts.
+
+    Linux alone tells a process of its parent's end.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent or parent == 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # it had gone before
+
+
 def start(config: DictConfig) -> Accelerator:
     """A fresh Accelerator: several jobs run in one process, and its state would keep the first one's precision."""
+    end_with_launcher()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     transformers_logging.set_verbosity_error()

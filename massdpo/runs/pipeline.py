@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +143,10 @@ def compute(run: Run, model: nn.Module) -> None:
     write_results(run, metrics, final, reference["test"], answers, against)
     if trainer.save_policy:
         save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
-    draw_history(position.history, run.folder / "history.png")
-    run.tracker.table("picks", picks_table(objective, run.data, rows))
+    with decorating("history.png"):
+        draw_history(position.history, run.folder / "history.png")
+    with decorating("the table of picks"):
+        run.tracker.table("picks", picks_table(objective, run.data, rows))
     sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
     show(run.folder, metrics, sync)
 
@@ -180,8 +184,9 @@ def about(run: Run, position: Position, packed: bool) -> dict[str, Any]:
         "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
         "train_seconds": position.train_seconds,
         "select_seconds": position.select_seconds,
-        "train_tokens": position.tokens,
-        "tokens_per_second": position.tokens / position.train_seconds if position.train_seconds else 0.0,
+        "train_tokens": position.learned_tokens,
+        "fed_tokens": position.fed_tokens,
+        "tokens_per_second": position.fed_tokens / position.train_seconds if position.train_seconds else 0.0,
         "peak_memory_mb": peak_memory_mb(),
         "threads": torch.get_num_threads(),
         "processes": run.accelerator.num_processes,
@@ -216,8 +221,20 @@ def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics
     """The trained policy and its model card, as an ordinary Hugging Face folder."""
     counts = {"train": len(run.data.train), "preference": used, "test": len(run.data.test)}
     blocks = getattr(policy.config, "dequantised_from", None)
-    card = model_card(resolved(run.config), metrics, counts, run.folder.name, blocks)
+    card = None
+    with decorating("the model card"):
+        card = model_card(resolved(run.config), metrics, counts, run.folder.name, blocks)
     build_folder(run.folder / "policy", lambda place: save_policy(policy, run.data.tokenizer, place, card, weights))
+
+
+@contextmanager
+def decorating(what: str) -> Iterator[None]:
+    """What a run can do without: where it fails, the run's results are good all the same."""
+    try:
+        yield
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"warning: {what} is left out ({why}); the run's results are complete", file=sys.stderr)
 
 
 def command_line() -> str:

@@ -6,6 +6,7 @@ one line of warning.
 
 import os
 import queue
+import re
 import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 from massdpo.console import warn
 from massdpo.training.history import Number, Rows
+
+RECORDED = re.compile(r"(offline-)?run-(?P<time>\d+_\d+)-(?P<id>\w+)")
 
 
 class NoLogger:
@@ -73,6 +76,8 @@ class Wandb:
         self._actions.put(log)
 
     def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        if not self._thread.ident:  # the run ended before it was announced
+            return None
         self._actions.put(lambda: self._end(metrics, files))
         self._actions.put(None)
         self._thread.join(self.timeout)
@@ -80,7 +85,8 @@ class Wandb:
             self._give_up(f"no answer within {self.timeout:g} s")
         if self._run is None or not self._run.offline:
             return None
-        return f"wandb sync {shlex.quote(os.path.relpath(self._run.settings.sync_dir))}"
+        parts = [path for path, run_id in _recorded(Path(self._run.settings.sync_dir).parent) if run_id == self._run.id]
+        return shlex.join(["wandb", "sync", *(os.path.relpath(part) for part in parts)])
 
     def _init(
         self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None, tags: Sequence[str]
@@ -100,6 +106,7 @@ class Wandb:
             finish_timeout=self.timeout,
         )
         run_dir.mkdir(parents=True, exist_ok=True)
+        recorded = _recorded(run_dir / "wandb")  # by the same run, before it was stopped
 
         def init(mode: Literal["offline", "online"]) -> Any:
             return wandb.init(
@@ -107,6 +114,8 @@ class Wandb:
                 entity=self.entity,
                 mode=mode,
                 dir=run_dir,
+                id=recorded[-1][1] if recorded else None,
+                resume="allow",
                 name=name,
                 group=group,
                 tags=[tag[:64] for tag in tags],  # W&B refuses longer ones
@@ -149,6 +158,13 @@ class Wandb:
         if not self._broken:
             self._broken = True
             warn(f"W&B was left out ({why}); the run's own files are complete")
+
+
+def _recorded(folder: Path) -> list[tuple[Path, str]]:
+    """What W&B recorded into a folder, oldest first: a folder a start, and the id of the run that it belongs to."""
+    found = [(path, RECORDED.fullmatch(path.name)) for path in folder.glob("*run-*")]
+    times = sorted((match["time"], path, match["id"]) for path, match in found if match)
+    return [(path, run_id) for _, path, run_id in times]
 
 
 def _one_line(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from massdpo.store.code import package_code, target_code
 from massdpo.store.content import digest, file_digest, keyed_seed
-from massdpo.store.files import replacing, write_json, write_text, writing
+from massdpo.store.files import plain_yaml, replacing, write_json, write_text, writing
 from massdpo.store.folders import (
     MANIFEST,
     Cache,
@@ -23,6 +23,7 @@ __all__ = [
     "is_whole",
     "keyed_seed",
     "package_code",
+    "plain_yaml",
     "remove_unfinished",
     "replacing",
     "set_aside",

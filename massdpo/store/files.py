@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from massdpo.errors import UserError
 
 
@@ -43,6 +45,24 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8", newline="")
+
+
+def plain_yaml(text: str) -> Any:
+    """The plain values of a YAML text from outside. Raises ValueError where it is none, or one that could fill memory.
+
+    That is one with aliases, of which a few lines make gigabytes, with more than 50 levels, or of more than 1 MB.
+    """
+    depth = 0
+    try:
+        if len(text) > 1_000_000:
+            raise ValueError("more than 1 MB")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 50 or isinstance(event, yaml.AliasEvent):
+                raise ValueError("aliases or nesting")
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def write_json(path: Path, value: Any) -> None:

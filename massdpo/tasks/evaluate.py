@@ -6,28 +6,28 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from massdpo.config import check_part, root
 from massdpo.console import summary_table
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
+from massdpo.errors import UserError
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split, generation_metrics
 from massdpo.evaluation.scores import SplitScorer, ranking
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.store import write_json
-from massdpo.tasks.rank import policy_in, writing_to
-
-READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
+from massdpo.tasks.rank import policy_in, trained_with, writing_to
 
 
 def evaluate(config: DictConfig) -> None:
-    """Rank the test split of `dataset` with the policy of the run in `in`, with the policy's own tokenizer.
+    """Rank the run's own test split, or that of `dataset`, with the policy of the run in `in` and its tokenizer.
 
-    Of the run's folder only policy/ is loaded; its config.yaml is read as plain data, to tell where it read texts
-    otherwise. Metrics are those of ranking, and of generation with `trainer.generate`: the run's reference, which
-    rewards and margins need, is not kept.
+    Of the run's folder only policy/ is loaded; its config.yaml is read as plain data. Metrics are those of ranking,
+    and of generation with `trainer.generate`: the run's reference, which rewards and margins need, is not kept.
 
     Raises:
         UserError: no policy there, or a dataset that it cannot read.
@@ -35,9 +35,7 @@ def evaluate(config: DictConfig) -> None:
     accelerator = launch.start(config)
     run = Path(config["in"]).expanduser()
     policy, tokenizer = policy_in(run / "policy", config)
-    for name, value in _trained_with(run).items():
-        if config.trainer[name] != value:
-            print(f"warning: the run was trained with trainer.{name}={value}", file=sys.stderr)
+    config = with_data_of(run, config)
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), start.cache_of(config))  # type: ignore[arg-type]
     options = config.trainer.max_length, config.trainer.chat_template
     rows = tokenize_split(splits.test, tokenizer, *options, long_rows=config.dataset.get("long_rows", "error"))
@@ -62,10 +60,40 @@ def evaluate(config: DictConfig) -> None:
             write_json(Path(config.out), metrics | about)
 
 
-def _trained_with(run: Path) -> dict[str, Any]:
-    """How the run read its texts, as far as its folder tells."""
-    try:
-        trainer = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["trainer"]
-        return {name: trainer[name] for name in READING}
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return {}  # a policy that came without its run
+def with_data_of(run: Path, config: DictConfig) -> DictConfig:
+    """The config, with the data that the run was trained on where the command line names no others.
+
+    Options of the dataset that it does name hold for the run's data. A run's config is somebody's text: of it only the
+    project's own readers are built, with options that they take.
+
+    Raises:
+        UserError: the run was trained with a reader that is not the project's, or with options that it does not take.
+    """
+    found = trained_with(run)
+    given = [override.lstrip("+~").split("=")[0] for override in overrides()]
+    if {"dataset", "setting", "sweeps"} & set(given) or not HydraConfig.initialized():
+        return config
+    node, choices = found.get("dataset"), found.get("choices")
+    if not isinstance(node, dict) or not isinstance(choices, dict) or not isinstance(choices.get("dataset"), str):
+        print(f"note: {run} does not say what it was trained on: dataset={config.choices.dataset}", file=sys.stderr)
+        return config
+    if node.get("_target_") not in readers():
+        raise UserError(f"{run} was trained on data of a reader that is not massdpo's: name it with dataset=")
+    node |= {
+        key: config.dataset[key] for key in (name.removeprefix("dataset.") for name in given) if key in config.dataset
+    }
+    check_part("dataset", node)
+    whole: Any = OmegaConf.to_container(config, resolve=True)
+    whole["dataset"], whole["choices"]["dataset"] = node, choices["dataset"]
+    return OmegaConf.create(whole)
+
+
+def overrides() -> list[str]:
+    """What the command line says, where there is one."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def readers() -> set[str]:
+    """The classes that conf/dataset/ names."""
+    files = (root() / "conf" / "dataset").glob("*.yaml")
+    return {yaml.safe_load(file.read_text(encoding="utf-8"))["_target_"] for file in files}

@@ -5,6 +5,7 @@ Suffixes: B prompts of a batch, C candidates.
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -17,6 +18,7 @@ from torch import nn
 
 from massdpo.data.batches import collate
 from massdpo.data.chat import settle_chat_template
+from massdpo.data.messages import as_text, checked_messages
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.text import read_jsonl
 from massdpo.data.tokenize import tokenize_split
@@ -24,15 +26,18 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
-from massdpo.store import replacing
+from massdpo.store import plain_yaml, replacing
+
+READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
 
 
 def rank(config: DictConfig) -> None:
-    """Rank the candidates of each {"prompt", "candidates"} line of `in` by the mean log-prob of a token.
+    """Rank the candidates of each {"prompt", "candidates"} line of `in` by their mean log-prob per token.
 
-    Lines go out in their order as they came, with `candidates` best first and their `scores` (nats a token) beside
-    them; equals keep their order. `in=-` reads stdin and `out=-` writes stdout, `trainer.eval_batch_size` lines at a
-    time: set it to 1 for a program that waits for each answer. A file is written whole or not at all.
+    A prompt is a text or a list of messages. Lines go out in their order as they came, with `candidates` best first and
+    their `scores` (nats per token) beside them; equals keep their order. `in=-` reads stdin and `out=-` writes stdout,
+    `trainer.eval_batch_size` lines at a time: set it to 1 for a program that waits for each answer. A file is written
+    whole or not at all.
 
     Raises:
         UserError: no policy in `policy`, or a line (named) that cannot be ranked.
@@ -44,7 +49,7 @@ def rank(config: DictConfig) -> None:
     scorer = PreferenceScorer(policy, None, config.trainer.layout)
     scorer = accelerator.prepare_model(scorer, evaluation_mode=True).eval()
     trainer = config.trainer
-    lines = _questions(Path("/dev/stdin" if config["in"] == "-" else config["in"]))
+    lines = _questions(Path(config["in"]))
     differences = 0
     with _output(config.out) as sink:
         while batch := list(islice(lines, trainer.eval_batch_size)):
@@ -72,6 +77,11 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
     if not folder.is_dir():
         raise UserError(f"there is no policy in {folder}: name what a run with trainer.save_policy=true left")
     policy, tokenizer = load_policy(folder)
+    trained = trained_with(folder.parent).get("trainer")
+    for name in READING:
+        value = trained.get(name) if isinstance(trained, dict) else None
+        if isinstance(value, int) and value != config.trainer[name]:
+            print(f"warning: the run was trained with trainer.{name}={value}", file=sys.stderr)
     context = policy.config.get_text_config().max_position_embeddings
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
@@ -80,14 +90,27 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
     return policy, tokenizer
 
 
+def trained_with(run: Path) -> dict[str, Any]:
+    """The config of the run in a folder, read as plain data; nothing where there is none that can be read."""
+    try:
+        config = plain_yaml((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a policy that came without its run
+    return config if isinstance(config, dict) else {}
+
+
 def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with where it stands, checked."""
     for number, line in read_jsonl(source):
         where = f"{source}:{number}"
-        if not isinstance(line.get("prompt"), str):
-            raise UserError(
-                f'{where}: "prompt" must be a text; a line is {{"prompt": text, "candidates": [text, ...]}}'
-            )
+        if "prompt" not in line:
+            raise UserError(f'{where}: no "prompt"; a line is {{"prompt": text, "candidates": [text, ...]}}')
+        if not isinstance(line["prompt"], str):
+            checked_messages(where, "prompt", line["prompt"], Counter())
+        try:
+            json.dumps(line, allow_nan=False)
+        except ValueError as error:
+            raise UserError(f"{where}: NaN and Infinity are not JSON") from error
         texts = line.get("candidates")
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise UserError(f'{where}: "candidates" must be a list of at least one text')
@@ -96,13 +119,18 @@ def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _example(where: str, line: dict[str, Any]) -> PreferenceExample:
     first, *others = line["candidates"]
-    return PreferenceExample(where, line["prompt"], first, tuple(others), (first, *others))
+    prompt, meta = line["prompt"], {}
+    if not isinstance(prompt, str):
+        meta = {"messages": checked_messages(where, "prompt", prompt, Counter())}
+        prompt = as_text(meta["messages"])
+    return PreferenceExample(where, prompt, first, tuple(others), (first, *others), meta=meta)
 
 
 @contextmanager
 def _output(name: str) -> Iterator[TextIO]:
     if name == "-":
-        yield sys.stdout
+        with writing_to(name), open(1, "w", encoding="utf-8", newline="\n", closefd=False) as file:
+            yield file
         return
     with writing_to(name), replacing(Path(name)) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
         yield file

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from massdpo.data.encode import Encoder
 from massdpo.data.prepare import limited
+from massdpo.data.schema import joint
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
@@ -25,7 +25,8 @@ def select(config: DictConfig) -> None:
 
     In the folder `out`: train.jsonl and dataset/ (`datasets.load_from_disk`) with `prompt`, `chosen`, the picked texts
     `rejected` and their places in the pool `rejected_index`, in pick order; pairs.jsonl with a line for each picked
-    negative, whose responses bring the space that joins them to the prompt (none with a chat template), as TRL wants.
+    negative, whose responses bring the space that joins them to the prompt, as TRL wants. With a chat template prompts
+    and responses are lists of messages.
 
     Raises:
         UserError: a pool below k, or an `out` that holds something else.
@@ -55,13 +56,20 @@ def select(config: DictConfig) -> None:
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
         places = index_K[mask_K].tolist()
         rejected = [example.pool[place] for place in places]
-        row = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected, "rejected_index": places}
-        table.append(row)
+        if trainer.chat_template:  # as TRL's conversational form has them, for the template that they were read with
+            asked = example.meta.get("messages") or [{"role": "user", "content": example.prompt}]
+            texts = {"prompt": asked, "chosen": answer(example.chosen), "rejected": [answer(text) for text in rejected]}
+        else:
+            texts = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected}
+        table.append(texts | {"rejected_index": places})
     if accelerator.is_main_process:
         import datasets  # seconds
 
         datasets.disable_progress_bars()
-        joined = Encoder(data.tokenizer, trainer.chat_template).joined
+
+        def joined(prompt: Any, response: Any) -> Any:
+            return response if trainer.chat_template else joint(prompt, response) + response
+
         pairs = []
         for row in table:
             prompt = row["prompt"]
@@ -78,6 +86,10 @@ def select(config: DictConfig) -> None:
         with writing_to(config.out):
             build_folder(out, write)
         print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
+
+
+def answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
 
 
 def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:

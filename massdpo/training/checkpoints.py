@@ -26,7 +26,8 @@ class Position:
     epoch: int = 0
     batch: int = 0  # optimiser steps done in this epoch; all of them: what is left of it is its validation
     step: int = 0
-    tokens: int = 0
+    fed_tokens: int = 0  # through the model, by all processes
+    learned_tokens: int = 0  # those among them that have gradients
     train_seconds: float = 0.0  # steps, selection included, without what only the log needs
     select_seconds: float = 0.0
     best: float = -math.inf  # of `keep_metric` on the validation split

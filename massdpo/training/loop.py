@@ -140,7 +140,7 @@ class _Training:
         """The rest of the epoch that `position` is in."""
         stage, position, options = self.stage, self.position, self.options
         with self._timed():
-            refreshed = self.objective.begin_epoch(self.scorer, position.epoch)
+            refreshed = self._counted(self.objective.begin_epoch(self.scorer, position.epoch), len(self.objective.rows))
         if refreshed:
             self._log(refreshed | self._place())
         self.scorer.train()
@@ -207,14 +207,19 @@ class _Training:
                 accelerator.backward(loss)
             for name, value_B in (logs | {"loss": loss_B}).items():
                 values.setdefault(name, []).append(value_B.detach().float()[real_B > 0])
-            position.tokens += int(batch.prompt_mask_BP.sum() + batch.response_mask_BCT.sum())
         norm = float(accelerator.clip_grad_norm_(self.scorer.parameters(), self.options.max_grad_norm))
         if not math.isfinite(norm):
             bad = [self.objective.rows[row].id for row in rows]
             raise UserError(f"the gradient is not finite at {where} (examples {', '.join(bad)}): {remedy}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return _means(values, accelerator) | {"gradient_norm": norm}
+        return self._counted(_means(values, accelerator), len(rows)) | {"gradient_norm": norm}
+
+    def _counted(self, means: dict[str, float], prompts: int) -> dict[str, float]:
+        """Take the tokens of as many prompts out of what is logged, into the position."""
+        self.position.fed_tokens += round(means.pop("fed_tokens", 0.0) * prompts)
+        self.position.learned_tokens += round(means.pop("learned_tokens", 0.0) * prompts)
+        return means
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

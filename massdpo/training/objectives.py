@@ -39,8 +39,8 @@ class Sft:
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative log-prob per token of the chosen response, `(B,)`."""
-        scores: Scores = scorer(batch.chosen_only()).scores
-        return -scores.mean_logp_BC[:, 0], {"chosen_logp": scores.logp_BC[:, 0]}
+        scored: Scored = scorer(batch.chosen_only())
+        return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]} | tokens_of(scored)
 
     def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
         return {}
@@ -104,7 +104,7 @@ class Preference:
         reference_BC = picked(self._reference(batch), picks)
         rewards_BC = self.beta * (scores.logp_BC - reference_BC)
         loss_B = self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
-        logs = self._logs(scores, rewards_BC, picks)
+        logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
         with torch.no_grad():
             logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
         return loss_B, logs
@@ -121,10 +121,10 @@ class Preference:
         started = time.perf_counter()
         parts = []
         for batch in self.score.batches(scorer, self.rows, "select"):
-            scores = scorer(batch).scores if self.selector.needs_scores else unscored(batch)
-            pool = self._statistics(batch, scores, epoch, observe=True)
+            scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
+            pool = self._statistics(batch, scored.scores, epoch, observe=True)
             picks = self.selector(pool)
-            logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+            logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
             if done >= 0:
@@ -219,6 +219,12 @@ class Preference:
             logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
             self.seconds["observe"] += time.perf_counter() - started
         return logs
+
+
+def tokens_of(scored: Scored) -> dict[str, Tensor]:
+    """What the training loop adds up of the tokens that went through the model."""
+    counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
+    return {name: count_B for name, count_B in counts.items() if count_B is not None}
 
 
 def picked(value_BC: Tensor, picks: Picks) -> Tensor:

@@ -1,8 +1,7 @@
 """Who met which items in which order: a `Log`, read from anyone's own files; and what all readers share."""
 
-import csv
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from massdpo.data.raw import BadRows
-from massdpo.data.text import normalise, read_jsonl, read_lines
+from massdpo.data.text import normalise
 from massdpo.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -24,7 +22,7 @@ class Log:
     titles: list[str]
     users: list[str]
     sequences: list[Ints]
-    times: list[NDArray[np.float64]] | None = None  # of each item of each sequence; None: the data has none
+    times: list[NDArray[Any]] | None = None  # of each item of each sequence; None: the data has none
     split_of: list[str] | None = None  # the published split of each user; None: there is none
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -56,101 +54,27 @@ def field_of(row: dict[str, Any], name: str, kinds: tuple[type, ...], place: str
     return value
 
 
-def read_interactions(path: Path, titles: dict[str, str], bad: BadRows) -> Log:
-    """JSONL or CSV (with a header) of `user`, `item`, `time` (a number; without any time: the file's order)."""
-    table = Table(titles)
-    timed: bool | None = None
-    for number, row in _records(path, bad):
-        place = f"{path}:{number}"
-        try:
-            user, item = (str(field_of(row, name, (str, int), place)) for name in ("user", "item"))
-            if item not in titles:
-                raise UserError(f"{place}: item {item!r:.60} has no title in the file of titles")
-            has_time = row.get("time") not in (None, "")
-            if timed is not None and timed != has_time:
-                raise UserError(f"{place}: 'time' stands in some rows only; give it in all or in none")
-            time = _number(row["time"], place) if has_time else float(number)
-        except UserError as error:
-            bad(error)
-            continue
-        timed = has_time
-        table.add(user, item, time)
-    return table.log(path, {}, timed=bool(timed))
-
-
-def read_titles(path: Path, bad: BadRows) -> dict[str, str]:
-    """JSONL or CSV (with a header) of `item`, `title`."""
-    titles: dict[str, str] = {}
-    for number, row in _records(path, bad):
-        place = f"{path}:{number}"
-        try:
-            item = str(field_of(row, "item", (str, int), place))
-            title = field_of(row, "title", (str,), place).strip()
-            if item in titles:
-                raise UserError(f"{place}: item {item!r:.60} has a line already")
-        except UserError as error:
-            bad(error)
-            continue
-        titles[item] = title
-    return titles
-
-
-def _records(path: Path, bad: BadRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    if path.suffix in (".jsonl", ".json"):
-        yield from read_jsonl(path, bad)
-        return
-    if path.suffix != ".csv":
-        raise UserError(f"{path}: the name must end in .jsonl or .csv")
-    csv.field_size_limit(1 << 24)  # a title may be long; Python's own limit is 131,072 characters
-    numbers = _LineNumbers(read_lines(path, bad))
-    try:
-        for row in csv.DictReader(numbers, strict=True):
-            if None in row or None in row.values():
-                bad(
-                    UserError(f"{path}:{numbers.last}: {'more' if None in row else 'fewer'} fields than the header has")
-                )
-            else:
-                yield numbers.last, {str(name).strip(): value for name, value in row.items()}
-    except csv.Error as error:
-        raise UserError(f"{path}:{numbers.last}: not CSV ({error})") from error
-
-
-class _LineNumbers:
-    """Lines for the csv module, remembering where the last one stood."""
-
-    def __init__(self, lines: Iterator[tuple[int, str]]):
-        self.lines = lines
-        self.last = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self.lines:
-            self.last = number
-            yield line + "\n"
-
-
-def _number(value: Any, place: str) -> float:
-    try:
-        time = float(value)
-    except (TypeError, ValueError, OverflowError):
-        time = float("nan")
-    if not np.isfinite(time):
-        raise UserError(f"{place}: 'time' must be a number (seconds, say), found {value!r:.60}")
-    return time
-
-
 class Table:
-    """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance."""
+    """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance.
+
+    Times are whole numbers as long as all are: nanoseconds since 1970 have more digits than a float keeps.
+    """
 
     def __init__(self, titles: dict[str, str]):
         self.titles = titles
         self.item_of = {item: number for number, item in enumerate(titles)}
         self.user_of: dict[str, int] = {}
-        self.user, self.item, self.time = array("q"), array("q"), array("d")
+        self.user, self.item = array("q"), array("q")
+        self.time: Any = array("q")
 
     def add(self, user: str, item: str, time: float) -> None:
         self.user.append(self.user_of.setdefault(user, len(self.user_of)))
         self.item.append(self.item_of[item])
-        self.time.append(time)
+        try:
+            self.time.append(time)
+        except (TypeError, OverflowError):  # the first that is no whole number, or too large a one
+            self.time = array("d", self.time)
+            self.time.append(float(time))
 
     def log(self, path: Path, report: dict[str, Any], timed: bool = True) -> Log:
         if not self.user:
@@ -159,7 +83,17 @@ class Table:
         order = np.lexsort((np.arange(len(user)), time, user))
         ends = np.cumsum(np.bincount(user))[:-1]
         sequences, times = (np.split(column[order], ends) for column in (item, time))
+        if timed and (told := _ties(times)):
+            report = report | {"equal_times": told}
         return Log(list(self.titles.values()), list(self.user_of), sequences, times if timed else None, report=report)
+
+
+def _ties(times: list[NDArray[Any]]) -> str:
+    """How many neighbours in the users' sequences have one time: only the file's order tells which came first."""
+    equal, all_of_them = sum(int((np.diff(each) == 0).sum()) for each in times), sum(len(each) - 1 for each in times)
+    return (
+        f"{equal} of {all_of_them} neighbours ({equal / all_of_them:.0%}): their order is the file's" if equal else ""
+    )
 
 
 def tidy(log: Log, same: Callable[[str], str] = normalise) -> Log:

@@ -1,4 +1,4 @@
-"""The raw files of public recommendation data, as their owners publish them, read into a `Log`."""
+"""The raw files of LastFM, as S-DPO publishes them or by sequences, read into a `Log`."""
 
 import json
 from collections.abc import Iterator
@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows
-from massdpo.data.readers.interactions import Ints, Log, Table, field_of
+from massdpo.data.readers.interactions import Ints, Log, field_of
 from massdpo.data.text import read_jsonl, read_lines
 from massdpo.errors import UserError
-
-# LastFM
 
 
 def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
@@ -144,56 +142,3 @@ def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
                 )
     sequences = [np.array(chain, dtype=np.int64) for chain in chains]
     return Log(list(number_of), users, sequences, split_of=split_of)
-
-
-# MovieLens
-
-STARS = ("1", "2", "3", "4", "5")
-
-
-def read_movielens_titles(path: Path, separator: str, bad: BadRows) -> dict[str, str]:
-    """Titles by movie id, from `u.item` (`|`) or `movies.dat` (`::`), both ISO-8859-1."""
-    titles: dict[str, str] = {}
-    for number, line in _latin_lines(path):
-        parts = line.split(separator)
-        if len(parts) < 3 or not parts[0].isdecimal() or not parts[1].strip():
-            bad(UserError(f"{path}:{number}: expected id{separator}title{separator}..., found {line!r:.80}"))
-        elif parts[0] in titles:
-            bad(UserError(f"{path}:{number}: movie {parts[0]} has a line already"))
-        else:
-            titles[parts[0]] = article_first(parts[1].strip())
-    return titles
-
-
-def article_first(title: str) -> str:
-    """`Affair to Remember, An (1957)` as people say it: `An Affair to Remember (1957)`."""
-    name, bracket, year = title.rpartition(" (")
-    name, year = (name, bracket + year) if bracket else (title, "")
-    head, comma, article = name.rpartition(", ")
-    if comma and article in ("A", "An", "The"):
-        return f"{article} {head}{year}"
-    return title
-
-
-def read_movielens_ratings(path: Path, separator: str, titles: dict[str, str], min_rating: int, bad: BadRows) -> Log:
-    """Ratings of at least `min_rating` by user, in order of time; the file's order decides among equal times."""
-    table = Table(titles)
-    below = 0
-    for number, line in _latin_lines(path):
-        parts = line.split(separator)
-        if len(parts) != 4 or not all(part.isdecimal() for part in parts) or parts[2] not in STARS:
-            bad(UserError(f"{path}:{number}: expected user, item, rating 1 to 5 and time, found {line!r:.80}"))
-        elif parts[1] not in titles:
-            bad(UserError(f"{path}:{number}: movie {parts[1]} has no title in the file of titles"))
-        elif int(parts[2]) < min_rating:
-            below += 1
-        else:
-            table.add(parts[0], parts[1], float(parts[3]))
-    return table.log(path, {"ratings_below_minimum": below})
-
-
-def _latin_lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="iso-8859-1", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.rstrip("\r\n")

@@ -8,17 +8,18 @@ Shapes: E (user, item) pairs.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
-from massdpo.data.readers.histories import Prompting, RecommendationSplit, popularity, rows_of
-from massdpo.data.readers.interactions import Log, raw_file, read_interactions, read_titles, tidy
+from massdpo.data.readers.histories import WORDINGS, Prompting, RecommendationSplit, popularity, rows_of
+from massdpo.data.readers.interactions import Log, raw_file, tidy
+from massdpo.data.readers.tables import Tables
 from massdpo.data.schema import Splits
 from massdpo.data.slates import LEGACY_HISTORY, LEGACY_NEGATIVES, CleanSlates
 from massdpo.data.text import normalise
@@ -58,9 +59,10 @@ class Recommendation(ABC):
     prompts: str = "one"
     bad_rows: str = "error"
 
-    noun: ClassVar[str]
+    noun: str = "item"
 
     def __post_init__(self) -> None:
+        _one_of("noun", self.noun, tuple(WORDINGS))
         _one_of("split", self.split, ("user", "first_seen", "time"))
         _one_of("slate", self.slate, ("clean", "legacy"))
         _one_of("negatives", self.negatives, ("uniform", "popularity"))
@@ -138,7 +140,7 @@ class LastFM(Recommendation):
     which can run code: they are never loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
     """
 
-    noun: ClassVar[str] = "artist"
+    noun: str = "artist"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,64 +193,32 @@ class LastFM(Recommendation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MovieLens(Recommendation):
-    """Next film among those a user rated at least `min_rating`, from GroupLens's own files."""
+class UserSequences(Recommendation):
+    """Anyone's own interactions, and MovieLens: a table of user, item, time and one of item, title (`tables.py`)."""
 
-    split: str = "first_seen"
-    min_rating: int = 3
-
-    noun: ClassVar[str] = "film"
-    ratings: ClassVar[tuple[str, str]]  # file name and separator
-    titles: ClassVar[tuple[str, str]]
+    interactions_file: str | None = None
+    items_file: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    header: list[str] | None = None
+    items_header: list[str] | None = None
+    separator: str | None = None
+    encoding: str = "utf-8"
+    rows: str | None = None
+    time_format: str | None = None
+    min_rating: float | None = None
+    missing_titles: str = "error"
+    article_first: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.min_rating not in (1, 2, 3, 4, 5):
-            raise UserError(f"dataset.min_rating is 1 to 5, not {self.min_rating!r}")
+        _ = self.tables
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(**{each.name: getattr(self, each.name) for each in fields(Tables)})
 
     def files(self) -> list[Path]:
-        return [
-            raw_file(self.raw_dir, self.ratings[0], "ratings, as published by GroupLens"),
-            raw_file(self.raw_dir, self.titles[0], "titles, as published by GroupLens"),
-        ]
+        return self.tables.paths()
 
     def log(self, bad: BadRows) -> Log:
-        ratings, titles = self.files()
-        title_of = public_logs.read_movielens_titles(titles, self.titles[1], bad)
-        return public_logs.read_movielens_ratings(ratings, self.ratings[1], title_of, self.min_rating, bad)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MovieLens100K(MovieLens):
-    """MovieLens-100K: `u.data` and `u.item`."""
-
-    ratings: ClassVar[tuple[str, str]] = ("u.data", "\t")
-    titles: ClassVar[tuple[str, str]] = ("u.item", "|")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MovieLens1M(MovieLens):
-    """MovieLens-1M: `ratings.dat` and `movies.dat`."""
-
-    ratings: ClassVar[tuple[str, str]] = ("ratings.dat", "::")
-    titles: ClassVar[tuple[str, str]] = ("movies.dat", "::")
-
-
-@dataclass(frozen=True, kw_only=True)
-class UserSequences(Recommendation):
-    """Anyone's own interactions: a file of user, item, time and one of item, title; each JSONL or CSV."""
-
-    interactions_file: str = "interactions.csv"
-    items_file: str = "items.csv"
-
-    noun: ClassVar[str] = "item"
-
-    def files(self) -> list[Path]:
-        return [
-            raw_file(self.raw_dir, self.interactions_file, "user, item, time"),
-            raw_file(self.raw_dir, self.items_file, "item, title"),
-        ]
-
-    def log(self, bad: BadRows) -> Log:
-        rows, titles = self.files()
-        return read_interactions(rows, read_titles(titles, bad), bad)
+        return self.tables.log(bad)

@@ -1,0 +1,108 @@
+"""The engine on one card: right in bfloat16, and how much of what sharing prompts can save it does save.
+
+A model of SmolLM2-135M's shape with random weights, prompts of 256 to 4,096 tokens, each step forward and backward.
+"""
+
+import importlib.util
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from massdpo.benchmark import measure
+from massdpo.benchmark.engine import Setting, against_trl, autocast, build_batch, build_model, build_sides, lean, shares
+from massdpo.errors import UserError
+from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs import machine
+from massdpo.store import write_json, write_text
+
+SMOLLM2 = Setting(
+    30, 576, 1536, 9, 3, 49_152, response=32, negatives=20, prompts=2, tied=True, dtype="bfloat16", device="cuda"
+)
+PROMPTS = (256, 1024, 4000)  # the model has 4,096 positions
+TIMED = ("full_lean", "full_packed", "random_lean", "random_packed", "mass")
+BFLOAT16_ERROR = 0.1  # nats per token: it keeps eight bits
+NUMBERS = {
+    "full_speedup": "full pool, speed-up by sharing prompts",
+    "token_bound": "the most that the tokens allow",
+    "share_of_bound": "share of that",
+    "mass_over_random": "MASS over random k",
+    "trl_pairs_speedup": "pairs, speed-up over TRL",
+}
+
+
+def errors(setting: Setting) -> dict[str, float]:
+    """How far packed log-probs are off the plain ones in float32: nats per token, at most, in each precision."""
+    model, batch = build_model(setting), build_batch(setting)
+    scorer = PreferenceScorer(model, layout="packed")
+    with torch.no_grad():
+        expected_BC = lean(model, batch)
+        found = {"float32": scorer(batch).scores.logp_BC}
+        with autocast(setting):
+            found["bfloat16"] = scorer(batch).scores.logp_BC
+    return {name: float((logp_BC - expected_BC).abs().max()) / setting.response for name, logp_BC in found.items()}
+
+
+def measured(setting: Setting, rounds: int) -> dict[str, Any]:
+    """One length of prompts: medians of the sides in alternation, and what they come to."""
+    sides = build_sides(setting, build_model(setting))
+    seconds = measure.medians(measure.alternate({side: sides[side] for side in TIMED}, rounds))
+    pairs = measure.medians(against_trl(setting, rounds=2))
+    count = 1 + setting.negatives
+    bound = count * (setting.prompt + setting.response) / (setting.prompt + count * setting.response)
+    speedup = seconds["full_lean"] / seconds["full_packed"]
+    return {
+        "prompt": setting.prompt,
+        "seconds": seconds | pairs,
+        "full_speedup": speedup,
+        "token_bound": bound,
+        "share_of_bound": speedup / bound,
+        "mass_over_random": seconds["mass"] / seconds["random_packed"],
+        "trl_pairs_speedup": pairs["trl_pairs"] / pairs["packed_pairs"],
+        "share_of_matrix_rate": shares(setting, seconds),
+    }
+
+
+def run(out: Path, setting: Setting = SMOLLM2, prompts: tuple[int, ...] = PROMPTS, rounds: int = 5) -> None:
+    """Check, measure and write `gpu.json` and `gpu.md` into `out`.
+
+    Raises `UserError` where there is no card or no TRL, or where the packed log-probs are wrong.
+    """
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "this benchmark is for a GPU, and none is here: python -m massdpo.benchmark engine runs on a CPU"
+        )
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[bench]`")
+    off = errors(replace(setting, prompt=prompts[0]))
+    if off["float32"] > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:
+        raise UserError(f"packed log-probs are wrong here: off by {off} nats per token")
+    rows = [measured(replace(setting, prompt=prompt), rounds) for prompt in prompts]
+    report = {
+        "error_per_token": off,
+        "rows": rows,
+        "setting": asdict(setting),
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+    }
+    write_json(out / "gpu.json", report)
+    write_text(out / "gpu.md", markdown(report))
+    print(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Every number of the report as a Markdown table, a column for each length of prompts."""
+    rows = report["rows"]
+    lines = ["| prompt tokens | " + " | ".join(str(row["prompt"]) for row in rows) + " |"]
+    lines.append("|---" * (1 + len(rows)) + "|")
+    for side in rows[0]["seconds"]:
+        lines.append(f"| {side}, s | " + " | ".join(f"{row['seconds'][side]:.4f}" for row in rows) + " |")
+    for name, meaning in NUMBERS.items():
+        lines.append(f"| {meaning} | " + " | ".join(f"{row[name]:.2f}" for row in rows) + " |")
+    for side in rows[0]["share_of_matrix_rate"]:
+        values = " | ".join(f"{row['share_of_matrix_rate'][side]:.2f}" for row in rows)
+        lines.append(f"| {side}, share of the matrix rate | {values} |")
+    off = ", ".join(f"{error:.2g} in {dtype}" for dtype, error in report["error_per_token"].items())
+    where = f"Machine: {machine.in_words(report['machine'])}."
+    return "\n".join([*lines, "", f"Off by at most, nats per token: {off}.", where, f"Commit: {report['commit']}.", ""])
