@@ -827,6 +827,7 @@ def test_a_sweep_of_ones_own_is_a_curve_over_what_it_varies(tmp_path: Path) -> N
 def test_a_method_has_one_colour_and_marker_of_its_own() -> None:
     looks = [(one.colour, one.marker) for label, one in METHODS.items() if label != "sdpo"]  # another name of random
     assert len(set(looks)) == len(looks)
+    assert {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} <= set(METHODS)
     assert (look_of("my_own").colour, look_of("my_own").marker) == (look_of("my_own").colour, look_of("my_own").marker)
     assert (look_of("my_own").colour, look_of("my_own").marker) not in looks
 
