@@ -74,6 +74,7 @@ class Picks:
     index_BK: Tensor  # int64
     mask_BK: Tensor  # bool
     info: dict[str, Tensor] = field(default_factory=dict)
+    gains_BK: Tensor | None = None  # nats of log det that each pick added, for selectors that maximise it
 
 
 class Resolution(NamedTuple):

@@ -12,8 +12,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from massdpo.config import RULES, compose, identity, resolved, run_name, validate
+from massdpo.config import RULES, compose, explain, identity, resolved, run_name, validate
 from massdpo.errors import UserError
 from tests.conftest import ROOT
 
@@ -28,7 +29,7 @@ BAD = [
     ("selectr=mass", r"unknown key 'selectr'; did you mean 'selector'"),
     ("selector=mas", r"unknown selector 'mas'; did you mean 'mass'"),
     ("selector=RANDOM", r"did you mean 'random'"),
-    ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, random"),
+    ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, .*random"),
     ("dataset=lastfn", r"unknown dataset 'lastfn'; did you mean 'lastfm'"),
     ("model=tiny_lama", r"did you mean 'tiny_llama'"),
     ("model=/some/folder", r"unknown model '/some/folder'.*model=pretrained with model.path=DIR"),
@@ -433,3 +434,14 @@ def test_the_composed_config_is_what_a_job_sees(tmp_path: Path) -> None:
     for values in (seen, mine):
         values.pop("choices"), values.pop("cache_dir")
     assert seen == mine
+
+
+def test_a_missing_value_is_told_by_its_whole_key() -> None:
+    config = OmegaConf.create({"dataset": {"folder": "???"}})
+    with pytest.raises(OmegaConfBaseException) as error:
+        OmegaConf.to_container(config, throw_on_missing=True)
+    assert explain(error.value) == "the key 'dataset.folder' has no value: write dataset.folder=VALUE"
+
+
+def test_a_class_of_ours_is_known_by_its_name_wherever_its_file_is(default: DictConfig) -> None:
+    assert identity(default)["selector"]["_target_"] == "Mass"

@@ -39,12 +39,26 @@ def written_pairwise(rewards: list[Tensor], means: list[Tensor]) -> Tensor:
     return sum(terms) / len(terms)
 
 
+def written_lipo(rewards: list[Tensor], means: list[Tensor]) -> Tensor:
+    ranked = sorted(range(len(rewards)), key=lambda index: -float(rewards[index]))
+    discount = [1 / math.log2(2 + ranked.index(index)) for index in range(len(rewards))]
+    pairs = range(1, len(rewards))
+    return sum(-abs(discount[0] - discount[i]) * torch.log(sigmoid(rewards[0] - rewards[i])) for i in pairs)
+
+
+def written_ndcg(rewards: list[Tensor], means: list[Tensor]) -> Tensor:
+    rank = 1 + sum(sigmoid(reward - rewards[0]) for reward in rewards[1:])
+    return 1 - 1 / torch.log2(1 + rank)
+
+
 WRITTEN = {
     "pl": written_pl,
     "dpo": written_dpo,
     "dmpo": written_dmpo,
     "mppo": written_mppo,
     "pairwise": written_pairwise,
+    "lipo": written_lipo,
+    "ndcg": written_ndcg,
 }
 
 
@@ -84,7 +98,7 @@ def test_loss_and_gradient_are_those_of_the_written_formula(name: str, seed: int
     assert sum(float(grad.abs().sum()) for grad in ours) > 0.01  # equal zeros would prove nothing
 
 
-@pytest.mark.parametrize("name", ["pl", "dmpo", "mppo", "pairwise"])
+@pytest.mark.parametrize("name", ["pl", "dmpo", "mppo", "pairwise", "lipo", "ndcg"])
 @pytest.mark.parametrize("junk", [0.0, 50.0, -50.0])
 def test_masked_candidate_changes_nothing_and_gets_no_gradient(name: str, junk: float) -> None:
     rewards_BC, mean_BC, mask_BC = slates([3, 3])
@@ -118,6 +132,13 @@ def test_at_the_start_losses_are_those_of_a_coin() -> None:
     assert float(losses.pl(rewards_BC, rewards_BC, mask_BC)) == pytest.approx(math.log(5))
     assert float(losses.dmpo(rewards_BC, rewards_BC, mask_BC)) == pytest.approx(math.log(2))
     assert float(losses.pairwise(rewards_BC, rewards_BC, mask_BC)) == pytest.approx(math.log(2))
+
+
+def test_lipo_learns_from_ties() -> None:
+    """At the start all rewards tie: ranks must not, or every weight would be 0."""
+    rewards_BC, mask_BC = torch.zeros(1, 4, requires_grad=True), torch.ones(1, 4, dtype=torch.bool)
+    (grad_BC,) = grads(losses.lipo(rewards_BC, rewards_BC, mask_BC).sum(), rewards_BC)
+    assert float(grad_BC[0, 0]) < 0 and bool((grad_BC[0, 1:] > 0).all())
 
 
 @pytest.mark.parametrize("name", ["pl", "dpo", "dmpo", "pairwise"])

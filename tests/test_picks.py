@@ -17,15 +17,19 @@ from massdpo.data.tokens import TokenizedExample
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import (
     Adpo,
+    Coreset,
     Dpp,
     Dynamic,
     Farthest,
     Hardest,
     HardestLogp,
+    Herding,
     Interleaved,
     Mass,
+    Medoids,
     Sampled,
     Selector,
+    TopRandom,
 )
 from massdpo.selection.logdet import limits, select_logdet
 from massdpo.tensors import PoolStatistics, Scores
@@ -50,6 +54,10 @@ SELECTORS: dict[str, Selector] = {
     "hardest_logp": HardestLogp(3, short_pool="all"),
     "hardest_sum": HardestLogp(3, "sum", short_pool="all"),
     "interleaved": Interleaved(3, short_pool="all"),
+    "top_random": TopRandom(3, top=5, short_pool="all"),
+    "coreset": Coreset(3, short_pool="all"),
+    "medoids": Medoids(3, short_pool="all"),
+    "herding": Herding(3, short_pool="all"),
     "sampled": Sampled(3, short_pool="all"),
 }
 
@@ -190,7 +198,8 @@ def real_rows(tokenizer: Callable[..., dict[str, list[int]]]) -> Rows:
 
     def row(number: int) -> TokenizedExample:
         prompt = tokenizer(f"Which of these goes with{text(1, 20)}?")["input_ids"]
-        return TokenizedExample(f"question-{number}", prompt, [tokenizer(text(1, 5))["input_ids"] for _ in range(7)])
+        answers = list(dict.fromkeys(text(1, 5) for _ in range(8)))  # distinct: as prepared pools are
+        return TokenizedExample(f"question-{number}", prompt, [tokenizer(answer)["input_ids"] for answer in answers])
 
     return [row(number) for number in range(16)]
 

@@ -154,6 +154,7 @@ RULES: dict[str, Rule] = {
     "selector.ridge_relative": flag(),
     "selector.solver": one_of("greedy", "swap", "exact"),
     "selector.score": one_of("mean", "sum"),
+    "selector.top": whole(1),
     "selector.short_pool": one_of("error", "all"),
     "logger.project": wandb_name,
     "logger.entity": wandb_name | null,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 LABEL_ORDER = (
     *("popularity", "lookup", "sft", "random", "sdpo", "dpo", "dmpo", "mppo", "pairwise", "full"),
-    *("hardest", "hardest_logp", "sampled"),
-    *("dpp", "farthest", "dynamic", "adpo", "interleaved", "mass"),
+    *("lipo", "ndcg", "hardest", "hardest_logp", "sampled", "top_random"),
+    *("dpp", "farthest", "coreset", "medoids", "herding", "dynamic", "adpo", "interleaved", "mass"),
 )
 BASELINES = ("random", "sdpo")  # two names of one thing: k negatives drawn uniformly, PL loss
 

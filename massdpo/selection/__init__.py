@@ -8,6 +8,7 @@ A selector is any object with `features` (what the scorer computes for it: "mean
 from massdpo.selection.diversity import Dpp, Farthest
 from massdpo.selection.information import Adpo, Mass
 from massdpo.selection.pools import Selector, check_selection, overlap, take_best
+from massdpo.selection.representatives import Coreset, Herding, Medoids
 from massdpo.selection.scores import (
     Dynamic,
     Full,
@@ -16,5 +17,6 @@ from massdpo.selection.scores import (
     Interleaved,
     Random,
     Sampled,
+    TopRandom,
     hardest_overlap,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from massdpo.model.features import FEATURES
 from massdpo.selection import logdet
-from massdpo.selection.gram import candidate_gram, reorder, reorder_gram
+from massdpo.selection.gram import candidate_gram, reorder, reorder_gram, square_distances
 from massdpo.selection.information import Mass
 from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
 from massdpo.store import keyed_seed
@@ -61,12 +61,8 @@ class Farthest:
         check_finite(pool)
         check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
         order_BN = noise_order(pool)
-        gram_BCC = reorder_gram(candidate_gram(pool, self.features), order_BN)
+        distance_BCC = reorder_gram(square_distances(pool, self.features, self.normalize), order_BN)
         mask_BC = reorder(pool.scores.mask_BC, order_BN)
-        if self.normalize:  # about the plain mean of the pool: equal rewards
-            gram_BCC = logdet.unit_gram(gram_BCC, torch.zeros_like(gram_BCC[..., 0]), mask_BC)
-        square_BC = gram_BCC.diagonal(dim1=-2, dim2=-1)
-        distance_BCC = square_BC[:, :, None] + square_BC[:, None, :] - 2 * gram_BCC
         nearest_BN = distance_BCC[:, 0, 1:].masked_fill(~mask_BC[:, 1:], -math.inf)
         rows_B = torch.arange(len(order_BN), device=order_BN.device)
         picked = []

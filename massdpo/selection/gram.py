@@ -49,3 +49,12 @@ def candidate_gram(pool: PoolStatistics, features: str) -> Tensor:
         )
     features_BCD = hidden_features(pool).float()
     return logdet.inner_products(features_BCD, features_BCD[:, :1])
+
+
+def square_distances(pool: PoolStatistics, features: str, normalize: bool) -> Tensor:
+    """Squared distances of the candidates `(B, C, C)`; `normalize`: of unit vectors from the pool's plain mean."""
+    gram_BCC = candidate_gram(pool, features)
+    if normalize:
+        gram_BCC = logdet.unit_gram(gram_BCC, torch.zeros_like(gram_BCC[..., 0]), pool.scores.mask_BC)
+    square_BC = gram_BCC.diagonal(dim1=-2, dim2=-1)
+    return square_BC[:, :, None] + square_BC[:, None, :] - 2 * gram_BCC

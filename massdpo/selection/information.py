@@ -4,6 +4,7 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +60,8 @@ class Mass:
         info = {"logdet": selection.logdet_B.float(), "ties": selection.ties_B.float()}
         if pool.observe and self.variant != "subset_fisher":
             info["certified_ratio"] = selection.certified_ratio_B.float()
-        return as_picks(order_BN.gather(1, selection.indices_BK), selection.mask_BK, info)
+        picks = as_picks(order_BN.gather(1, selection.indices_BK), selection.mask_BK, info)
+        return replace(picks, gains_BK=selection.gains_BK)
 
     def _select_from_gram(self, pool: PoolStatistics, order_BN: Tensor) -> logdet.LogdetSelection:
         gram_BCC = reorder_gram(candidate_gram(pool, self.features), order_BN)

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from massdpo.errors import UserError
 from massdpo.selection import logdet
 from massdpo.selection.pools import (
     as_picks,
@@ -55,6 +56,22 @@ class Hardest(ByScore):
 
     def score_BN(self, pool: PoolStatistics) -> Tensor:
         return pool.advantage_BN
+
+
+class TopRandom(ByScore):
+    """k uniformly from the `top` hardest, of which the very first may be false negatives (RoDPO, arXiv 2603.29259)."""
+
+    def __init__(self, k: int, top: int = 10, short_pool: str = "error"):
+        super().__init__(k, short_pool)
+        if isinstance(top, bool) or not isinstance(top, int) or top < k:
+            raise UserError(f"selector.top must be a whole number of at least k={k}, got {top!r}")
+        self.top = top
+
+    def score_BN(self, pool: PoolStatistics) -> Tensor:
+        hardest = take_best(pool, pool.advantage_BN, self.top, "all")
+        in_top_BN = torch.zeros_like(pool.noise_BN).scatter_add(1, hardest.index_BK, hardest.mask_BK.to(pool.noise_BN))
+        # The noise has decided who is among the top where scores tie: its further digits draw from them.
+        return (pool.noise_BN * 2**10).frac() - (in_top_BN == 0).to(pool.noise_BN)
 
 
 class HardestLogp(ByScore):

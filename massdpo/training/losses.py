@@ -42,6 +42,24 @@ def pairwise(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tenso
     return _mean_of_negatives(-F.logsigmoid(rewards_BC[:, :1] - rewards_BC), mask_BC)
 
 
+def lipo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """LiPO-lambda (arXiv 2402.01878) with labels 1 and 0: sum_i |1/D(rank_0) - 1/D(rank_i)| -log sigma(r_0 - r_i).
+
+    D(rank) = log2(1 + rank); ranks are by the rewards, without gradients; ties count against the chosen one.
+    """
+    last_BC = rewards_BC.detach().masked_fill(~mask_BC, -torch.inf).roll(-1, dims=1)  # the chosen one behind its ties
+    rank_BC = last_BC.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1).roll(1, dims=1) + 1
+    discount_BC = 1 / (1 + rank_BC).to(rewards_BC.dtype).log2()
+    weight_BC = (discount_BC[:, :1] - discount_BC).abs() * mask_BC
+    return -(weight_BC * F.logsigmoid(rewards_BC[:, :1] - rewards_BC))[:, 1:].sum(-1)
+
+
+def ndcg(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
+    """1 - NDCG of the chosen response at its smooth rank, 1 + sum_i sigma(r_i - r_0) (ApproxNDCG, Qin et al. 2010)."""
+    above_BC = torch.sigmoid(rewards_BC - rewards_BC[:, :1]) * mask_BC
+    return 1 - 1 / torch.log2(2 + above_BC[:, 1:].sum(-1))
+
+
 def _mean_of_negatives(value_BC: Tensor, mask_BC: Tensor) -> Tensor:
     mask_BK = mask_BC[:, 1:]
     return torch.where(mask_BK, value_BC[:, 1:], 0.0).sum(-1) / mask_BK.sum(-1)

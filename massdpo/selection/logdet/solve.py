@@ -76,7 +76,7 @@ def select_logdet_gram(
     mask_BN = selectable(mask_BN, gram_BNN[..., 0])
     check_rows_finite(gram_BNN)
     start = greedy_gram(gram_BNN, mask_BN, k, certify, resolution)
-    if certify and gram_BNN.shape[1] <= limits.DENSE_POOL:
+    if certify and gram_BNN.shape[1] <= limits.SPECTRUM_POOL:
         start = start._replace(upper_bound_B=torch.minimum(start.upper_bound_B, _eigenvalue_bound(gram_BNN, k)))
     if solver == "greedy":
         return start
