@@ -122,8 +122,7 @@ BAD = [
     ("trainer.adapter={r:1,alpha:1,targets:[],stages:one}", r"^trainer.adapter.targets=\[\] "),
     ("trainer.adapter={r:1,alpha:1,targets:a,stages:three}", r"^trainer.adapter.stages='three' "),
     ("trainer.keep=first", r"last \| best"),
-    ("trainer.keep_metric=acuracy", r"did you mean 'accuracy'"),
-    ("trainer.keep_metric=recall@7", r"^trainer.keep_metric='recall@7' "),
+    ("trainer.keep_metric=7", r"^trainer.keep_metric=7 "),
     ("trainer.log_every=0", r"^trainer.log_every=0 "),
     ("dataset.num_negatives=0", r"^dataset.num_negatives=0 "),
     ("dataset.num_negatives=own", r"^dataset.num_negatives='own' "),  # only questions have options of their own
