@@ -36,8 +36,8 @@ sweep-%: setup ## a sweep and its report: make sweep-main DATA=folder SIZE=mini 
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 	$(BIN)/python -m massdpo.report $*
 
-tables: setup ## tables and figures of every sweep in results/
-	$(BIN)/python -m massdpo.report
+tables: setup ## tables, figures and the page of results/, from its rows and the runs that are here
+	$(BIN)/python -m massdpo.report --out results
 
 bench: $(VENV)/.test ## measure the engine and the selectors on this machine
 	$(BIN)/python -m massdpo.benchmark engine

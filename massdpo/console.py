@@ -59,12 +59,17 @@ def _plain_progress(total: int, description: str) -> Callable[..., None]:
     return advance
 
 
-def summary_table(title: str, rows: Rows, console: Console | None = None) -> None:
-    """Print rows as a table, numbers to the right; text is shown as it is, never as markup."""
+def summary_table(title: str, rows: Rows, console: Console | None = None, whole: int = 0) -> None:
+    """Print rows as a table, numbers to the right; text is shown as it is, never as markup.
+
+    The first `whole` columns say what a row is, and are not cut where a terminal is narrow.
+    """
     table = Table(title=Text(title, style="bold"), title_justify="left")
-    for name in rows[0]:
+    for place, name in enumerate(rows[0]):
         numeric = all(isinstance(row[name], (int, float)) for row in rows)
-        table.add_column(Text(name), justify="right" if numeric else "left")
+        cells = [name, *(_cell(row[name]) for row in rows)]
+        width = max(map(len, cells)) if place < whole else None
+        table.add_column(Text(name), justify="right" if numeric else "left", min_width=width, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     # Where no terminal says how wide it is, lines stay whole for whoever reads the log.

@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,3 +123,29 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPat
     options = {"device": "cpu", "precision": "float32", "threads": None, "generate": False}
     with pytest.raises(UserError, match="over several GPUs only"):
         launch.start(OmegaConf.create({"trainer": options}))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's end")
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [6, 12])
+def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, seconds: int) -> None:
+    """At whatever moment: while they find each other, too."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = [f"runs_dir={tmp_path}", f"cache_dir={tmp_path / 'cache'}", "logger=none", "trainer.threads=1"]
+    process = subprocess.Popen([*launcher, str(ROOT / "run.py"), *options], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    time.sleep(seconds)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while (alive := [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists() and running(pid)]) and (
+        time.monotonic() < end
+    ):
+        time.sleep(0.5)
+    for pid in alive:
+        os.kill(int(pid), signal.SIGKILL)
+    assert workers and not alive
+
+
+def running(pid: str) -> bool:
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()

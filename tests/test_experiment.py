@@ -132,11 +132,24 @@ def test_what_decorates_a_run_costs_none_of_its_results(
     assert "is left out (RuntimeError: a bomb)" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line_with_the_default_logger_too(places: list[str], main: Main) -> None:
-    options = [*TINY, *places, "logger=wandb", "selector.short_pool=error", "dataset.num_negatives=3", "k=3"]
-    assert main(*options, "trainer.preference.learning_rate=1e9", "trainer.sft.learning_rate=1e9")[0] == 2
-    code, _, error = main(*TINY, *places, "logger=wandb", "dataset=qasc", "dataset.raw_dir=/nowhere")
-    assert code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+def test_what_a_field_is_called_does_nothing_to_a_terminal(tmp_path: Path, places: list[str], main: Main) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"\x1b[2J\x07": "a", "prompt": 1}) + "\n")
+    options = [name for name in TINY if not name.startswith("dataset.")]
+    code, _, error = main(*options, *places, "dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}")
+    assert code == 2 and not {"\x1b", "\x07"} & set(error)
+
+
+@pytest.mark.parametrize("logger", ["none", "wandb"])
+def test_pools_below_k_are_one_line_whatever_the_logger(
+    logger: str, tmp_path: Path, places: list[str], main: Main
+) -> None:
+    rows = [{"prompt": f"Say {n}", "chosen": f"{n}", "rejected": [f"not {n}"]} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [name for name in TINY if not name.startswith(("dataset.", "logger"))]
+    data = ["dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}", "k=2"]
+    code, _, error = main(*options, *places, *data, f"logger={logger}")
+    (line,) = error.strip().splitlines()
+    assert code == 2 and line.startswith("error: ") and "k=2" in line
 
 
 def test_a_run_leaves_its_files_and_no_others(finished: Path) -> None:
@@ -338,10 +351,11 @@ def test_bad_data_is_one_line_and_exit_code_2(
     ],
     ids=["splits", "one split", "pool", "length", "context", "share"],
 )
+@pytest.mark.parametrize("logger", ["none", "wandb"])
 def test_what_the_data_does_not_allow_is_told_before_anything_is_trained(
-    options: list[str], said: str, tmp_path: Path, places: list[str], main: Main
+    options: list[str], said: str, logger: str, tmp_path: Path, places: list[str], main: Main
 ) -> None:
-    code, _, err = main(*TINY, *places, *options)
+    code, _, err = main(*TINY, *places, *options, f"logger={logger}")
     assert code == 2
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and said in line

@@ -1,6 +1,7 @@
 """Ranking metrics against scikit-learn and plain loops, with ties and NaN; reward metrics against plain loops."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,11 @@ import torch
 from scipy import stats
 from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
+from massdpo.errors import UserError
 from massdpo.evaluation.metrics import (
+    METRICS,
+    check_keep_metric,
+    described,
     mean_interval,
     ranking_metrics,
     ranking_values,
@@ -16,6 +21,8 @@ from massdpo.evaluation.metrics import (
     reward_values,
     target_ranks,
 )
+from massdpo.evaluation.scores import SplitScores, evaluate, predictions
+from tests.conftest import ROOT
 
 
 def plain_rank(scores: list[float], mask: list[bool]) -> int:
@@ -74,12 +81,11 @@ def test_ranking_metrics_equal_scikit_learn() -> None:
 def test_ranking_metrics_equal_the_hand_formula_with_ties() -> None:
     scores_BC, mask_BC = random_case(7)
     ranks = [plain_rank(*row) for row in zip(scores_BC.tolist(), mask_BC.tolist(), strict=True)]
-    metrics = ranking_metrics(target_ranks(scores_BC, mask_BC), cutoffs=(1, 4))
-    assert set(metrics) == {"accuracy", "recall@1", "recall@4", "ndcg@1", "ndcg@4", "mrr"}
+    metrics = ranking_metrics(target_ranks(scores_BC, mask_BC))
     n = len(ranks)
     assert metrics["mrr"] == pytest.approx(sum(1 / r for r in ranks) / n)
-    assert metrics["recall@4"] == pytest.approx(sum(r <= 4 for r in ranks) / n)
-    assert metrics["ndcg@4"] == pytest.approx(sum(1 / math.log2(1 + r) for r in ranks if r <= 4) / n)
+    assert metrics["recall@5"] == pytest.approx(sum(r <= 5 for r in ranks) / n)
+    assert metrics["ndcg@5"] == pytest.approx(sum(1 / math.log2(1 + r) for r in ranks if r <= 5) / n)
 
 
 def test_values_are_per_prompt() -> None:
@@ -136,3 +142,50 @@ def test_mean_interval_equals_scipy() -> None:
 def test_one_value_has_no_interval() -> None:
     mean, half = mean_interval([0.5])
     assert mean == 0.5 and math.isnan(half)
+
+
+# --- the table
+
+
+def test_every_metric_of_a_run_is_in_the_table_and_comes_back_from_its_predictions() -> None:
+    """What metrics.json says of a policy is the mean over predictions.jsonl of the column that the table names."""
+    generator = torch.Generator().manual_seed(0)
+    logp_SC, length_SC = torch.randn(2, 50, 6, generator=generator), torch.randint(1, 4, (50, 6), generator=generator)
+    policy, reference = (SplitScores(logp, length_SC) for logp in logp_SC)
+    found = evaluate(policy, reference, beta=0.5)
+    lines = predictions(policy, reference, 0.5, [str(place) for place in range(50)])
+    assert set(found) == {name for name, metric in METRICS.items() if metric.of_rank or metric.of_rewards}
+    for name, metric in METRICS.items():
+        if metric.column:
+            column = torch.tensor([float(line[metric.column]) for line in lines], dtype=torch.float64)
+            values = metric.of_rank(column).double() if metric.of_rank else column
+            assert float(values.mean()) == pytest.approx(found[name], abs=1e-12), name
+
+
+def test_a_policy_is_kept_by_any_metric_of_validation_that_is_better_when_higher() -> None:
+    for name in ("accuracy", "recall@20", "ndcg@20_sum", "margin_max"):
+        check_keep_metric(name)
+    for name, told in (
+        ("acuracy", "did you mean 'accuracy'"),
+        ("chosen_logp_change", "is not possible"),
+        ("train_seconds", "possible"),
+    ):
+        with pytest.raises(UserError, match=told) as error:
+            check_keep_metric(name)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_metric_of_another_split_is_described_by_its_entry() -> None:
+    assert described("val/margin").label == "mean margin (validation)" and described("val/margin").unit == "β·nats"
+    assert described("catalogue/ndcg@10").column == "catalogue_rank" and described("catalogue/items").column == ""
+    assert described("my_own").label == "my own"
+
+
+def test_the_readme_explains_every_metric_in_the_words_of_the_table() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for metric in METRICS.values():
+        if metric.column != "rank_sum":
+            name, _, cutoff = metric.name.partition("@")
+            number = "@N" if name in ("recall", "ndcg") else f"@{cutoff}" if cutoff else ""
+            meaning = re.sub(r"first \d+$", "first N", metric.meaning)
+            assert f"| `{name}{number}` | {meaning} |" in readme, metric.name

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ import yaml
 from scipy import integrate, optimize, stats
 
 from massdpo.errors import UserError
-from massdpo.report import figures, tables
+from massdpo.report import plots, tables
 from massdpo.report.__main__ import main, write_tables
+from massdpo.report.latex import to_latex
+from massdpo.report.methods import METHODS
+from massdpo.report.methods import method as look_of
 from massdpo.report.per_prompt import prompt_values
 from massdpo.report.reading import read_history
 from massdpo.report.rows import Rows, collect, read_status
@@ -296,7 +300,7 @@ def test_rows_hold_the_metrics_and_ranks_of_each_run(demo: Path) -> None:
         by_id = {line["id"]: line for line in lines}
         assert ranks.tolist() == [by_id[name]["rank"] for name in sorted(by_id)]
         margin = [by_id[name]["margin"] for name in sorted(by_id)]
-        assert margins.tolist() == pytest.approx(margin, rel=2**-11, abs=1e-6)  # half precision: 11 bits
+        assert margins.tolist() == margin  # they are float32 numbers
 
 
 def test_options_that_a_sweep_varies_are_axes_and_followers_are_not(tmp_path: Path) -> None:
@@ -438,11 +442,11 @@ def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
                 options = {"learning_rate": rate}
                 path = make_run(sweep, selector, seed, options=options, data={"num_negatives": size}) / "metrics.json"
                 at = 0.01 * (place if size == 20 else -place) + easier + 0.001 * seed
-                path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": at, "val/accuracy": at}))
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"margin": at, "val/accuracy": at}))
     rows = collect(sweep)
     axis = "option/dataset.num_negatives"
     assert sorted(rows.axes) == [axis, "option/learning_rate"]
-    summary = cells_of(rows, ("accuracy",))
+    summary = cells_of(rows, ("margin",))
     best = summary.cells[summary.cells["best"]]
     found = [(line[axis], line["label"], line["option/learning_rate"]) for line in best.to_dict("records")]
     assert found == [(4, "random", 1e-3), (20, "mass", 1e-4)]
@@ -462,7 +466,7 @@ def test_lines_show_every_mean_and_interval(sizes: tuple[int, ...], tmp_path: Pa
         make_run(sweep, selector, seed, data={"num_negatives": size})
     summary = cells_of(collect(sweep), ("accuracy", "margin"))
     known = summary.cells[summary.cells["mean"].notna()]
-    figure = figures._lines(known, summary, view_of("pool"))
+    figure = plots.lines(known, summary, view_of("pool"))
     for metric, axis in zip(summary.metrics, figure.axes, strict=True):
         cells = known[known["metric"] == metric]
         low, high = axis.get_ylim()
@@ -472,7 +476,7 @@ def test_lines_show_every_mean_and_interval(sizes: tuple[int, ...], tmp_path: Pa
         assert [label.get_text() for label in axis.get_xticklabels()] == [str(size) for size in sizes]
         places = {tuple(line.get_xdata()) for line in axis.lines if line.get_linestyle() != "None"}
         assert len(places) == len(cells["label"].unique())  # none hides another's bars
-    figures.plt.close(figure)
+    plots.plt.close(figure)
 
 
 def test_guesses_without_a_model_have_a_line_where_there_are_any(demo: Path, tmp_path: Path) -> None:
@@ -514,16 +518,51 @@ def test_ties_are_what_seeds_do_not_tell_apart(tmp_path: Path) -> None:
     assert cell(summary, "random", "train_seconds").best  # the smaller one
 
 
-def test_a_metric_that_is_not_a_number_stays_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_never_best_and_its_run_is_named(value: float, tmp_path: Path) -> None:
     sweep = tmp_path / "main"
     for seed in range(2):
+        make_run(sweep, "random", seed)
         folder = make_run(sweep, "mass", seed)
     metrics = json.loads((folder / "metrics.json").read_text())
-    (folder / "metrics.json").write_text(json.dumps(metrics | {"margin": math.nan}))
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"margin": value}))
     summary = cells_of(collect(sweep))
-    assert math.isnan(cell(summary, "mass", "margin").mean)
-    table = tables.means_table(summary, "t")
-    assert "NaN" in tables.to_markdown(table)
+    line = cell(summary, "mass", "margin")
+    assert not math.isfinite(line.mean) and not line.best and not line.tie
+    assert cell(summary, "random", "margin").best
+    table = tables.to_markdown(tables.means_table(summary, "t"))
+    assert f"NaN or infinity in 1 runs, never best: {folder.name}".replace("_", r"\_") in table
+
+
+@pytest.mark.parametrize("damage", ["empty", "twice", "short", "foreign"])
+def test_predictions_that_are_not_those_of_the_metrics_are_refused(damage: str, tmp_path: Path) -> None:
+    """Each of them dropped a seed from the comparison without a word."""
+    sweep = tmp_path / "main"
+    folder = make_run(sweep, "mass", 0)
+    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    other = json.dumps(json.loads(lines[0]) | {"rank": 21 - json.loads(lines[0])["rank"]}) + "\n"
+    kept = {"empty": [], "twice": [*lines, lines[0]], "short": lines[: len(lines) // 2], "foreign": [other, *lines[1:]]}
+    (folder / "predictions.jsonl").write_text("".join(kept[damage]))
+    with pytest.raises(UserError, match=r"predictions.jsonl cannot be read"):
+        collect(sweep)
+
+
+def test_margins_of_any_size_are_kept(tmp_path: Path) -> None:
+    sweep = tmp_path / "main"
+    path = make_run(sweep, "mass", 0) / "predictions.jsonl"
+    lines = [json.loads(line) | {"margin": 614_968.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (margins,) = [values for name, values in collect(sweep).prompts.items() if name.endswith("/margin")]
+    assert set(margins.ravel()) == {614_968.0}
+
+
+def test_what_a_spreadsheet_would_compute_is_text(tmp_path: Path) -> None:
+    status = {"status": "failed", "why": '=HYPERLINK("http://x","click")'}
+    folder = make_run(tmp_path / "main", "mass", 0, status="failed")
+    (folder / "status.json").write_text(json.dumps(status))
+    collect(tmp_path / "main").write(tmp_path / "out")
+    cells = pd.read_csv(tmp_path / "out" / "rows.csv", dtype=str).to_numpy().ravel()
+    assert not [text for text in cells if str(text).startswith(("=", "+", "@"))]
 
 
 def test_learning_rate_is_chosen_on_validation(tmp_path: Path) -> None:
@@ -549,7 +588,7 @@ NASTY = 'a_b & 50% <script>alert("x")</script> | $y$ #1 {z} ~^\\ *'
 def test_titles_are_escaped_everywhere(demo: Path, tmp_path: Path) -> None:
     table = tables.means_table(cells_of(collect(demo)), NASTY)
     table.lines[0][0] = tables.Cell(NASTY)
-    page, markdown, latex = tables.to_html(table), tables.to_markdown(table), tables.to_latex(table, "x")
+    page, markdown, latex = tables.to_html(table), tables.to_markdown(table), to_latex(table, "x")
     assert "<script" not in page and "&lt;script&gt;" in page
     assert "<script" not in markdown.replace("\\<", "")
     row = next(line for line in markdown.splitlines() if line.startswith("| a"))
@@ -566,7 +605,7 @@ def test_differences_are_of_what_is_known_prompt_by_prompt(demo: Path, tmp_path:
     """A run has one number of seconds: no empty column for it, but a line that says so."""
     summary = summarise(collect(demo), ("accuracy", "train_seconds", "margin"))
     table = tables.differences_table(summary, "t")
-    assert table.head[-2:] == ["Δ accuracy", "Δ mean margin"]
+    assert table.head[-2:] == ["Δ accuracy", "Δ mean margin (β·nats)"]
     assert {len(line) for line in table.lines} == {len(table.head)}
     assert table.notes[-1] == "Not kept prompt by prompt, so not tested: training (s)."
     assert "training (s) ↓" in tables.means_table(summary, "t").head
@@ -585,7 +624,7 @@ def has_latex() -> bool:
 def test_latex_compiles_and_fits_the_page(demo: Path, tmp_path: Path, columns: str) -> None:
     """A table with a nasty name, and every committed one: none wider or longer than a page of the plainest class."""
     table = tables.means_table(cells_of(collect(demo)), NASTY)
-    parts = [tables.to_latex(table, "x"), *(path.read_text() for path in COMMITTED if path.suffix == ".tex")]
+    parts = [to_latex(table, "x"), *(path.read_text() for path in COMMITTED if path.suffix == ".tex")]
     head = rf"\documentclass[{columns}]{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}"
     (tmp_path / "t.tex").write_text("\n\\clearpage\n".join([head, *parts, r"\end{document}"]))
     subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, capture_output=True)
@@ -599,7 +638,7 @@ def test_a_latex_float_holds_a_block_and_every_value() -> None:
     line = [tables.Cell(name) for name in ("data", "net", "mass")]
     line += [tables.Cell(f"{value}.5", p=0.01 if value % 2 else 0.2) for value in range(13)]
     table = tables.Table("t", [], head, [line, line], block_starts=[1], block_names=2, names=3)
-    floats = tables.to_latex(table, "x").split(r"\end{table*}")[:-1]
+    floats = to_latex(table, "x").split(r"\end{table*}")[:-1]
     assert len(floats) == 2
     for text in floats:
         assert "dataset data, model net" in text and text.count(r"\toprule") == 3  # 13 values, at most 6 beside
@@ -643,7 +682,7 @@ def test_page_needs_no_other_file(demo: Path, tmp_path: Path) -> None:
     main(["--runs", str(results / "runs"), "--out", str(results)])
     page = (results / "index.html").read_text()
     assert 'src="data:image/svg+xml;base64,' in page and "Demonstration" in page
-    assert "http" not in page and "<link" not in page and "<script" not in page and 'src="data' in page
+    assert "http:" not in page and "<link" not in page and "<script" not in page and 'src="data' in page
 
 
 @pytest.mark.parametrize("sweep", [*sorted(VIEWS), "my_own"])
@@ -726,14 +765,83 @@ def test_views_of_another_sweep_show_its_rows(tmp_path: Path) -> None:
     assert (out / "index.html").read_bytes() == page
 
 
-def test_the_command_is_the_users_without_places_of_the_machine(demo: Path) -> None:
+def test_the_command_is_the_runs_own_without_places_of_the_machine(demo: Path) -> None:
+    """Also where a multirun noted its own: one run's row is made again by one run's command."""
     note_expected(demo, "sampled", "never-made")
-    noted = json.loads((demo / "expected.json").read_text())
-    for run in noted.values():
-        run["command"] = "python run.py -m sweeps=demo 'data_dir=/home/me/my data' runs_dir=/scratch seed=0"
-    (demo / "expected.json").write_text(json.dumps(noted))
-    finished = collect(demo).frame.query("status == 'finished'")
-    assert set(finished["command"]) == {"python run.py -m sweeps=demo seed=0"}
+    for path in demo.glob("*/metrics.json"):
+        command = f"python run.py sweeps=demo 'data_dir=/home/me/my data' runs_dir=/scratch name={path.parent.name}"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
+    for row in collect(demo).frame.query("status == 'finished'").to_dict("records"):
+        assert row["command"] == f"python run.py sweeps=demo name={row['name']}"
+
+
+def test_reports_add_to_the_rows_that_are_there(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One small run of a sweep takes nothing from the rows of others, and their numbers stay to the last digit."""
+    runs, out = demo.parent, tmp_path / "committed"
+    arguments = ["demo", "--runs", str(runs), "--out", str(out)]
+    assert main(arguments) == 0
+    before, everything = Rows.read(out / "demo"), tree(out / "demo")
+    shutil.move(demo, tmp_path / "away")
+    make_run(demo, "mass", 7)
+    assert main(arguments) == 0
+    after = Rows.read(out / "demo")
+    assert set(after.frame["name"]) > set(before.frame["name"]) and len(after.frame) == len(before.frame) + 1
+    old = after.frame[after.frame["name"].isin(before.frame["name"])]
+    for (_, one), (_, other) in zip(old.iterrows(), before.frame.sort_values("name").iterrows(), strict=True):
+        assert one.drop("place").equals(other.drop("place"))
+        for field in ("rank", "margin") if one["status"] == "finished" else ():
+            name = f"{one['prompts']}/{field}"
+            assert np.array_equal(after.prompts[name][one["place"]], before.prompts[name][other["place"]])
+    shutil.rmtree(demo)
+    shutil.move(tmp_path / "away", demo)
+    capsys.readouterr()
+    assert main([*arguments, "--replace"]) == 0
+    assert "1 rows of" in capsys.readouterr().err and tree(out / "demo") == everything
+
+
+def test_a_report_of_ones_own_stays_beside_its_runs(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    assert (tmp_path / "results" / "runs" / "reports" / "index.html").exists()
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["runs"]
+    assert main([]) == 0  # and is no sweep itself
+
+
+def test_a_sweep_of_ones_own_is_a_curve_over_what_it_varies(tmp_path: Path) -> None:
+    """Whatever its name; `--x` and `--group` choose, and say what there is to choose from."""
+    sweep = tmp_path / "runs" / "mine"
+    for k, rate, selector in itertools.product((1, 2, 4), (1e-3, 1e-4), ("random", "mass")):
+        make_run(sweep, selector, 0, k=k, options={"learning_rate": rate})
+    summary = cells_of(collect(sweep), ("accuracy",))
+    known = summary.cells[summary.cells["mean"].notna()]
+    for x, label, ticks in (("", "k", ["1", "2", "4"]), ("learning_rate", "learning rate", ["0.0001", "0.001"])):
+        (axis,) = plots.lines(known, summary, replace(view_of("mine"), x=x)).axes
+        assert axis.get_xlabel() == label and [tick.get_text() for tick in axis.get_xticklabels()] == ticks
+    arguments = ["mine", "--runs", str(sweep.parent), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--x", "learning_rate", "--group", "k"]) == 0
+    assert main([*arguments, "--x", "nothing"]) == 2
+
+
+def test_a_method_has_one_colour_and_marker_of_its_own() -> None:
+    looks = [(one.colour, one.marker) for label, one in METHODS.items() if label != "sdpo"]  # another name of random
+    assert len(set(looks)) == len(looks)
+    assert {path.stem for path in (ROOT / "conf" / "method").glob("*.yaml")} <= set(METHODS)
+    assert (look_of("my_own").colour, look_of("my_own").marker) == (look_of("my_own").colour, look_of("my_own").marker)
+    assert (look_of("my_own").colour, look_of("my_own").marker) not in looks
+
+
+def test_no_axis_of_a_share_passes_1(tmp_path: Path) -> None:
+    sweep = tmp_path / "main"
+    for seed, accuracy in enumerate((0.9, 1.0, 0.8)):
+        path = make_run(sweep, "mass", seed) / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"reward_accuracy": accuracy}))
+    summary = cells_of(collect(sweep), ("reward_accuracy",))
+    known = summary.cells[summary.cells["mean"].notna()]
+    assert known["mean"].max() + known["half"].max() > 1
+    (axis,) = plots.dots(known, summary, view_of("main")).axes
+    assert axis.get_xlim()[1] <= 1
 
 
 def test_curves_begin_with_the_start_and_leave_the_sft_stage_out(demo: Path) -> None:
@@ -760,12 +868,18 @@ def test_status_tells_what_is_left(demo: Path) -> None:
     for run, seconds in zip(finished, (7 * 3600, *[20] * 8), strict=True):  # a laptop slept through the first
         end = (run / "metrics.json").stat().st_mtime
         os.utime(run / "config.yaml", (end - seconds, end - seconds))
+    expected = json.loads((demo / "expected.json").read_text())
+    early = {"status": "failed", "why": "no file data.jsonl"}  # before its config was written
+    (demo / "early").mkdir()
+    (demo / "early" / "status.json").write_text(json.dumps(early))
+    (demo / "expected.json").write_text(json.dumps(expected | {"early": expected["never-made"]}))
+    assert collect(demo).frame.set_index("name").loc["early", ["status", "why"]].tolist() == list(early.values())
     lines, sentence = sweep_status(demo)
     states = {line["run"]: line["state"] for line in lines}
     assert states["never-made"] == "missing" and sorted(states.values()).count("finished") == 9
-    (failed,) = (line for line in lines if line["state"] == "failed")
-    assert failed["note"] == "loss is not finite at step 7"
-    assert sentence == "9 finished, 1 missing, 1 failed, 1 running; about 60 s left at 20 s a run, 1 at once"
+    notes = [line["note"] for line in lines if line["state"] == "failed"]
+    assert sorted(notes) == ["loss is not finite at step 7", "no file data.jsonl"]
+    assert sentence == "9 finished, 1 missing, 2 failed, 1 running; about 80 s left at 20 s a run, 1 at once"
 
 
 @pytest.mark.slow

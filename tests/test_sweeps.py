@@ -179,3 +179,14 @@ def test_a_run_of_another_key_or_unfinished_is_not_taken_over(tmp_path: Path) ->
     (other / "status.json").write_text(json.dumps({"status": "finished", "key": "k"}))
     take_over(ours, "k")
     assert {path.name for path in ours.iterdir()} == {"metrics.json", "status.json"}
+
+
+@pytest.mark.parametrize("option", ["sweep=../../outside", "name=../outside"])
+def test_a_sweep_writes_nothing_where_a_name_leads_out_of_its_folder(tmp_path: Path, option: str) -> None:
+    runs = tmp_path / "a" / "runs"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "run.py"), "-m", "seed=0", option, f"runs_dir={runs}", "logger=none"]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert found.returncode == 2 and "a plain folder name" in found.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and runs not in path.parents]
+    assert not list(runs.rglob("expected.json"))

@@ -163,11 +163,11 @@ def test_as_few_of_the_oldest_items_are_cut_as_will_do(max_length):
 
 
 def test_what_cannot_fit_is_refused_by_name():
-    with pytest.raises(UserError, match=r"without its history.*1 of 1 rows, train/4.*max_length=20.*at least"):
+    with pytest.raises(UserError, match=r"^train/4: prompt \(without its history.*max_length=20.*at least"):
         tokenize_split([viewer(4, ["blue moon"], end=" and so on" * 9)], TOKENIZER, 20)
-    with pytest.raises(UserError, match=r"train/0 \(\d+ \+ \d+ tokens\)"):
+    with pytest.raises(UserError, match=r"^train/0: .* \d+ \+ \d+ tokens"):
         tokenize_split([example("what is the home? " * 9, "green")], TOKENIZER, 20)
-    with pytest.raises(UserError, match=r"train/0 \(.* shorten them, or set dataset.long_rows"):
+    with pytest.raises(UserError, match=r"^train/0: .* shorten them, or set dataset.long_rows"):
         tokenize_split([example("what?", "green hill " * 20)], TOKENIZER, 20)
 
 
@@ -194,7 +194,9 @@ def test_rows_that_are_too_long_are_all_named_or_left_out_or_cut():
     rows = [example(f"number {row}?", "green hill", "blue", row=row) for row in range(9)]
     rows[3] = replace(example("what is the home? " * 9, "green hill", "blue", row=3), where="own.jsonl:17")
     rows[5] = example("what?", "green hill " * 20, "blue", row=5)
-    with pytest.raises(UserError, match=r"2 of 9 rows, own.jsonl:17 \(\d+ \+ \d+ tokens\), train/5 \(.*long_rows=skip"):
+    with pytest.raises(
+        UserError, match=r"^own.jsonl:17: .*2 of 9 rows, own.jsonl:17 \(\d+ \+ \d+ tokens\), train/5 \("
+    ):
         tokenize_split(rows, TOKENIZER, 20)
     skipped = tokenize_split(rows, TOKENIZER, 20, long_rows="skip")
     others = [row for row in range(9) if row not in (3, 5)]

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from massdpo.console import progress, summary_table
-from massdpo.runs import trackers
 from massdpo.runs.trackers import NoLogger, Wandb
 from massdpo.training.history import History
 from tests.conftest import ROOT
@@ -191,7 +190,7 @@ def test_progress_without_a_terminal_is_sparse(
             advance()
     assert capsys.readouterr().err == ""
     clock = iter(range(0, 10_000, 4))  # seconds: every step takes 4
-    monkeypatch.setattr(trackers.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("massdpo.console.time.monotonic", lambda: float(next(clock)))
     with progress(10, "slow") as advance:
         for _ in range(10):
             advance(note="loss 1.0")

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from massdpo.config.composition import plain
+from massdpo.config.rules import PARTS
 from massdpo.config.secrets import without_secrets
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
@@ -32,6 +33,9 @@ def identity(config: DictConfig) -> dict[str, Any]:
     for key in NOT_IDENTITY:
         node, last = _above(values, key)
         node.pop(last, None)
+    for part in PARTS:  # a class of ours is known by its name, wherever its file is moved
+        if part in values and str(values[part]["_target_"]).startswith("massdpo."):
+            values[part]["_target_"] = values[part]["_target_"].rpartition(".")[2]
     for key, neutral in ADDED.items():
         node, last = _above(values, key)
         if node.get(last, neutral) == neutral:

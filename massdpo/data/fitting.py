@@ -65,10 +65,15 @@ def named(
     return f"{len(rows)} of {len(examples)} rows, {', '.join(places)}{more}"
 
 
-def refusal(told: str, rows: Counts, total_B: Counts, max_length: int) -> UserError:
+def refusal(
+    first: PreferenceExample, told: str, rows: Counts, prompt_B: Counts, longest_B: Counts, max_length: int
+) -> UserError:
+    others = f"; so do others: {told}" if len(rows) > 1 else ""
     return UserError(
-        f"prompt (without its history) and longest response of {told}, exceed max_length={max_length}: raise it to at "
-        f"least {total_B[rows].max()} (if the model allows), shorten them, or set dataset.long_rows=skip or truncate"
+        f"{first.where or first.id}: prompt (without its history) and longest response, {prompt_B[rows[0]]} + "
+        f"{longest_B[rows[0]]} tokens, exceed max_length={max_length}: raise it to at least "
+        f"{(prompt_B + longest_B)[rows].max()} (if the model allows), shorten them, or set dataset.long_rows=skip or "
+        f"truncate{others}"
     )
 
 

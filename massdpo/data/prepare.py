@@ -32,16 +32,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     Raises:
         UserError: from the dataset's own reader, the download, or a limit that is no count.
     """
-    node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
-    limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
-    name, terms = node.pop("name", ""), node.pop("terms", None)
-    node.pop("long_rows", None)  # which decides what becomes of its tokens
-    if "raw_dir" in node and node["raw_dir"] is None:
-        node["raw_dir"] = str(fetch(name, cache))
-    try:
-        source = hydra.utils.instantiate(node, _convert_="all")
-    except hydra.errors.InstantiationException as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    source, node, limits, name, terms = _source_of(dataset, cache)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
     key = digest(package_code("data", "store"), target_code(node), options, *source.files())
 
@@ -62,6 +53,29 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
     return _limit(Splits(train, val, test, report, content, catalogue), limits, node)
+
+
+def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
+    """What `prepare` gives, for a look at it: read anew, rows made when they are asked for, nothing kept, no digest."""
+    source, node, limits, name, _ = _source_of(dataset, cache)
+    splits: Splits = source.load()
+    for line in _notes(name, splits.report):
+        print(line, file=sys.stderr)
+    return _limit(splits, limits, node)
+
+
+def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str, Any], dict[str, Any], str, str | None]:
+    """The reader that a dataset node describes, its own options, the limits, the name and the terms."""
+    node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
+    limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
+    name, terms = node.pop("name", ""), node.pop("terms", None)
+    node.pop("long_rows", None)  # which decides what becomes of its tokens
+    if "raw_dir" in node and node["raw_dir"] is None:
+        node["raw_dir"] = str(fetch(name, cache))
+    try:
+        return hydra.utils.instantiate(node, _convert_="all"), node, limits, name, terms
+    except hydra.errors.InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:

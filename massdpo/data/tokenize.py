@@ -139,7 +139,7 @@ def tokenize_split(
     too_long = np.flatnonzero(prompt_B + longest_B > max_length)
     told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
     if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
-        raise refusal(told, too_long, prompt_B + longest_B, max_length)
+        raise refusal(examples[int(too_long[0])], told, too_long, prompt_B, longest_B, max_length)
     if told and long_rows == "skip":
         kept_B = np.setdiff1d(np.arange(len(ids)), too_long)
         split = tokenize_split(Subset(examples, kept_B), tokenizer, max_length, chat_template, folder)

@@ -1,10 +1,16 @@
-"""Ranking and reward metrics: the values of each prompt first, then their means, so that intervals can be computed.
+"""`METRICS`, the table of all metrics: what each is called, means, is measured in, and how it is computed.
+
+`metrics.json`, `predictions.jsonl`, the table at a run's end, `trainer.keep_metric`, the report with its paired
+differences, and the README all read this table: a new metric is one entry.
 
 Suffixes: B prompts, C = 1 + N candidates (column 0 is the chosen one, the target of the ranking).
 Masks are boolean, True where a candidate exists.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +18,186 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from massdpo.errors import UserError
+
 CUTOFFS = (1, 3, 5, 10, 20)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """A batch's rewards: beta times the nats by which each response became likelier than under the reference."""
+
+    rewards_BC: Tensor
+    mask_BC: Tensor
+    chosen_logp_change_B: Tensor  # nats
+
+    @property
+    def margin_BN(self) -> Tensor:
+        return self.rewards_BC[:, :1] - self.rewards_BC[:, 1:]
+
+    @property
+    def wins_BN(self) -> Tensor:
+        return (self.margin_BN > 0) & self.mask_BC[:, 1:]
+
+    def mean_rejected(self, value_BN: Tensor) -> Tensor:
+        """Mean over the rejected responses that exist."""
+        rejected_BN = self.mask_BC[:, 1:]
+        return value_BN.masked_fill(~rejected_BN, 0).sum(-1) / rejected_BN.sum(-1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of `metrics.json` under its name there: the mean over prompts of a function, or one number a run."""
+
+    name: str
+    label: str  # in tables and figures
+    meaning: str  # in the README and the page
+    unit: str = ""  # none: a share or the like, from 0 to 1
+    better: int = 1  # 1: higher is better, -1: lower is, 0: a diagnosis
+    of_rank: Callable[[Tensor], Tensor] | None = None  # (B,) ranks -> (B,) values
+    of_rewards: Callable[[Rewards], Tensor] | None = None
+    column: str = ""  # of `predictions.jsonl` that it comes from; none: it cannot be compared prompt by prompt
+    summary: bool = False  # in the table at a run's end
+
+
+def _recall(k: int, rank_B: Tensor) -> Tensor:
+    return rank_B <= k
+
+
+def _ndcg(k: int, rank_B: Tensor) -> Tensor:
+    return (rank_B <= k) / torch.log2(1 + rank_B)
+
+
+RANKED = "share of prompts whose chosen response"
+RANKING = (  # of one relevant candidate: its ideal DCG is 1 (Järvelin and Kekäläinen, 2002), and recall is the hit rate
+    Metric(
+        *("accuracy", "accuracy", f"{RANKED} ranks first among all candidates, by mean log-prob per token"),
+        of_rank=partial(_recall, 1),
+        summary=True,
+    ),
+    *(
+        Metric(f"recall@{k}", f"recall@{k}", f"{RANKED} is among the first {k}", of_rank=partial(_recall, k))
+        for k in CUTOFFS
+    ),
+    *(
+        Metric(
+            *(f"ndcg@{k}", f"NDCG@{k}", "the same, worth `1 / log2(1 + rank)`: less, the lower it stands"),
+            of_rank=partial(_ndcg, k),
+            summary=k == 5,
+        )
+        for k in CUTOFFS
+    ),
+    Metric("mrr", "MRR", "mean of `1 / rank`", of_rank=lambda rank_B: 1 / rank_B, summary=True),
+)
+REWARDS = (  # a NaN reward is never a win, and makes the prompt's margin NaN
+    Metric(
+        *(
+            "reward_accuracy",
+            "reward accuracy",
+            "share of prompts whose chosen reward is above **all** rejected rewards",
+        ),
+        of_rewards=lambda it: it.wins_BN.sum(-1) == it.mask_BC[:, 1:].sum(-1),
+        column="reward_correct",
+        summary=True,
+    ),
+    Metric(
+        *("reward_accuracy_pairwise", "pairwise reward accuracy"),
+        "share of rejected rewards that the chosen one is above, averaged over prompts",
+        of_rewards=lambda it: it.mean_rejected(it.wins_BN.double()),
+        summary=True,
+    ),
+    Metric(
+        *("margin", "mean margin", "chosen reward less the mean rejected one, in units of β · nats", "β·nats"),
+        of_rewards=lambda it: it.mean_rejected(it.margin_BN),
+        column="margin",
+        summary=True,
+    ),
+    Metric(
+        *("margin_max", "max margin", "chosen reward less the largest rejected one", "β·nats"),
+        of_rewards=lambda it: it.margin_BN.masked_fill(~it.mask_BC[:, 1:], torch.inf).amin(-1),
+        column="margin_max",
+        summary=True,
+    ),
+    Metric(
+        *("chosen_reward", "chosen reward", "mean reward of the chosen response", "β·nats", 0),
+        of_rewards=lambda it: it.rewards_BC[:, 0],
+    ),
+    Metric(
+        *("rejected_reward", "rejected reward", "mean reward of the rejected responses", "β·nats", 0),
+        of_rewards=lambda it: it.mean_rejected(it.rewards_BC[:, 1:]),
+    ),
+    Metric(
+        *("chosen_logp_change", "chosen log-prob change"),
+        "nats by which the chosen response became likelier than at the start; far below 0, the policy leaves what it"
+        " was taught (likelihood displacement)",
+        *("nats", 0),
+        of_rewards=lambda it: it.chosen_logp_change_B,
+        column="chosen_logp_change",
+        summary=True,
+    ),
+)
+GENERATION = (
+    Metric(
+        *("hr@1", "generated the chosen one"),
+        "share of prompts where greedy decoding writes the chosen response and ends there, case and spaces aside (this"
+        " and the next three: `trainer.generate=true` only)",
+    ),
+    Metric("valid_ratio", "generated a candidate", "share of prompts where it writes exactly one of the candidates"),
+    Metric(
+        *("hr@1_constrained", "hit rate, constrained"),
+        "`hr@1` of greedy decoding that may only continue some candidate, token by token",
+    ),
+    Metric(
+        *("constrained_agreement", "constrained agreement"),
+        "share of prompts where that ends at the candidate with the largest summed log-prob",
+    ),
+)
+COST = (
+    Metric("k_effective", "negatives", "negatives per prompt that were really trained on", "negatives", 0),
+    Metric("train_seconds", "training", "the preference stage", "s", -1),
+    Metric("select_seconds", "selection", "the part of it spent on scoring pools and selecting", "s", -1),
+    Metric("tokens_per_second", "speed", "prompt and response tokens of the preference stage", "tokens/s"),
+    Metric("peak_memory_mb", "peak memory", "the GPU's where there is one, else the process's", "MB", -1),
+)
+BY_SUM = tuple(
+    replace(
+        metric,
+        name=f"{metric.name}_sum",
+        label=f"{metric.label} (summed)",
+        meaning="the same, ranked by the summed log-prob",
+        column="rank_sum",
+        summary=metric.name in ("accuracy", "ndcg@5"),
+    )
+    for metric in RANKING
+)
+METRICS = {
+    metric.name: metric
+    for metric in (*(replace(metric, column="rank") for metric in RANKING), *BY_SUM, *REWARDS, *GENERATION, *COST)
+}
+
+
+def described(name: str) -> Metric:
+    """The entry of a metric; one on the validation split, or against the catalogue, says so. None: only its name."""
+    place, _, bare = name.rpartition("/")
+    known = METRICS.get(bare, Metric(name, name.replace("_", " "), ""))
+    notes = {"val": "validation", "catalogue": "whole catalogue", "sft": "SFT start"}
+    if place not in notes or bare not in METRICS:
+        return known if not place else Metric(name, name.replace("_", " "), "")
+    column = "catalogue_rank" if place == "catalogue" and known.column == "rank" else ""
+    return replace(known, name=name, label=f"{known.label} ({notes[place]})", column=column)
+
+
+def check_keep_metric(name: str) -> None:
+    """Refuse what no policy can be chosen by: `trainer.keep_metric` is known on validation, and higher is better."""
+    names = [metric.name for metric in METRICS.values() if metric.better > 0 and (metric.of_rank or metric.of_rewards)]
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1)
+        told = (
+            f"did you mean '{near[0]}'?"
+            if near
+            else f"{' | '.join(name for name in names if not name.endswith('_sum'))}; ranks also with _sum"
+        )
+        raise UserError(f"trainer.keep_metric={name!r} is not possible: {told}")
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:
@@ -26,46 +211,21 @@ def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:
     return 1 + not_below_BN.sum(-1)
 
 
-def ranking_values(rank_B: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, Tensor]:
-    """Each ranking metric of each prompt, float64 `(B,)`, for one relevant candidate at rank `rank_B`.
-
-    With a single relevant candidate the ideal DCG is 1, so NDCG@k = 1 / log2(1 + rank) where rank <= k (Järvelin and
-    Kekäläinen, 2002), recall@k = hit rate at k, and MRR is the mean of 1 / rank.
-    """
+def ranking_values(rank_B: Tensor) -> dict[str, Tensor]:
+    """Each ranking metric of each prompt, float64 `(B,)`, for one relevant candidate at rank `rank_B`."""
     rank_B = rank_B.double()
-    values = {"accuracy": (rank_B == 1).double()}
-    values |= {f"recall@{k}": (rank_B <= k).double() for k in cutoffs}
-    values |= {f"ndcg@{k}": (rank_B <= k) / torch.log2(1 + rank_B) for k in cutoffs}
-    values["mrr"] = 1 / rank_B
-    return values
+    return {metric.name: metric.of_rank(rank_B).double() for metric in RANKING if metric.of_rank}
 
 
-def ranking_metrics(rank_B: Tensor, cutoffs: Sequence[int] = CUTOFFS) -> dict[str, float]:
+def ranking_metrics(rank_B: Tensor) -> dict[str, float]:
     """Means over prompts of `ranking_values`."""
-    return _means(ranking_values(rank_B, cutoffs))
+    return _means(ranking_values(rank_B))
 
 
 def reward_values(rewards_BC: Tensor, mask_BC: Tensor, chosen_logp_change_B: Tensor) -> dict[str, Tensor]:
-    """Each reward metric of each prompt, float64 `(B,)`; every prompt has at least one rejected response.
-
-    `reward_accuracy`: is the chosen reward above ALL rejected ones; `reward_accuracy_pairwise`: above how many;
-    `margin`, `margin_max`: how far it is above their mean and above the best of them (reward units: beta x nats).
-    `chosen_logp_change`: nats by which the chosen response became likelier than under the reference.
-    A NaN reward is never a win, and makes the prompt's margin NaN.
-    """
-    rewards_BC, rejected_BN = rewards_BC.double(), mask_BC[:, 1:]
-    negatives_B = rejected_BN.sum(-1)
-    margin_BN = rewards_BC[:, :1] - rewards_BC[:, 1:]
-    wins_BN = (margin_BN > 0) & rejected_BN
-    return {
-        "reward_accuracy": (wins_BN.sum(-1) == negatives_B).double(),
-        "reward_accuracy_pairwise": wins_BN.sum(-1) / negatives_B.double(),
-        "margin": margin_BN.masked_fill(~rejected_BN, 0).sum(-1) / negatives_B,
-        "margin_max": margin_BN.masked_fill(~rejected_BN, torch.inf).amin(-1),
-        "chosen_reward": rewards_BC[:, 0],
-        "rejected_reward": rewards_BC[:, 1:].masked_fill(~rejected_BN, 0).sum(-1) / negatives_B,
-        "chosen_logp_change": chosen_logp_change_B.double(),
-    }
+    """Each reward metric of each prompt, float64 `(B,)`; every prompt has at least one rejected response."""
+    rewards = Rewards(rewards_BC.double(), mask_BC, chosen_logp_change_B.double())
+    return {metric.name: metric.of_rewards(rewards).double() for metric in REWARDS if metric.of_rewards}
 
 
 def reward_metrics(rewards_BC: Tensor, mask_BC: Tensor, chosen_logp_change_B: Tensor) -> dict[str, float]:

@@ -126,17 +126,18 @@ def ranking(scores: SplitScores) -> dict[str, float]:
 
 
 def predictions(policy: SplitScores, reference: SplitScores, beta: float, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a prompt: the target's rank by mean and by summed log-prob, its margin, and every candidate's scores."""
+    """One row per prompt: the target's rank by mean and by summed log-prob, rewards, every candidate's scores."""
     rank_S = metrics.target_ranks(policy.mean_logp_SC, policy.mask_SC)
     rank_sum_S = metrics.target_ranks(policy.logp_SC, policy.mask_SC)
     values = metrics.reward_values(*_rewards(policy, reference, beta))
+    kept = {metric.column: values[metric.name].tolist() for metric in metrics.REWARDS if metric.column}
+    kept["reward_correct"] = [bool(value) for value in kept["reward_correct"]]
     return [
         {
             "id": ids[row],
             "rank": int(rank_S[row]),
             "rank_sum": int(rank_sum_S[row]),
-            "margin": float(values["margin"][row]),
-            "reward_correct": bool(values["reward_accuracy"][row]),
+            **{column: value[row] for column, value in kept.items()},
             "scores": [round(float(value), 6) for value in policy.mean_logp_SC[row][policy.mask_SC[row]]],
         }
         for row in range(len(ids))

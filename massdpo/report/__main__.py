@@ -5,6 +5,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -12,11 +13,12 @@ from massdpo import store
 from massdpo.console import summary_table
 from massdpo.errors import UserError
 from massdpo.report import figures, status, tables
+from massdpo.report.latex import to_latex
 from massdpo.report.page import Section, write_page
 from massdpo.report.reading import read_histories, read_history
-from massdpo.report.rows import Rows, collect
+from massdpo.report.rows import DATA, Rows, collect
 from massdpo.report.summary import Summary, at_best, summarise
-from massdpo.report.views import VIEWS, View, view_of
+from massdpo.report.views import VIEWS, View, reading_order, view_of
 
 PRINTED = 60  # lines; a longer table is only written
 
@@ -29,29 +31,53 @@ def main(arguments: list[str] | None = None) -> int:
         "--render", action="store_true", help="from the rows that are there; do not look at run folders"
     )
     parser.add_argument(
+        "--replace", action="store_true", help="rows without a run folder here leave (else new rows are added to them)"
+    )
+    parser.add_argument("--x", default="", help="the option that curves go over (default: as the sweep suggests)")
+    parser.add_argument("--group", default="", help="the option whose values are coloured (default: methods)")
+    parser.add_argument(
         "--runs", type=Path, default=Path("results/runs"), help="where runs are (default: results/runs)"
     )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="where reports go (default: results)")
+    parser.add_argument("--out", type=Path, help="where reports go (default: reports/ beside the runs)")
     options = parser.parse_args(arguments)
+    out, chosen = options.out or options.runs / "reports", Chosen(options.x, options.group)
     try:
-        sweeps = options.sweeps or _all_sweeps(options.runs, options.out)
+        sweeps = options.sweeps or _all_sweeps(options.runs, out)
         if options.status:
             for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
                 _tell_status(options.runs / sweep)
             return 0
         if not options.render:
             for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
-                _collect(options.runs / sweep, options.out)
-        sections = {sweep: _report(options.out / sweep) for sweep in sweeps}
-        for folder in (path.parent for path in sorted(options.out.glob("*/means.md"))):
+                _collect(options.runs / sweep, out, options.replace)
+        sections = {sweep: _report(out / sweep, chosen) for sweep in sweeps}
+        for folder in (path.parent for path in sorted(out.glob("*/means.md"))):
             if folder.name not in sections:
                 sections[folder.name] = write_tables(folder)[1]
-        write_page(options.out / "index.html", [sections[sweep] for sweep in sorted(sections)])
-        print(f"page: {options.out / 'index.html'}")
+        write_page(out / "index.html", [sections[sweep] for sweep in sorted(sections, key=reading_order)])
+        print(f"page: {out / 'index.html'}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+class Chosen(NamedTuple):
+    """What a user asked figures to show; empty: as the sweep suggests."""
+
+    x: str = ""
+    group: str = ""
+
+    def of(self, view: View, axes: list[str]) -> View:
+        known = ["label", *(axis.rsplit("/")[-1].removeprefix(DATA) for axis in axes)]
+        for option in filter(None, self):
+            if option not in known:
+                raise UserError(f"this sweep varies no {option}: --x and --group take {' | '.join(known)}")
+        x, group = self.x or view.x, self.group or view.group
+        return replace(view, x=x, group=group, figure="lines") if any(self) else view
+
+
+SUGGESTED = Chosen()
 
 
 def _all_sweeps(runs: Path, out: Path) -> list[str]:
@@ -62,16 +88,19 @@ def _all_sweeps(runs: Path, out: Path) -> list[str]:
     return sorted(sweeps | {name for name, view in VIEWS.items() if view.rows_of in sweeps})
 
 
-def _report(folder: Path) -> Section:
+def _report(folder: Path, chosen: Chosen) -> Section:
     rows_in = folder.with_name(view_of(folder.name).rows_of or folder.name)
     if not (rows_in / "rows.csv").exists():
         raise UserError(f"there is no sweep {folder.name}: no runs of {rows_in.name}, and no rows in {rows_in}")
-    section = render(folder)
+    section = render(folder, chosen)
     for table in section.tables:
         if len(table.lines) > PRINTED:
             print(f"{table.title}: {len(table.lines)} lines, in {folder}")
             continue
-        summary_table(table.title, [dict(zip(table.head, map(_plain, line), strict=True)) for line in table.lines])
+        for place in range(1 + len(table.block_starts)):
+            block = tables.of_block(table, place)
+            lines = [dict(zip(block.head, map(_plain, line), strict=True)) for line in block.lines]
+            summary_table(block.title, lines, whole=block.names)
         print("\n".join(table.notes))
     print(f"tables, figures and rows: {folder}")
     return section
@@ -81,29 +110,40 @@ def _plain(cell: tables.Cell) -> str:
     return f"{cell.plain} (best)" if cell.best else f"{cell.plain} ~" if cell.tie else cell.plain
 
 
-def _collect(runs: Path, out: Path) -> None:
-    """Rows of one sweep's runs, where there are any, and the histories for every view of them that shows curves."""
+def _collect(runs: Path, out: Path, only_these: bool) -> None:
+    """Rows of one sweep's runs, where there are any, and the histories for every view of them that shows curves.
+
+    They are added to the rows that are there, and stand for those of the same name.
+    """
     if not runs.is_dir():
         return
-    rows = collect(runs)
-    folder = out / runs.name
+    rows, folder = collect(runs), out / runs.name
     if (folder / "rows.csv").exists():
-        gone = set(Rows.read(folder).frame["name"]) - set(rows.frame["name"])
-        if gone:
-            print(
-                f"warning: {len(gone)} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr
-            )
+        before = Rows.read(folder)
+        gone = len(set(before.frame["name"]) - set(rows.frame["name"]))
+        if gone and only_these:
+            print(f"warning: {gone} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr)
+        elif gone:
+            rows = before.merged(rows)
+            print(f"{folder / 'rows.csv'}: {gone} rows of before stay (--replace: they leave)")
     rows.write(folder)
     for name, view in VIEWS.items():
         if view.curves and (view.rows_of or name) == runs.name:
+            place = out / name / "histories.csv"
             histories = _histories(runs, rows.only(view.labels, view.datasets), view)
-            store.write_text(out / name / "histories.csv", histories.to_csv(index=False, lineterminator="\n"))
+            if place.exists() and not only_these:
+                keys = ["dataset", "model", "label", "seed", "step"]
+                histories = pd.concat([histories, read_histories(place)]).drop_duplicates(keys)
+                histories = histories.sort_values(keys, kind="stable")
+            store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
 
 
 def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
     """The columns of the view from the history of every finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
+        if not (runs / row["name"] / "history.csv").exists():  # a row of before
+            continue
         history = read_history(runs / row["name"] / "history.csv", view.curves)
         parts.append(history.assign(**{name: row[name] for name in ("dataset", "model", "label", "seed")}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -137,23 +177,29 @@ def write_tables(folder: Path) -> tuple[Summary, Section]:
     sweep, view = folder.name, view_of(folder.name)
     rows = Rows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
     summary, found = tables_of(rows, sweep)
+    found = {name: table for name, table in found.items() if table.lines}
+    for stale in [*folder.glob("*.md"), *folder.glob("*.tex")]:
+        if stale.stem not in found:
+            stale.unlink()
     for name, table in found.items():
         told = tables.escape_markdown(source(rows, view.rows_of or sweep))
         store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{told}\n")
-        store.write_text(folder / f"{name}.tex", tables.to_latex(table, f"{sweep}-{name}"))
+        store.write_text(folder / f"{name}.tex", to_latex(table, f"{sweep}-{name}"))
     store.write_text(folder / "tables.csv", tables.to_csv(summary))
     pictures = sorted((folder / "figures").glob("*.png"))
     title = view.title.format(sweep=sweep)
     return summary, Section(sweep, title, source(rows, view.rows_of or sweep), list(found.values()), pictures)
 
 
-def render(folder: Path) -> Section:
+def render(folder: Path, chosen: Chosen = SUGGESTED) -> Section:
     """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
     summary, section = write_tables(folder)
     histories = folder / "histories.csv"
     curves = read_histories(histories) if histories.exists() else None
     shutil.rmtree(folder / "figures", ignore_errors=True)  # those of datasets that are no longer there would stay
-    pictures = figures.draw(summary, view_of(folder.name), folder.name, folder / "figures", curves)
+    pictures = figures.draw(
+        summary, chosen.of(view_of(folder.name), summary.axes), folder.name, folder / "figures", curves
+    )
     return replace(section, figures=sorted(pictures))
 
 
@@ -161,11 +207,11 @@ def source(rows: Rows, sweep: str) -> str:
     """Where the numbers come from, in a sentence."""
     finished = rows.frame[rows.frame["status"] == "finished"]
     parts = [f"{len(finished)} runs of sweep {sweep} ({sweep}/rows.csv)"]
-    for column, name in (("git_commit", "commit"), ("machine", "machine"), ("command", "command")):
+    for column, name in (("git_commit", "commit"), ("machine", "machine")):
         if column in finished:
             values = finished[column].dropna().astype(str).drop_duplicates()
             parts.append(f"{name}: {', '.join(values[:3])}{f' and {len(values) - 3} more' if len(values) > 3 else ''}")
-    return "; ".join(parts)
+    return "; ".join([*parts, "each run's own command stands in its row"])
 
 
 def _tell_status(folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from massdpo.evaluation.metrics import ranking_values
+from massdpo.evaluation.metrics import described
 from massdpo.report.rows import Prompts
 from massdpo.report.statistics import Difference, crossed_effects
 
@@ -53,14 +53,11 @@ class PerPrompt:
 
 
 def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:
-    """(runs, prompts) values of a metric over one set of test prompts."""
-    if metric == "margin":
-        return prompts[f"{key}/margin"].astype(np.float64)
-    if metric == "reward_accuracy":
-        return prompts[f"{key}/reward_correct"].astype(np.float64)
-    field = "rank_sum" if metric.endswith("_sum") else "rank"
-    name, _, cutoff = metric.removesuffix("_sum").partition("@")
-    if name not in ("accuracy", "recall", "ndcg", "mrr"):
+    """(runs, prompts) values of a metric over one set of test prompts; None where they were not kept."""
+    known = described(metric)
+    kept = prompts.get(f"{key}/{known.column}")
+    if not known.column or kept is None:
         return None
-    ranks = torch.from_numpy(prompts[f"{key}/{field}"].astype(np.int64))
-    return ranking_values(ranks, [int(cutoff)] if cutoff else [])[metric.removesuffix("_sum")].numpy()
+    if known.of_rank is None:
+        return kept.astype(np.float64)
+    return known.of_rank(torch.from_numpy(kept.astype(np.float64))).double().numpy()

@@ -14,15 +14,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 import yaml
 from numpy.typing import NDArray
 from pandas.api.types import is_numeric_dtype
 
 from massdpo.errors import UserError
+from massdpo.evaluation.metrics import METRICS, ranking_values
 
 GROUPS = ["dataset", "model", "selector", "loss", "method"]
 STATES = ("running", "finished", "interrupted", "failed")
-FIELDS = {"rank": np.uint16, "rank_sum": np.uint16, "margin": np.float16, "reward_correct": np.bool_}  # of a prompt
+FIELDS = {  # what is kept of a prompt: the columns of predictions.jsonl that metrics come from; older runs have not all
+    **{metric.column: np.float32 for metric in METRICS.values() if metric.column},
+    **{"rank": np.uint16, "rank_sum": np.uint16, "reward_correct": np.bool_},
+}
 TEXTS = ["name", "status", "why", *GROUPS, "label", "refresh", "prompts", "git_commit", "machine", "command"]
 IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
 NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
@@ -67,7 +72,7 @@ def read_status(path: Path) -> tuple[str, str]:
         status = _plain(json.loads(path.read_text(encoding="utf-8")))
         if status["status"] not in STATES:
             raise ValueError(f"status {status['status']!r} is none of {', '.join(STATES)}")
-        return status["status"], _text(status.get("why") or "")
+        return status["status"], _no_formula(_text(status.get("why") or ""))
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -77,22 +82,33 @@ def read_metrics(path: Path) -> dict[str, Any]:
         for name, value in metrics.items():
             if not (isinstance(value, str) if name in TEXTS else isinstance(value, int | float | None)):
                 raise TypeError(f"{name} is {value!r:.40}")
-        return dict(metrics)
+        return {name: _no_formula(value) if isinstance(value, str) else value for name, value in metrics.items()}
 
 
-def read_predictions(path: Path) -> tuple[list[str], dict[str, list[Any]]]:
-    """Ids of the test prompts in their order by name, and each of `FIELDS` in that order."""
+def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], dict[str, list[Any]]]:
+    """Ids of the test prompts in their order by name, and each of `FIELDS` that is there, in that order.
+
+    They are the prompts that `metrics` were measured on: a file cut short, or with a line twice, is refused.
+    """
     with reading(path):
         with open(path, encoding="utf-8") as file:
             lines = [_plain(json.loads(line)) for line in file]
+        ids = [str(line["id"]) for line in lines]
+        if not lines or len(set(ids)) < len(ids):
+            raise ValueError("a prompt twice" if lines else "no prompt")
         for line in lines:
             ranks = line["rank"], line["rank_sum"]
             if not all(type(rank) is int and 1 <= rank <= np.iinfo(np.uint16).max for rank in ranks):
                 raise ValueError(f"ranks {ranks!r:.40}")
             if not isinstance(line["margin"], int | float) or not isinstance(line["reward_correct"], bool):
                 raise TypeError(f"margin {line['margin']!r:.40}, reward_correct {line['reward_correct']!r:.40}")
+        for name, values in ranking_values(torch.tensor([line["rank"] for line in lines])).items():
+            mean = float(values.mean())
+            if abs(metrics.get(name, mean) - mean) > 1e-6:
+                raise ValueError(f"{len(lines)} prompts with {name} {mean:.4f}, in metrics.json {metrics[name]:.4f}")
         lines.sort(key=lambda line: str(line["id"]))
-        return [str(line["id"]) for line in lines], {name: [line[name] for line in lines] for name in FIELDS}
+        there = [name for name in FIELDS if all(isinstance(line.get(name), int | float) for line in lines)]
+        return sorted(ids), {name: [line[name] for line in lines] for name in there}
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -137,7 +153,7 @@ def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
         if run[["name", "dataset", "model", "k", "beta", "refresh", "seed"]].isna().any(axis=None):
             raise ValueError("a run without name, data, model, k, beta, refresh or seed")
         for key, rows in frame.groupby("prompts").size().items():
-            shapes = {prompts[f"{key}/{name}"].shape for name in FIELDS}
+            shapes = {values.shape for name, values in prompts.items() if name.startswith(f"{key}/")}
             if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != rows:
                 raise ValueError(f"{rows} runs of the prompts {key}, and arrays of other shapes beside them")
         return frame
@@ -161,6 +177,11 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.40} is no text")
     return "".join(char if char.isprintable() else " " for char in value)
+
+
+def _no_formula(text: str) -> str:
+    """A spreadsheet that opens `rows.csv` computes what begins like this."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def _checked_config(config: Any) -> dict[str, Any]:

@@ -55,6 +55,21 @@ class Rows:
                 frame = frame[frame[column].isin(allowed)]
         return Rows(frame, _axes(frame), self.prompts)
 
+    def merged(self, new: "Rows") -> "Rows":
+        """These rows and the new ones, which stand for those of the same name (it holds a hash of the run's config)."""
+        kept = self.frame[~self.frame["name"].isin(new.frame["name"])]
+        frame = pd.concat([kept.assign(source=0), new.frame.assign(source=1)], ignore_index=True)
+        frame = frame.sort_values("name", kind="stable", ignore_index=True)
+        prompts: Prompts = {}
+        for key, rows in frame.groupby("prompts"):
+            places = list(zip(rows["source"], rows["place"], strict=True))
+            for field in FIELDS:
+                arrays: list[Any] = [source.prompts.get(f"{key}/{field}") for source in (self, new)]
+                if all(arrays[source] is not None for source, _ in places):
+                    prompts[f"{key}/{field}"] = np.stack([arrays[source][place] for source, place in places])
+        text = frame.drop(columns=["place", "source"]).to_csv(index=False)
+        return Rows.parse(io.StringIO(text), prompts)
+
     def write(self, folder: Path) -> None:
         frame = self.frame.drop(columns="place")
         store.write_text(folder / "rows.csv", frame.to_csv(index=False, lineterminator="\n"))
@@ -67,14 +82,14 @@ def collect(folder: Path) -> Rows:
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     expected = expected_runs(folder)
     for row, _, _ in runs:
-        if row["name"] in expected and row["status"] == "finished":
-            row["command"] = expected[row["name"]]["command"]  # the one that a user typed, not that of the single job
         if "command" in row:
             row["command"] = shlex.join(part for part in shlex.split(row["command"]) if not part.startswith(PLACES))
     started = {row["name"] for row, _, _ in runs}
     for name, noted in expected.items():
         if name not in started:
-            runs.append((_row(name, noted["config"], "missing"), _flatten(noted["config"]), None))
+            early = (folder / name / "status.json").exists()  # it failed before its config was written
+            state, why = read_status(folder / name) if early else ("missing", "")
+            runs.append((_row(name, noted["config"], state, why), _flatten(noted["config"]), None))
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
@@ -88,6 +103,7 @@ def collect(folder: Path) -> Rows:
         f"{key}/{name}": np.array([run[name] for run in runs_of_set], dtype=dtype)
         for key, runs_of_set in by_set.items()
         for name, dtype in FIELDS.items()
+        if all(name in run for run in runs_of_set)
     }
     frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
@@ -112,7 +128,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, l
     if status == "finished":
         metrics = reading.read_metrics(folder / "metrics.json")
         row |= {name: value for name, value in metrics.items() if name not in row}
-        ids, predictions = reading.read_predictions(folder / "predictions.jsonl")
+        ids, predictions = reading.read_predictions(folder / "predictions.jsonl", metrics)
         row["prompts"] = store.digest(ids)
     return row, _flatten(config), predictions
 

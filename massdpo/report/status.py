@@ -8,13 +8,14 @@ from typing import Any
 from massdpo.errors import UserError
 from massdpo.report.rows import expected_runs, read_status
 
+KNOWN = ("config.yaml", "status.json")  # of a run; one that failed early has only the second
 STATES = ("finished", "missing", "interrupted", "failed", "running")  # what there is to do stands last, at the prompt
 
 
 def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """A line a run (run, state, seconds, note), and one sentence with counts and the time left."""
     expected = expected_runs(folder)
-    names = sorted({path.parent.name for path in folder.glob("*/config.yaml")} | set(expected))
+    names = sorted({path.parent.name for path in folder.glob("*/*.*") if path.name in KNOWN} | set(expected))
     if not names:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     lines = [_line(folder / name, expected[name]["job"] if name in expected else "") for name in names]
@@ -34,15 +35,15 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 def _line(folder: Path, job: str) -> dict[str, Any]:
     """Times are those of the files: the config is a run's first one, metrics.json its last."""
-    if not (folder / "config.yaml").exists():
+    if not any((folder / name).exists() for name in KNOWN):
         return {"run": folder.name, "state": "missing", "seconds": 0, "note": job}
     state, why = read_status(folder)
-    begin = (folder / "config.yaml").stat().st_mtime
-    last = max(path.stat().st_mtime for path in folder.iterdir())
+    times = {path.name: path.stat().st_mtime for path in folder.iterdir()}
+    last = max(times.values())
     if state == "running":
         why = f"last sign of life {_duration(time.time() - last)} ago"
-    end = (folder / "metrics.json").stat().st_mtime if state == "finished" else last
-    return {"run": folder.name, "state": state, "seconds": round(end - begin), "note": why}
+    end = times["metrics.json"] if state == "finished" and "metrics.json" in times else last
+    return {"run": folder.name, "state": state, "seconds": round(end - times.get("config.yaml", last)), "note": why}
 
 
 def _duration(seconds: float) -> str:

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from massdpo.errors import UserError
+from massdpo.evaluation.metrics import described
+from massdpo.report.methods import BASELINES, UNTRAINED, label_rank
 from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
 from massdpo.report.rows import DATA, Rows
 from massdpo.report.statistics import holm
-from massdpo.report.views import BASELINES, LOWER_IS_BETTER, NO_BEST, ZERO_AT_START, label_rank, shown
+from massdpo.report.views import shown
 
 BLOCK = ["dataset", "model"]
-START = "sft"  # label of the start that every run is measured from
-UNTRAINED = (START, "popularity", "lookup")  # lines that no preference stage made, from the `sft/...` metrics and so on
 
 
 @dataclass
@@ -35,6 +35,8 @@ class Summary:
     metrics: list[str]
     absent: list[str]  # metrics that were asked for and that no run has
     unfinished: pd.DataFrame  # name, status and why of runs without numbers
+    odd: list[str]  # names of finished runs with NaN or infinity among the metrics
+    sizes: dict[str, str]  # test prompts of each dataset
 
 
 def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
@@ -63,9 +65,19 @@ def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] =
     first = [*BLOCK, "label", *rows.axes, "metric"]
     cells = cells[[*first, *(name for name in cells.columns if name not in first)]]
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
-    return Summary(
-        cells, in_block, rows.axes, present, [metric for metric in metrics if metric not in frame], unfinished
-    )
+    absent = [metric for metric in metrics if metric not in frame]
+    finished = rows.frame[rows.frame["status"] == "finished"]
+    measured = finished[[name for name in present if name in finished]].to_numpy(dtype=np.float64)
+    names = finished["name"][~np.isfinite(measured).all(axis=1)].tolist()  # NaN is written as an empty cell
+    return Summary(cells, in_block, rows.axes, present, absent, unfinished, names, _sizes(rows))
+
+
+def _sizes(rows: Rows) -> dict[str, str]:
+    count = {key: len(values[0]) for name, values in rows.prompts.items() for key in [name.partition("/")[0]]}
+    sizes = {}
+    for dataset, keys in rows.frame.dropna(subset="prompts").groupby("dataset")["prompts"].unique().items():
+        sizes[str(dataset)] = " or ".join(f"{size:,}" for size in sorted({count[key] for key in keys}))
+    return sizes
 
 
 def split_axes(axes: list[str]) -> tuple[list[str], list[str]]:
@@ -96,7 +108,10 @@ def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
     twins = finished[finished.duplicated([*BLOCK, "label", *axes, "seed"], keep=False)]
     if len(twins):
         first, second = twins.sort_values([*BLOCK, "label", "seed"], kind="stable")["name"].iloc[:2]
-        raise UserError(f"runs {first} and {second} have the same data, model, method, options and seed: remove one")
+        raise UserError(
+            f"runs {first} and {second} have the same data, model, method, options and seed: remove one,"
+            " or report with --replace"
+        )
 
 
 def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metrics: list[str]) -> pd.DataFrame:
@@ -164,14 +179,14 @@ def _block_cells(
     for metric in metrics:
         values = finished[metric].to_numpy(dtype=np.float64)
         values_LS = np.where(run_LS >= 0, values[run_LS], np.nan)
-        if metric in ZERO_AT_START:  # rewards are measured from the start: its own are 0 by definition, and no result
+        if described(metric).of_rewards:  # measured from the start: its own are 0, and no result
             values_LS[lines["label"].isin(UNTRAINED)] = np.nan
         cells = lines.assign(metric=metric, **_means(values_LS, run_LS >= 0))
-        cells["best"], cells["tie"] = _best(metric, values_LS)
+        cells["best"], cells["tie"] = _best(metric, values_LS, run_LS >= 0)
         tests = []
         for line, base in enumerate(baseline_L):
             start = lines["label"][line] in UNTRAINED
-            if base in (-1, line) or (start and metric in ZERO_AT_START):
+            if base in (-1, line) or (start and described(metric).of_rewards):
                 tests.append((*NO_TEST, 0, "baseline" if base == line else "start" if start else "no baseline"))
                 continue
             both_S = (run_LS[line] >= 0) & (run_LS[base] >= 0)
@@ -193,18 +208,18 @@ def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
     return {"mean": mean_L, "half": np.where(n_L > 1, half_L, np.nan), "n": n_L}
 
 
-def _best(metric: str, values_LS: Floats) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The best line, and those that the 95% interval of the difference over shared seeds does not tell from it."""
-    lines = len(values_LS)
-    best_L, tie_L = np.zeros(lines, dtype=bool), np.zeros(lines, dtype=bool)
-    sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
-    mean_L = sign * _means(values_LS, ~np.isnan(values_LS))["mean"]
-    if metric in NO_BEST or np.isnan(mean_L).all():
+    best_L, tie_L = (np.zeros(len(values_LS), dtype=bool) for _ in range(2))
+    better = described(metric).better
+    mean_L = better * _means(values_LS, there_LS)["mean"]
+    mean_L[~np.isfinite(mean_L)] = np.nan  # neither the best nor compared
+    if not better or np.isnan(mean_L).all():
         return best_L, tie_L
     best_L = mean_L == np.nanmax(mean_L)
     gap_LS = values_LS[int(np.flatnonzero(best_L)[0])] - values_LS
-    gap = _means(gap_LS, ~np.isnan(gap_LS))
-    return best_L, ~best_L & (np.abs(gap["mean"]) <= gap["half"])
+    gap = _means(gap_LS, np.isfinite(gap_LS))
+    return best_L, ~best_L & np.isfinite(mean_L) & (np.abs(gap["mean"]) <= gap["half"])
 
 
 def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str], names: tuple[str, ...]) -> list[int]:

@@ -2,21 +2,21 @@
 
 import html
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
+from massdpo.evaluation.metrics import described
+from massdpo.report.methods import UNTRAINED
 from massdpo.report.per_prompt import NOT_PER_PROMPT
-from massdpo.report.summary import UNTRAINED, Summary
-from massdpo.report.views import LOWER_IS_BETTER, metric_name, shown
+from massdpo.report.summary import Summary
+from massdpo.report.views import metric_name, shown
 
 MISSING = "missing"
 NAMED = 5  # runs without numbers that a table names
-QUIET = ("baseline", "start")  # no test to be expected
-LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
+QUIET = ("baseline", "start", "no baseline")  # no test to be expected
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ def means_table(summary: Summary, title: str) -> Table:
         counts = summary.unfinished["status"].value_counts().sort_index()
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
         notes.append(f"Without numbers here: {told} ({', '.join(summary.unfinished['name'][:NAMED])}{_more(summary)}).")
-    arrows = {metric: "↓" if metric in LOWER_IS_BETTER else "" for metric in summary.metrics}
+    if summary.odd:
+        notes.append(f"NaN or infinity in {len(summary.odd)} runs, never best: {', '.join(summary.odd[:NAMED])}.")
+    arrows = {metric: "↓" if described(metric).better < 0 else "" for metric in summary.metrics}
     head = [f"{metric_name(metric)} {arrows[metric]}".strip() for metric in summary.metrics]
     return _table(summary, title, notes, head, _mean_cell, seeds=True)
 
@@ -87,7 +89,27 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
     if untested:
         notes.append(f"Not kept prompt by prompt, so not tested: {', '.join(map(metric_name, untested))}.")
     head = [f"Δ {metric_name(metric)}" for metric in tested]
-    return _table(replace(summary, metrics=tested), title, notes, head, _difference_cell, seeds=False)
+    table = _table(replace(summary, metrics=tested), title, notes, head, _difference_cell, seeds=False)
+    return _without_empty_lines(table)
+
+
+def _without_empty_lines(table: Table) -> Table:
+    """The baseline has no difference to itself, and a guess without a model none to a policy."""
+    told = [place for place, line in enumerate(table.lines) if any(cell.text != "–" for cell in line[table.names :])]
+    lines = [table.lines[place] for place in told]
+    blocks = [[cell.text for cell in line[: table.block_names]] for line in lines]
+    starts = [place for place in range(1, len(lines)) if blocks[place] != blocks[place - 1]]
+    return replace(table, lines=lines, block_starts=starts)
+
+
+def of_block(table: Table, place: int) -> Table:
+    """One block alone, which its title names."""
+    starts = [0, *table.block_starts, len(table.lines)]
+    lines = table.lines[starts[place] : starts[place + 1]]
+    which = ", ".join(cell.text for cell in lines[0][: table.block_names])
+    cut = [line[table.block_names :] for line in lines]
+    head, names = table.head[table.block_names :], table.names - table.block_names
+    return Table(f"{table.title}: {which}", [], head, cut, [], 0, names)
 
 
 def _table(
@@ -183,67 +205,6 @@ def to_html(table: Table) -> str:
         f"<h3>{html.escape(table.title)}</h3><div class=scroll><table><thead><tr>{head}</tr></thead>\n"
         f"<tbody>{lines}</tbody></table></div>{notes}\n"
     )
-
-
-def to_latex(table: Table, label: str) -> str:
-    """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
-    to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
-    ends = [*table.block_starts, len(table.lines)]
-    blocks = [table.lines[start:end] for start, end in zip([0, *table.block_starts], ends, strict=True)]
-    return "\n".join(_float(table, block, label) for block in blocks)
-
-
-def _float(table: Table, lines: list[list[Cell]], label: str) -> str:
-    block = [cell.text for cell in lines[0][: table.block_names]]
-    which = ", ".join(f"{name} {value}" for name, value in zip(table.head[: table.block_names], block, strict=True))
-    caption = _escape_latex(" ".join([f"{table.title}: {which}.", *table.notes]))
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *block]))
-    values = range(table.names, len(table.head))
-    parts = math.ceil(len(values) / LATEX_COLUMNS)
-    shares = [values[len(values) * part // parts : len(values) * (part + 1) // parts] for part in range(parts)]
-    names = range(table.block_names, table.names)
-    return "\n".join(
-        [
-            r"\begin{table*}",
-            r"\centering",
-            rf"\caption{{{caption}}}",
-            rf"\label{{tab:{name}}}",
-            "\n\\\\[1ex]\n".join(_tabular(table.head, lines, [*names, *share]) for share in shares),
-            r"\end{table*}",
-            "",
-        ]
-    )
-
-
-def _tabular(head: list[str], lines: list[list[Cell]], columns: list[int]) -> str:
-    def show(cell: Cell) -> str:
-        text = re.sub(r"(?<!\w)-(?=\d)", "$-$", _escape_latex(cell.text)) + ("$^*$" if cell.starred else "")
-        return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
-
-    return "\n".join(
-        [
-            # never wider than the page, and not blown up to it either
-            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-            rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
-            r"\toprule",
-            " & ".join(_escape_latex(head[column]) for column in columns) + r" \\",
-            r"\midrule",
-            *(" & ".join(show(line[column]) for column in columns) + r" \\" for line in lines),
-            r"\bottomrule",
-            r"\end{tabular}}",
-        ]
-    )
-
-
-LATEX = str.maketrans(
-    {char: f"\\{char}" for char in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\textasciicircum{}", "±": r"$\pm$", "Δ": r"$\Delta$"}
-    | {"<": "$<$", ">": "$>$", "↓": r"$\downarrow$", "–": "--", "\n": " "}
-)
-
-
-def _escape_latex(text: str) -> str:
-    return text.translate(LATEX)
 
 
 def to_csv(summary: Summary) -> str:

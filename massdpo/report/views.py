@@ -2,49 +2,20 @@
 
 from dataclasses import dataclass
 
-LABEL_ORDER = (
-    *("popularity", "lookup", "sft", "random", "sdpo", "dpo", "dmpo", "mppo", "pairwise", "full"),
-    *("lipo", "ndcg", "hardest", "hardest_logp", "sampled", "top_random"),
-    *("dpp", "farthest", "coreset", "medoids", "herding", "dynamic", "adpo", "interleaved", "mass"),
-)
-BASELINES = ("random", "sdpo")  # two names of one thing: k negatives drawn uniformly, PL loss
-
-NAMES = {
-    "accuracy": "accuracy",
-    "reward_accuracy": "reward accuracy",
-    "reward_accuracy_pairwise": "pairwise reward accuracy",
-    "margin": "mean margin",
-    "margin_max": "max margin",
-    "mrr": "MRR",
-    "mrr_sum": "MRR (summed)",
-    "chosen_logp_change": "chosen log-prob change",
-    "train_seconds": "training (s)",
-    "select_seconds": "selection (s)",
-    "tokens_per_second": "tokens/s",
-    "peak_memory_mb": "peak memory (MB)",
-}
-UNITS = {"margin": "β·nats", "margin_max": "β·nats", "chosen_logp_change": "nats"}  # where the name holds none
-LOWER_IS_BETTER = {"train_seconds", "select_seconds", "peak_memory_mb"}
-ZERO_AT_START = {"reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"}
-NO_BEST = {"chosen_logp_change"}  # a diagnosis, not a goal
+from massdpo.evaluation.metrics import described
 
 
 def metric_name(metric: str) -> str:
-    if metric.startswith("val/"):
-        return f"{metric_name(metric.removeprefix('val/'))} (validation)"
-    if metric in NAMES:
-        return NAMES[metric]
-    name = metric.removesuffix("_sum").replace("ndcg", "NDCG").replace("_", " ")
-    return f"{name} (summed)" if metric.endswith("_sum") else name
+    """The metric's label, with what its numbers count."""
+    known = described(metric)
+    return f"{known.label} ({known.unit})" if known.unit else known.label
 
 
 def axis_name(metric: str) -> str:
-    """The metric's name as an axis shows it, with what its numbers mean."""
-    bare = metric.removeprefix("val/")
-    notes = ["validation"] if bare != metric else []
-    notes += [UNITS[bare]] if bare in UNITS else []
-    notes += ["lower is better"] if bare in LOWER_IS_BETTER else []
-    return f"{metric_name(bare)} ({', '.join(notes)})" if notes else metric_name(bare)
+    """As an axis shows it: also which way is better, where that is not up."""
+    known = described(metric)
+    notes = [known.unit] * bool(known.unit) + ["lower is better"] * (known.better < 0)
+    return f"{known.label} ({', '.join(notes)})" if notes else known.label
 
 
 def shown(value: object) -> str:
@@ -54,14 +25,12 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
-def label_rank(label: str) -> tuple[int, str]:
-    return (LABEL_ORDER.index(label) if label in LABEL_ORDER else len(LABEL_ORDER), label)
-
-
 @dataclass(frozen=True)
 class View:
-    """Tables show `metrics`; `figure` is `dots` (a mean and interval a method), `lines` (over the option that the sweep
-    varies), `front` (pairs of metrics against each other) or `curves` (columns of `history.csv` over steps).
+    """Tables show `metrics`; `figure` is `lines` (over a numeric option that the sweep varies; `dots` where there is
+    none), `dots` (a mean and interval a method), `front` (pairs of metrics against each other) or `curves` (columns of
+    `history.csv` over steps).
+    `x`: the option of the lines' axis, `group`: the column whose values are coloured; as the sweep suggests, if empty.
     `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
     `differences`: a further figure, of the paired differences to random. `against`: a further table, of those to this
     method. `rows_of`: the sweep whose runs are shown, where it is another one; `labels` and `datasets`: only these of
@@ -70,7 +39,9 @@ class View:
 
     title: str
     metrics: tuple[str, ...]
-    figure: str = "dots"
+    figure: str = "lines"
+    x: str = ""
+    group: str = "label"
     pairs: tuple[tuple[str, str], ...] = ()
     curves: tuple[str, ...] = ()
     best_on: str | None = None
@@ -86,46 +57,34 @@ FEW_DATASETS = ("synthetic_mcqa", "synthetic_rec", "lastfm")
 QUALITY = ("accuracy", "ndcg@5", "reward_accuracy", "margin")
 DEFAULT = View("{sweep}", QUALITY)
 
-VIEWS = {
-    "demo": View("Demonstration: selectors on the embedded default", QUALITY),
+VIEWS = {  # in the order in which a reader asks
+    "small": View(
+        "Real models",
+        ("accuracy", "ndcg@5", "reward_accuracy", "margin", "chosen_logp_change"),
+        "dots",
+        differences=True,
+        against="mass",
+    ),
+    "demo": View("Demonstration: selectors on the embedded default", QUALITY, differences=True),
     "main": View(
         "Main comparison",
         ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change"),
+        "dots",
         differences=True,
         against="mass",
     ),
     "ranking": View(
         "Ranking",
         (
-            "recall@1",
-            "recall@3",
-            "recall@5",
-            "recall@10",
-            "ndcg@3",
-            "ndcg@5",
-            "ndcg@10",
-            "mrr",
-            "ndcg@5_sum",
-            "mrr_sum",
+            *("recall@1", "recall@3", "recall@5", "recall@10", "ndcg@3", "ndcg@5", "ndcg@10", "mrr"),
+            *("ndcg@5_sum", "mrr_sum"),
         ),
+        "dots",
         rows_of="main",
     ),
-    "negatives": View("Number of negatives", QUALITY, "lines"),
-    "beta": View("Reward scale", QUALITY, "lines"),
-    "refresh": View("When negatives are selected again", QUALITY),
-    "features": View("Features behind the selection", QUALITY),
-    "learning_rate": View("Learning rate", QUALITY, "lines", best_on="val/accuracy"),
-    "pool": View("Size of the pool", QUALITY, "lines"),
-    "near_duplicates": View("Near-duplicates in the pool", QUALITY, "lines"),
-    "dynamics": View(
-        "Training dynamics",
-        QUALITY,
-        "curves",
-        curves=("val/accuracy", "val/reward_accuracy", "val/margin", "val/chosen_logp_change"),
-        rows_of="main",
-        labels=FEW_LABELS,
-        datasets=FEW_DATASETS,
-    ),
+    "negatives": View("Number of negatives", QUALITY, x="k"),
+    "refresh": View("When negatives are selected again", QUALITY, "dots"),
+    "beta": View("Reward scale", QUALITY, x="beta"),
     "cost": View(
         "Cost",
         ("accuracy", "ndcg@5", "train_seconds", "select_seconds", "tokens_per_second", "peak_memory_mb"),
@@ -135,6 +94,19 @@ VIEWS = {
         labels=FEW_LABELS,
         datasets=FEW_DATASETS,
     ),
+    "learning_rate": View("Learning rate", QUALITY, best_on="val/accuracy"),
+    "dynamics": View(
+        "Training dynamics",
+        QUALITY,
+        "curves",
+        curves=("val/accuracy", "val/reward_accuracy", "val/margin", "val/chosen_logp_change"),
+        rows_of="main",
+        labels=FEW_LABELS,
+        datasets=FEW_DATASETS,
+    ),
+    "pool": View("Size of the pool", QUALITY),
+    "near_duplicates": View("Near-duplicates in the pool", QUALITY),
+    "features": View("Features behind the selection", QUALITY, "dots"),
     "front": View(
         "The whole front",
         ("accuracy", "ndcg@5", "ndcg@5_sum", "reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max"),
@@ -146,3 +118,8 @@ VIEWS = {
 
 def view_of(sweep: str) -> View:
     return VIEWS.get(sweep, DEFAULT)
+
+
+def reading_order(sweep: str) -> tuple[int, str]:
+    order = list(VIEWS)
+    return (order.index(sweep) if sweep in VIEWS else len(order), sweep)

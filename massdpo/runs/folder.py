@@ -16,19 +16,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
+from omegaconf import DictConfig
 
-from massdpo.config import without_secrets
+from massdpo.config import EXPECTED, run_name, without_secrets
 from massdpo.console import summary_table
 from massdpo.errors import UserError
+from massdpo.evaluation.metrics import GENERATION, METRICS
 from massdpo.store import acquire, digest, remove_unfinished, replacing, set_aside, write_json, writing
 
 Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
-SHOWN = (  # metrics in the table at the end of a run
-    *("accuracy", "ndcg@5", "mrr", "accuracy_sum", "ndcg@5_sum"),
-    *("reward_accuracy", "reward_accuracy_pairwise", "margin", "margin_max", "chosen_logp_change"),
-)
-GENERATED = ("hr@1", "valid_ratio", "hr@1_constrained", "constrained_agreement")  # below it, with trainer.generate
+SHOWN = tuple(metric.name for metric in METRICS.values() if metric.summary)  # in the table at the end of a run
+GENERATED = tuple(metric.name for metric in GENERATION)  # below it, with trainer.generate
 
 
 @contextmanager
@@ -108,6 +107,15 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
         except OSError:  # a full disk: what stopped the run matters more
             print(f"warning: {folder / 'status.json'} could not be written either", file=sys.stderr)
         raise
+
+
+def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
+    """A run that a multirun expected, and that failed before its folder held anything, is told by `--status` too."""
+    if not (sweep / EXPECTED).exists():
+        return
+    folder = sweep / (config.get("name") or run_name(config))
+    if not (folder / "config.yaml").exists() and folder.name in (sweep / EXPECTED).read_text(encoding="utf-8"):
+        write_json(folder / "status.json", without_secrets({"status": "failed", "why": str(error)}))
 
 
 @contextmanager
@@ -191,22 +199,37 @@ def _number(value: float) -> str:
     return f"{value:+.3f}" if math.isfinite(value) and value < 0 else f"{value:.3f}"
 
 
-def draw_history(history: Sequence[dict[str, Any]], file: Path) -> None:
-    """Loss, margin and log-probs of the preference stage over its steps, as a PNG."""
+PANELS: dict[str, tuple[str, dict[str, str]]] = {  # title -> stage, column of history.csv -> what the legend says
+    "SFT: loss (nats)": ("sft", {"loss": "training"}),
+    "SFT: validation": ("sft", {"val/accuracy": "accuracy", "val/mrr": "MRR"}),
+    "preferences: log-prob (nats)": ("preference", {"chosen_logp": "chosen", "rejected_logp": "rejected"}),
+    "preferences: loss": ("preference", {"loss": "training"}),
+    "preferences: validation": ("preference", {"val/accuracy": "accuracy", "val/reward_accuracy": "reward accuracy"}),
+    "preferences: margin (β·nats)": (
+        "preference",
+        {"margin": "mean", "margin_max": "max", "val/margin": "mean, validation", "val/margin_max": "max, validation"},
+    ),
+}
+
+
+def draw_history(history: Sequence[dict[str, Any]], file: Path, title: str) -> None:
+    """Both stages of a run over their steps, as a PNG: training as lines, validation as points."""
     from matplotlib.figure import Figure  # takes half a second to import; no global state
 
-    panels = {
-        "loss": ["loss"],
-        "margin (reward units)": ["margin", "margin_max"],
-        "log-prob (nats)": ["chosen_logp", "rejected_logp"],
-    }
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for name in names:
-            points = [(row["step"], row[name]) for row in history if name in row]  # none of method=sft
-            axes.plot([step for step, _ in points], [value for _, value in points], label=name)
-        axes.set(title=title, xlabel="optimiser step")
-        if len(names) > 1:
-            axes.legend(frameon=False)
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
+    for axes, (head, (stage, columns)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for name, said in columns.items():
+            points = [(row["step"], row[name]) for row in history if row["stage"] == stage and name in row]
+            looks = (
+                {"marker": "o", "linestyle": "--", "markersize": 4} if name.startswith("val/") else {"linewidth": 1.2}
+            )
+            colour = f"C{list(columns.values()).index(said.removesuffix(', validation'))}"
+            axes.plot([step for step, _ in points], [value for _, value in points], label=said, color=colour, **looks)
+        axes.set_title(head, loc="left", fontsize=9)
+        axes.set_xlabel("optimiser step", fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(color="#e3e3e3", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
     with replacing(file) as beside:
         figure.savefig(beside, format="png", dpi=120)

@@ -144,7 +144,7 @@ def compute(run: Run, model: nn.Module) -> None:
     if trainer.save_policy:
         save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
     with decorating("history.png"):
-        draw_history(position.history, run.folder / "history.png")
+        draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
     with decorating("the table of picks"):
         run.tracker.table("picks", picks_table(objective, run.data, rows))
     sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])

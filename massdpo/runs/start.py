@@ -11,7 +11,7 @@ import hydra
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +59,11 @@ def cache_of(config: DictConfig) -> Cache:
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
-    splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), cache)  # type: ignore[arg-type]
+    return tokenized(config, prepare(config.dataset, cache), cache)
+
+
+def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, nn.Module]:
+    """The splits with their tokens, and the model, whose tokenizer may be learned from them."""
     source = instantiate(config.model)
 
     def texts() -> Iterator[str]:

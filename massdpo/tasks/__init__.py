@@ -1,9 +1,13 @@
 """What each `task` does, one file each; where results go is what `out` says."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig
 
 from massdpo.config import validate
+from massdpo.evaluation.metrics import check_keep_metric
 from massdpo.runs import pipeline
+from massdpo.runs.folder import note_failed
 from massdpo.tasks.evaluate import evaluate
 from massdpo.tasks.inspect import inspect
 from massdpo.tasks.rank import rank
@@ -17,8 +21,14 @@ def run(config: DictConfig) -> None:
     Raises:
         UserError: anything a user can cause; nothing half-written is left where a result is expected.
     """
-    validate(config)
-    TASKS[config.task](config)
+    try:
+        validate(config)
+        check_keep_metric(config.trainer.keep_metric)
+        TASKS[config.task](config)
+    except Exception as error:
+        if config.get("task") == "train" and config.get("runs_dir") and config.get("sweep"):
+            note_failed(Path(config.runs_dir) / config.sweep, config, error)
+        raise
 
 
 TASKS = {

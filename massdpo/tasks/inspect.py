@@ -4,55 +4,73 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
+from massdpo.data.prepare import read
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
 from massdpo.evaluation.baselines import compute, leak_check
 from massdpo.runs import launch, start
-from massdpo.store import replacing
+from massdpo.store import Cache, replacing
 from massdpo.tasks.rank import writing_to
 
 SHOWN = 3  # examples printed whole
-MEASURED = 2000  # examples whose tokens are counted, spread evenly over the split
+LOOKED_AT = 1000  # examples of a split that are counted, spread evenly over it
 
 
 def inspect(config: DictConfig) -> None:
     """Print what will be trained on; with `split` and `out`, write every prepared example of a split as JSON lines."""
     launch.start(config)
-    data, _ = start.load(config, start.cache_of(config))
-    out = Path(config.out) if config.out else None
-    with writing_to(config.out):
-        shown = page(data.splits, data.tokenizer, config.split or "train", out)
+    splits = read(config.dataset, start.cache_of(config))
+    looked_at = sample(splits)
+    with TemporaryDirectory() as folder:  # a tokenizer of the sample is none to keep
+        data, _ = start.tokenized(config, looked_at, Cache(Path(folder)))
+        shown = page(splits, looked_at, data.tokenizer, config.split or "train")
+    if config.out:
+        split = config.split or "train"
+        with writing_to(config.out):
+            written = export(getattr(splits, split), split, Path(config.out))
+        shown += f"\n\n{written} examples of {split} written to {config.out}"
     counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
     sys.stdout.write("\n".join([shown, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
 
 
-def page(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train", out: Path | None = None) -> str:
-    """A page about a prepared dataset; with `out`, every example of `split` is written there as JSON Lines.
+def sample(splits: Splits) -> Splits:
+    """At most LOOKED_AT examples of each split, spread evenly over it: a look must not take as long as the work."""
+
+    def some(examples: Sequence[PreferenceExample]) -> Sequence[PreferenceExample]:
+        rows = np.linspace(0, len(examples) - 1, min(LOOKED_AT, len(examples))).astype(int)
+        return [examples[row] for row in rows.tolist()]
+
+    return replace(splits, train=some(splits.train), val=some(splits.val), test=some(splits.test))
+
+
+def page(splits: Splits, looked_at: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train") -> str:
+    """A page about a dataset, of which the examples in `looked_at` are counted.
 
     Raises:
         UserError: `split` is none of train, val, test.
     """
     if split not in SPLITS:
         raise UserError(f"split is train, val or test, not {split!r}")
-    lines = [f"digest {splits.digest}"]
-    lines += [f"  {name}: {value}" for name, value in splits.report.items() if name != "notes"]
-    trained_on = {hash(example.prompt) for example in splits.train}
+    lines = [f"  {name}: {value}" for name, value in splits.report.items() if name != "notes"]
+    trained_on = {hash(example.prompt) for example in looked_at.train}
     for name in SPLITS:
-        lines += _about(name, getattr(splits, name), tokenizer)
+        lines += _about(name, len(getattr(splits, name)), getattr(looked_at, name), tokenizer)
         if name != "train":
-            also = sum(hash(example.prompt) in trained_on for example in getattr(splits, name))
+            also = sum(hash(example.prompt) in trained_on for example in getattr(looked_at, name))
             lines.append(f"  prompts that stand in train too: {also}")
-    leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(splits).items()}
+    leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(looked_at).items()}
     lines += ["", "without a model, on the test split, equals guessed evenly:"]
-    lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(splits)).items()]
+    lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(looked_at)).items()]
     for example in getattr(splits, split)[:SHOWN]:
         lines += [
             "",
@@ -62,8 +80,6 @@ def page(splits: Splits, tokenizer: PreTrainedTokenizerBase, split: str = "train
         place = example.candidates.index(example.chosen) + 1
         lines += [f"chosen, number {place} of its slate of {len(example.candidates)}: {example.chosen}"]
         lines += [f"pool ({len(example.pool)}): {' | '.join(example.pool)}"]
-    if out is not None:
-        lines += ["", f"{export(getattr(splits, split), split, out)} examples of {split} written to {out}"]
     return "\n".join(lines)
 
 
@@ -83,7 +99,9 @@ def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> int:
     return len(examples)
 
 
-def _about(split: str, examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _about(
+    split: str, size: int, examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     pools: Counter[int] = Counter()
     prompts: set[int] = set()  # their hashes: the texts of a large split would not fit
     repeated = 0
@@ -92,17 +110,16 @@ def _about(split: str, examples: Sequence[PreferenceExample], tokenizer: PreTrai
         prompts.add(hash(example.prompt))
         texts = {normalise(text) for text in example.candidates}
         repeated += len(texts) < len(example.candidates)
-    some = [examples[row] for row in np.linspace(0, len(examples) - 1, min(MEASURED, len(examples))).astype(int)]
-    prompt_lengths = _lengths([example.prompt for example in some], tokenizer)
-    response_lengths = _lengths([text for example in some for text in example.candidates], tokenizer)
+    prompt_lengths = _lengths([example.prompt for example in examples], tokenizer)
+    response_lengths = _lengths([text for example in examples for text in example.candidates], tokenizer)
     return [
         "",
-        f"{split}: {len(examples)} examples",
+        f"{split}: {size} examples"
+        + (f"; what follows is of {len(examples)} of them, spread evenly" if len(examples) < size else ""),
         f"  pool sizes: {_counts(pools)}",
         f"  prompts that repeat an earlier one: {len(examples) - len(prompts)}",
         f"  slates with equal texts: {repeated}",
-        f"  tokens of a prompt: {_spread(prompt_lengths)}; of a response: {_spread(response_lengths)}"
-        + (f" (of {len(some)} examples)" if len(some) < len(examples) else ""),
+        f"  tokens of a prompt: {_spread(prompt_lengths)}; of a response: {_spread(response_lengths)}",
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from massdpo.report.figures import COLOURS
+from massdpo.report.methods import COLOURS
 from massdpo.selection import Random, logdet
 from massdpo.tasks.studies.pools import clustered_pools, mass_design, value_of
 from massdpo.tasks.studies.publish import panels, publish, style, with_interval

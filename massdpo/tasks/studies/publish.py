@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from massdpo.report.figures import COLOURS, MARKERS, STYLE
+from massdpo.report.figures import STYLE
+from massdpo.report.methods import COLOURS, MARKERS
 from massdpo.store import replacing, write_text
 
 

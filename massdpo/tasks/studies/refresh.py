@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from massdpo.report.figures import COLOURS, GREY
+from massdpo.report.methods import COLOURS, GREY
 from massdpo.tasks.studies.publish import panels, publish, with_interval
 
 KINDS = ("once", "epoch", "step")

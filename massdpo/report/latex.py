@@ -1,0 +1,70 @@
+"""Tables for LaTeX, with the packages booktabs and graphicx."""
+
+import math
+import re
+
+from massdpo.report.tables import Cell, Table
+
+LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
+
+
+def to_latex(table: Table, label: str) -> str:
+    """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
+    to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
+    ends = [*table.block_starts, len(table.lines)]
+    blocks = [table.lines[start:end] for start, end in zip([0, *table.block_starts], ends, strict=True)]
+    return "\n".join(_float(table, block, label) for block in blocks)
+
+
+def _float(table: Table, lines: list[list[Cell]], label: str) -> str:
+    block = [cell.text for cell in lines[0][: table.block_names]]
+    which = ", ".join(f"{name} {value}" for name, value in zip(table.head[: table.block_names], block, strict=True))
+    caption = _escape_latex(" ".join([f"{table.title}: {which}.", *table.notes]))
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *block]))
+    values = range(table.names, len(table.head))
+    parts = math.ceil(len(values) / LATEX_COLUMNS)
+    shares = [values[len(values) * part // parts : len(values) * (part + 1) // parts] for part in range(parts)]
+    names = range(table.block_names, table.names)
+    return "\n".join(
+        [
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\label{{tab:{name}}}",
+            "\n\\\\[1ex]\n".join(_tabular(table.head, lines, [*names, *share]) for share in shares),
+            r"\end{table*}",
+            "",
+        ]
+    )
+
+
+def _tabular(head: list[str], lines: list[list[Cell]], columns: list[int]) -> str:
+    def show(cell: Cell) -> str:
+        text = re.sub(r"(?<!\w)-(?=\d)", "$-$", _escape_latex(cell.text)) + ("$^*$" if cell.starred else "")
+        return rf"\textbf{{{text}}}" if cell.best else rf"{text}$^\sim$" if cell.tie else text
+
+    return "\n".join(
+        [
+            # never wider than the page, and not blown up to it either
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
+            r"\toprule",
+            " & ".join(_escape_latex(head[column]) for column in columns) + r" \\",
+            r"\midrule",
+            *(" & ".join(show(line[column]) for column in columns) + r" \\" for line in lines),
+            r"\bottomrule",
+            r"\end{tabular}}",
+        ]
+    )
+
+
+LATEX = str.maketrans(
+    {char: f"\\{char}" for char in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"$\sim$", "^": r"\textasciicircum{}", "±": r"$\pm$", "Δ": r"$\Delta$"}
+    | {"<": "$<$", ">": "$>$", "↓": r"$\downarrow$", "–": "--", "\n": " "}
+    | {"β": r"$\beta$", "·": r"$\cdot$"}
+)
+
+
+def _escape_latex(text: str) -> str:
+    return text.translate(LATEX)
