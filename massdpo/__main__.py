@@ -1,6 +1,7 @@
 """The command: `python run.py`, `massdpo` and `python -m massdpo` alike. Composes the config and hands it to tasks."""
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -40,8 +41,12 @@ def job(config: DictConfig) -> None:
         failed(1, error)
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a field's name can do to a terminal
+
+
 def say(text: str) -> None:
-    print(without_secrets(text.rstrip()), file=sys.stderr)
+    shown = CONTROL.sub(lambda found: repr(found[0])[1:-1], without_secrets(text.rstrip()))
+    print(shown, file=sys.stderr)
 
 
 def failed(code: int, error: Exception) -> None:

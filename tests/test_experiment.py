@@ -132,6 +132,13 @@ def test_what_decorates_a_run_costs_none_of_its_results(
     assert "is left out (RuntimeError: a bomb)" in capsys.readouterr().err
 
 
+def test_what_a_field_is_called_does_nothing_to_a_terminal(tmp_path: Path, places: list[str], main: Main) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"\x1b[2J\x07": "a", "prompt": 1}) + "\n")
+    options = [name for name in TINY if not name.startswith("dataset.")]
+    code, _, error = main(*options, *places, "dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}")
+    assert code == 2 and not {"\x1b", "\x07"} & set(error)
+
+
 @pytest.mark.parametrize("logger", ["none", "wandb"])
 def test_pools_below_k_are_one_line_whatever_the_logger(
     logger: str, tmp_path: Path, places: list[str], main: Main

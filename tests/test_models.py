@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from massdpo.errors import UserError
 from massdpo.model import load, scratch
-from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout
+from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout, load_model
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scratch import TinyModel, learn_tokenizer
 from massdpo.store import Cache, is_whole
@@ -611,3 +611,29 @@ def test_a_policy_does_not_depend_on_the_folder_that_its_start_came_from(llama: 
     save_policy(adapted, tokenizer, tmp_path / "policy")
     (tmp_path / "start" / "model.safetensors").unlink()
     assert torch.equal(logits(*load_policy(tmp_path / "policy")), logits(adapted, tokenizer))
+
+
+@pytest.mark.timeout(60)  # 10 million layers would take hours
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": 48},
+        {"num_hidden_layers": 10_000_000},
+        {"vocab_size": 10**12},
+        {"intermediate_size": 7},
+        {"hidden_size": "wide"},
+        {"hidden_size": [16]},
+        {"num_attention_heads": 0},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": [1]},
+        {"model_type": "none such"},
+        {"rope_parameters": []},
+    ],
+    ids=lambda change: f"{next(iter(change))}-{next(iter(change.values()))}"[:40],
+)
+def test_a_foreign_models_folder_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
+    load_tiny("llama", tmp_path / "cache")[0].save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=r"^[^\n]+$"):
+        load_model(tmp_path, "float32")

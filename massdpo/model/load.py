@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -168,6 +168,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     _check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_sizes(folder, config)
         loader: Any = AutoModelForCausalLM
         model, info = loader.from_pretrained(
             folder,
@@ -179,13 +180,29 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
             output_loading_info=True,
             adapter_kwargs={"subfolder": "none"},  # looks where there is none: it would be read in the base's type
         )
-    except (ValueError, OSError, KeyError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers makes of a folder that may be damaged or somebody's trap
         raise UserError(f"{folder} cannot be loaded as a causal language model: {one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
     model.name_or_path = ""  # the folder may go; who calls knows whether it is there to stay
     return model
+
+
+def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that the folder's weights cannot fill: building it would fill memory or time."""
+    files = list(folder.glob("*.safetensors"))
+    tensors = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            tensors += len(list(weights.keys()))
+    text = config.get_text_config()
+    embedding, half_bytes = text.vocab_size * text.hidden_size, 2 * sum(file.stat().st_size for file in files)
+    if text.num_hidden_layers > tensors or embedding > half_bytes:
+        raise ValueError(
+            f"config.json tells of {text.num_hidden_layers} layers and {text.vocab_size} tokens of {text.hidden_size} "
+            f"numbers, but the weights are {tensors} tensors of {half_bytes // 2} bytes"
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -202,7 +219,7 @@ def _check_folder(folder: Path) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # as above
         raise UserError(f"{folder} holds no tokenizer that can be loaded: {one_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token would do: padding is masked everywhere
