@@ -25,7 +25,7 @@ from massdpo.evaluation.scores import SplitScorer
 from massdpo.model import load
 from massdpo.runs import pipeline, start
 from massdpo.runs.folder import claim
-from massdpo.store import MANIFEST, is_whole
+from massdpo.store import MANIFEST, digest, is_whole
 from massdpo.training import interruption, loop
 from massdpo.training.objectives import Preference
 from tests import processes
@@ -241,8 +241,8 @@ def test_killed_before_any_change_to_the_disk(whole: dict[str, Any], tmp_path: P
 
 def test_checkpoints_that_outlived_a_finished_run_go(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "0001-00000003").mkdir(parents=True)
-    (tmp_path / "status.json").write_text(json.dumps({"status": "finished", "key": "a"}))
-    assert not claim(tmp_path, "a", False, Accelerator(cpu=True))
+    (tmp_path / "status.json").write_text(json.dumps({"status": "finished", "key": digest({"code": "a"})}))
+    assert not claim(tmp_path, {"code": "a"}, False, Accelerator(cpu=True))
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -90,13 +91,15 @@ def test_what_a_cache_keeps_under_a_wrong_key_is_found(tmp_path: Path, monkeypat
     def reference(size: int) -> Any:
         config = composed(size)
         score = SplitScorer(accelerator, size, data.pad_id)
-        return start.reference_scores(config, data, data.train, scorer, cache, score)
+        key = start.start_key(config, data.key, data.model_key, accelerator)
+        folder = cache.folder("sft", key, lambda folder: None)
+        return start.reference_scores(config, data, data.train, folder, scorer, cache, score)
 
     found = [reference(size) for size in SIZES for _ in range(2)]
     assert len(list((tmp_path / "reference").iterdir())) >= len(SIZES)
     for first, again in zip(found[::2], found[1::2], strict=True):
         assert torch.equal(first["test"].logp_SC, again["test"].logp_SC)
-    monkeypatch.setattr(start, "weights_digest", lambda model: "one for all")
+    monkeypatch.setattr(start, "reference_key", lambda *_: "one for all")
     reference(8)
     with torch.no_grad():
         for weight in model.parameters():
@@ -120,3 +123,12 @@ def test_what_the_preference_stage_needs_is_asked_before_the_sft(
     monkeypatch.setattr(start, "fit", began)
     with pytest.raises(UserError, match="features=head needs an output matrix without an adapter"):
         pipeline.train(config)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with less memory free than gradients and moments take."""
+    free = psutil.virtual_memory()._replace(available=1_000_000)
+    monkeypatch.setattr("massdpo.runs.machine.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("massdpo.runs.start.fit", lambda *_: pytest.fail("training began"))
+    with pytest.raises(UserError, match=r"needs .* GB more \(gradients and AdamW\).*trainer=lora"):
+        pipeline.train(compose(["logger=none", f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]))

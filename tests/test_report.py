@@ -707,7 +707,7 @@ def test_committed_tables_come_from_committed_rows(tmp_path: Path) -> None:
     before = {name: data for name, data in tree(tmp_path).items() if name.endswith(kinds)}
     for folder in {(tmp_path / name).parent for name in before}:
         for name in kinds:
-            (folder / name).unlink()
+            (folder / name).unlink(missing_ok=True)
         write_tables(folder)
     assert {name: data for name, data in tree(tmp_path).items() if name.endswith(kinds)} == before
     linked = re.findall(r"\]\(([\w./-]+)\)", (RESULTS / "README.md").read_text(encoding="utf-8"))

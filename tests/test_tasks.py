@@ -216,7 +216,7 @@ def test_rank_orders_by_the_plain_score(call: Call, trained: Path, tmp_path: Pat
     [
         ("{", "not JSON"),
         ("[1]", "a JSON object is needed"),
-        ('{"candidates": ["a"]}', '"prompt" must be a text'),
+        ('{"candidates": ["a"]}', 'no "prompt"'),
         ('{"prompt": "p"}', '"candidates" must be a list'),
         ('{"prompt": "p", "candidates": []}', '"candidates" must be a list'),
         ('{"prompt": "p", "candidates": ["a", 1]}', '"candidates" must be a list'),

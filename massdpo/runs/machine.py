@@ -12,6 +12,11 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from massdpo.errors import UserError
 
 
 def commit() -> str:
@@ -55,6 +60,28 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return  # not Linux: the peak of the whole process is reported
+
+
+def check_memory(policy: nn.Module, accelerator: Accelerator) -> None:
+    """Refuse what cannot fit before anything is trained: gradients and AdamW's two moments, beside the weights.
+
+    Activations come on top and depend on the batch: what passes may still run out of memory.
+
+    Raises:
+        UserError: they need more than is free.
+    """
+    trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    on_gpu = accelerator.device.type == "cuda"
+    here = 1 if on_gpu else max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # processes that share this memory
+    weights = sum(weight.nbytes for weight in policy.parameters()) if on_gpu else 0  # still in the CPU's memory
+    needed = weights + 3 * trained // (accelerator.num_processes if sharded else 1)
+    free = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // here
+    if needed > free:
+        raise UserError(
+            f"training {trained / 1e9:.1f} GB of weights needs {needed / 1e9:.1f} GB more (gradients and AdamW), and "
+            f"{free / 1e9:.1f} GB are free: use trainer=lora, a smaller model, or FSDP over several GPUs"
+        )
 
 
 def peak_memory_mb() -> float:

@@ -26,6 +26,7 @@ from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
+from massdpo.runs.machine import check_memory
 from massdpo.runs.provenance import model_key, reference_key, start_key
 from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.training.history import History, Tracker
@@ -114,6 +115,7 @@ def sft_start(
         policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
         if trainer.gradient_checkpointing:
             checkpointing(policy)
+        check_memory(policy, accelerator)
         stage = Stage(
             name="sft",
             objective=Sft(data.train, data.val, score),
