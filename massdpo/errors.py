@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause, and how other errors are told in it."""
+"""The one exception for what a user can cause, and how other errors are put into it."""
 
 
 class UserError(Exception):

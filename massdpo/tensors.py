@@ -102,7 +102,7 @@ class Scores:
     """What one pass says of each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
 
     logp_BC: Tensor  # sum of the response tokens' log-probs, nats
-    token_logp_BCT: Tensor  # the same a token
+    token_logp_BCT: Tensor  # the same per token
     length_BC: Tensor  # int64, tokens of the response
     mask_BC: Tensor  # bool
     features_BCD: Tensor | None = None  # `mean` or `last` hidden state

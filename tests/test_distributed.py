@@ -125,7 +125,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPat
         launch.start(OmegaConf.create({"trainer": options}))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process of its parent's end")
+@pytest.mark.skipif(sys.platform != "linux", reason="Only Linux notifies a process of its parent's end")
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [6, 12])
 def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, seconds: int) -> None:

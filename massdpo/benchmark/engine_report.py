@@ -69,7 +69,7 @@ def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
         panel.set_xticks([r["value"] for r in rows], [str(r["value"]) for r in rows])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("seconds a step")
+    figure.axes[0].set_ylabel("seconds per step")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     for ending in ("png", "svg"):
         with replacing(out / f"engine_growth.{ending}") as path:

@@ -76,7 +76,7 @@ def median_seconds(action: Callable[[], object], rounds: int) -> float:
 
 
 def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, rounds: int = 5) -> dict[str, object]:
-    """Both algorithms on one problem, warm, in alternation: milliseconds a prompt, speed-ups, whether the picks agree.
+    """Both algorithms on one problem, warm, in alternation: milliseconds per prompt, speed-ups, equal picks or not.
 
     Both in float64, for the picks alone; `greedy_certified` adds the proved upper bound, which the published algorithm
     has not. That one is also timed in float32, and with prompts batched by 16 (an inverse of 2,048 x 2,048 is 34 MB).
@@ -121,7 +121,7 @@ def growth(
     picks: tuple[int, ...] = PICKS,
     rounds: int = 3,
 ) -> list[dict[str, object]]:
-    """Milliseconds a prompt over d (N=20, k=4), N (d=512, k=4) and k (d=512, N=20)."""
+    """Milliseconds per prompt over d (N=20, k=4), N (d=512, k=4) and k (d=512, N=20)."""
     middle = dimensions[len(dimensions) // 2]
     cases: list[tuple[str, int, int, int]] = [("d", size, 20, 4) for size in dimensions]
     cases += [("N", middle, pool, 4) for pool in pools]
@@ -150,7 +150,7 @@ def draw_growth(rows: list[dict[str, object]], out: Path) -> None:
         panel.set_xticks(values, [str(value) for value in values])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("milliseconds a prompt")
+    panels[0].set_ylabel("milliseconds per prompt")
     panels[0].legend()
     for kind in ("png", "svg"):
         with replacing(out / f"selection_growth.{kind}") as beside:

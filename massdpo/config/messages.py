@@ -1,4 +1,4 @@
-"""How mistakes are told: in one line, with the nearest right name."""
+"""How mistakes are reported: in one line, with the nearest right name."""
 
 import difflib
 import json

@@ -31,7 +31,7 @@ class NoteExpected(Callback):
         try:
             expected = runs_of(config)
         except (UserError, HydraException, OmegaConfBaseException, ValueError):
-            return  # the sweep composes the same jobs in a moment, and tells
+            return  # the sweep composes the same jobs in a moment, and reports it
         for folder, runs in expected.items():
             file = folder / EXPECTED
             before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

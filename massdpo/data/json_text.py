@@ -40,7 +40,7 @@ class JsonText:
             if self._took("{"):
                 return self._seek_key(keys)
         except UserError:
-            pass  # a line that is not JSON is told by who reads lines
+            pass  # reported where lines are read
         return False
 
     def _seek_key(self, keys: tuple[str | None, ...]) -> bool:

@@ -184,7 +184,7 @@ class Source:
         return files
 
     def _by_name(self) -> dict[str, list[Path]]:
-        """The files that could hold rows, by the split that each one's name, or its folder's, tells."""
+        """The files that could hold rows, by the split that its name, or its folder's, gives."""
         root = self.place / (self.subset or "")
         if not root.is_dir():
             raise UserError(f"dataset.subset={self.subset}: {self.place} has no such folder")
@@ -202,7 +202,7 @@ class Source:
 
 
 def _split_name(file: Path) -> str:
-    """The part of a path that tells a split, as `data/train_prefs-00000-of-00001.parquet` tells train_prefs."""
+    """The part of a path that names a split, as `data/train_prefs-00000-of-00001.parquet` names train_prefs."""
     for part in (SHARD.sub("", file.name).split(".")[0], *reversed(file.parts[:-1])):
         if WORD.search(part.lower()):
             return part

@@ -45,7 +45,7 @@ def reading_errors(path: Path | str) -> Iterator[None]:
 
 
 def encoding_of(file: io.BufferedReader, encoding: str) -> str:
-    """The encoding that a byte-order mark tells, or else the one given."""
+    """The encoding that a byte-order mark gives, or else the one asked for."""
     start = file.peek(3)
     return next((name for bom, name in BOMS.items() if start.startswith(bom)), encoding)
 

@@ -78,8 +78,8 @@ def lookup(splits: Splits, split: str) -> Guess:
     """The table keeps, of each target, the place where it stood most often and the negatives beside it there first.
 
     A candidate matches as far as it stands at its own remembered place and among its own remembered negatives. One
-    that was never a target is judged by the memory of another one, so that being known is no hint: how often it is a
-    target is for popularity to tell.
+    that was never a target is judged by the memory of another one, so that having been a target gives nothing away: how
+    often it is a target is popularity's to say.
     """
     table = _remember(example for name in SPLITS if name != split for example in getattr(splits, name))
     memories = list(table.values()) or [(-1, frozenset())]

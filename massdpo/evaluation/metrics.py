@@ -47,7 +47,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of `metrics.json` under its name there: the mean over prompts of a function, or one number a run."""
+    """A number of `metrics.json` under its name there: the mean over prompts of a function, or one number per run."""
 
     name: str
     label: str  # in tables and figures

@@ -185,7 +185,7 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
-    model.name_or_path = ""  # the folder may go; who calls knows whether it is there to stay
+    model.name_or_path = ""  # the folder may go; the caller knows whether it is there to stay
     return model
 
 
@@ -200,7 +200,7 @@ def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
     embedding, half_bytes = text.vocab_size * text.hidden_size, 2 * sum(file.stat().st_size for file in files)
     if text.num_hidden_layers > tensors or embedding > half_bytes:
         raise ValueError(
-            f"config.json tells of {text.num_hidden_layers} layers and {text.vocab_size} tokens of {text.hidden_size} "
+            f"config.json says {text.num_hidden_layers} layers and {text.vocab_size} tokens of {text.hidden_size} "
             f"numbers, but the weights are {tensors} tensors of {half_bytes // 2} bytes"
         )
 

@@ -20,7 +20,7 @@ ALIGNED = 16  # kernels copy a mask whose rows don't begin at multiples of so ma
 
 @dataclass
 class Row:
-    """One row of tokens a prompt: what each is, where it stands in its text and to which segment it belongs."""
+    """One row of tokens per prompt: what each is, where it stands in its text and to which segment it belongs."""
 
     ids_BL: Tensor
     position_BL: Tensor
@@ -88,7 +88,7 @@ def in_parts(batch: Batch, sharded: bool) -> list[Batch]:
 
 
 def _padded(batch: Batch, ids_BL: Tensor, there_BL: Tensor) -> Tensor:
-    """A prompt's own first token pads it: `transformers` warns of padding tokens that no mask tells it of."""
+    """A prompt's own first token pads it: `transformers` warns of padding tokens that no mask covers."""
     return torch.where(there_BL, ids_BL, batch.prompt_ids_BP[:, :1])
 
 

@@ -40,7 +40,7 @@ class PreferenceScorer(nn.Module):
 
     `features` names what is computed of each candidate besides its log-prob: the `mean` or `last` of the hidden states
     that predict the response, the Gram matrix of the gradients at the output matrix (`head`), or nothing. `layout` is
-    how tokens are laid out: `packed` shares the prompt, `repeated` feeds it once a response, `auto` packs where the
+    how tokens are laid out: `packed` shares the prompt, `repeated` feeds it once per response, `auto` packs where the
     architecture allows it and warns where it does not. Everything goes through `forward`, so that the scorer can be
     wrapped for distributed training.
 

@@ -59,7 +59,7 @@ def _bars(cells: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = False) -> Figure:
-    """A line a method: means and intervals, or paired differences to random and theirs."""
+    """A line per method: means and intervals, or paired differences to random and theirs."""
     metrics = [metric for metric in summary.metrics if metric in set(cells["metric"])]
     models = sorted(cells["model"].unique())
     lines = cells[["label", *summary.axes]].drop_duplicates()

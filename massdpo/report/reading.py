@@ -140,7 +140,7 @@ def read_prompts(path: Path) -> Prompts:
 
 
 def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
-    """`rows.csv`, a row a run; those that name a set of `prompts` are as many as the arrays of that set have rows."""
+    """`rows.csv`, a row per run; those that name a set of `prompts` are as many as the arrays of that set have rows."""
     with reading(csv if isinstance(csv, Path) else Path("rows.csv")):
         frame = pd.read_csv(csv, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
         if missing := [name for name in (*IDENTITY, "seed", "prompts") if name not in frame]:
@@ -148,7 +148,7 @@ def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
         numbers = [name for name in frame.columns if name not in TEXTS and not name.startswith("option/")]
         _only_numbers(frame, numbers)
         if not frame["status"].isin([*STATES, "missing"]).all():
-            raise ValueError("a status that is none")
+            raise ValueError("unknown status")
         run = frame[frame["label"].notna()]
         if run[["name", "dataset", "model", "k", "beta", "refresh", "seed"]].isna().any(axis=None):
             raise ValueError("a run without name, data, model, k, beta, refresh or seed")

@@ -1,6 +1,6 @@
-"""Run folders -> one row a run, and the compact per-prompt results behind the rows.
+"""Run folders -> one row per run, and the compact per-prompt results behind the rows.
 
-`rows.csv` has one row a run that was started or expected, finished or not; `prompts.npz` has, for each set of test
+`rows.csv` has one row per run that was started or expected, finished or not; `prompts.npz` has, for each set of test
 prompts (column `prompts` of the rows), the arrays `<set>/<field>` of shape (runs, prompts), in the order of the rows.
 """
 
@@ -27,7 +27,7 @@ PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.p
 
 @dataclass
 class Rows:
-    """`frame`: one row a run, with its `place` in the arrays of its set of `prompts` (see the file's top).
+    """`frame`: one row per run, with its `place` in the arrays of its set of `prompts` (see the file's top).
 
     `axes`: columns of the options that the sweep varies by themselves.
     """

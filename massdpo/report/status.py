@@ -13,7 +13,7 @@ STATES = ("finished", "missing", "interrupted", "failed", "running")  # what the
 
 
 def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """A line a run (run, state, seconds, note), and one sentence with counts and the time left."""
+    """A line per run (run, state, seconds, note), and one sentence with counts and the time left."""
     expected = expected_runs(folder)
     names = sorted({path.parent.name for path in folder.glob("*/*.*") if path.name in KNOWN} | set(expected))
     if not names:

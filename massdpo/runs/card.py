@@ -152,8 +152,8 @@ def _table(cells: Mapping[str, str]) -> str:
 
 
 METRICS_TEXT = (
-    "`accuracy`, `ndcg@5` and `mrr` rank the chosen response among all candidates by mean log-prob a token (`_sum`: by "
-    "their sum); rewards and margins compare with the SFT start."
+    "`accuracy`, `ndcg@5` and `mrr` rank the chosen response among all candidates by mean log-prob per token "
+    "(`_sum`: by their sum); rewards and margins compare with the SFT start."
 )
 PLAIN_TEXT = (
     "It was trained on texts of the form `PROMPT RESPONSE`, joined by one space, with the tokenizer's begin token once "

@@ -110,7 +110,7 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
 
 
 def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
-    """A run that a multirun expected, and that failed before its folder held anything, is told by `--status` too."""
+    """A run that a multirun expected, and that failed before its folder held anything, shows in `--status` too."""
     if not (sweep / EXPECTED).exists():
         return
     folder = sweep / (config.get("name") or run_name(config))

@@ -22,7 +22,7 @@ from massdpo.runs.machine import reset_peak_memory
 def end_with_launcher() -> None:
     """A process of torchrun's goes when torchrun is killed: it would wait for its mates until their timeouts.
 
-    Linux alone tells a process of its parent's end.
+    Only Linux notifies a process of its parent's end.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
@@ -40,7 +40,7 @@ def start(config: DictConfig) -> Accelerator:
     transformers_logging.disable_progress_bar()
     # Renamed in the newest transformers; peft, and we for older ones, use the old names.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    # It tells of every tied weight at every checkpoint.
+    # It reports every tied weight at every checkpoint.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())

@@ -131,7 +131,7 @@ class Wandb:
                     return
                 warn("logger.mode=online without W&B credentials: recorded offline (`wandb login`, then sync)")
             except Exception as error:  # no network, a refused key, ...: nothing that was logged is lost
-                warn(f"W&B is not to be had ({_one_line(error)}): recorded offline")
+                warn(f"W&B is unavailable ({_one_line(error)}): recorded offline")
         self._run = init("offline")
 
     def _end(self, metrics: Mapping[str, Any] | None, files: Sequence[Path]) -> None:

@@ -79,7 +79,7 @@ class Farthest:
 
 
 def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """A k-DPP sample a prompt from kernels that are zero where masked: indices and mask, `(B, K)`."""
+    """One k-DPP sample per prompt from kernels that are zero where masked: indices and mask, `(B, K)`."""
     batch, pool = mask_BN.shape
     count_B = mask_BN.sum(-1)
     uniform_BX = torch.zeros(batch, pool + k, dtype=torch.float64)

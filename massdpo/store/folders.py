@@ -1,7 +1,7 @@
 """Folders that appear whole or not at all, and a cache of them that parallel jobs compute once.
 
 A cached folder is built beside its place, checksummed, and renamed; a reader verifies the checksums, and a folder that
-does not match them is told, set aside and built again.
+does not match them is reported, moved aside and built again.
 """
 
 import glob
@@ -70,7 +70,7 @@ class Cache:
         return self.path(kind, key)
 
     def build(self, kind: str, key: str, build: Callable[[Path], None]) -> None:
-        """Build the folder for `key` anew; for who has the lock."""
+        """Build the folder for `key` anew; for the holder of the lock."""
         with writing(self.root, "free some room or set cache_dir"):
             build_folder(self.path(kind, key), build)
         self._renewed.add(self.path(kind, key))
@@ -95,7 +95,7 @@ class Cache:
         return not (self.force and place not in self._renewed) and is_whole(place)
 
     def holds(self, kind: str, key: str) -> bool:
-        """As `believes`, and a damaged folder is set aside; only who has the lock may ask."""
+        """As `believes`, and a damaged folder is set aside; only the holder of the lock may ask."""
         place = self.path(kind, key)
         if place.is_dir() and not is_whole(place):
             set_aside(place)
@@ -110,7 +110,7 @@ def set_aside(place: Path) -> None:
 
 
 def remove_unfinished(folder: Path, prefix: str = "") -> None:
-    """Remove what `replacing` and `build_folder` had begun here when their process was killed; for who has the lock."""
+    """Remove what `replacing` and `build_folder` had begun here when their process was killed; for the holder of the lock."""
     for path in folder.glob(f".{glob.escape(prefix)}*"):
         if not (found := UNFINISHED.fullmatch(path.name)):
             continue

@@ -69,7 +69,10 @@ def rank(config: DictConfig) -> None:
                 sink.write(json.dumps(line | ranked, ensure_ascii=False) + "\n")
             sink.flush()
     if differences:
-        print(f"warning: {differences} prompts have a candidate that joins them in other tokens", file=sys.stderr)
+        print(
+            f"warning: {differences} prompts have a candidate whose tokens differ when it is tokenised together with its prompt",
+            file=sys.stderr,
+        )
 
 
 def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:

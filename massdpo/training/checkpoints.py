@@ -70,7 +70,7 @@ def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
 def resume(
     checkpoints: Path, state: dict[str, Tensor], keep: str, accelerator: Accelerator, schedule: LambdaLR
 ) -> Position:
-    """Load the newest whole checkpoint, if any; a damaged one is told, set aside and done without."""
+    """Load the newest whole checkpoint, if any; damaged checkpoints are reported, moved aside and ignored."""
     if accelerator.is_main_process:
         _keep_newest(checkpoints, keep)
     accelerator.wait_for_everyone()

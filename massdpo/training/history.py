@@ -1,4 +1,4 @@
-"""What a stage tells while it goes: its history file, and the tracker that step metrics go to beside it."""
+"""What a stage reports as it goes: its history file, and the tracker that step metrics go to beside it."""
 
 import csv
 import io

@@ -23,7 +23,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 # At a margin of 16 the loss and its gradient are exp(-16), a ten-millionth of what they were: nothing more is learned.
 RUNAWAY = 16.0
-# Mean nats a token below the start: the chosen responses' perplexity is e times what SFT left.
+# Mean nats per token below the start: the chosen responses' perplexity is e times what SFT left.
 COLLAPSE = 1.0
 
 

@@ -89,7 +89,7 @@ class Table:
 
 
 def _ties(times: list[NDArray[Any]]) -> str:
-    """How many neighbours in the users' sequences have one time: only the file's order tells which came first."""
+    """How many neighbours in the users' sequences have one time: only the file's order says which came first."""
     equal, all_of_them = sum(int((np.diff(each) == 0).sum()) for each in times), sum(len(each) - 1 for each in times)
     return (
         f"{equal} of {all_of_them} neighbours ({equal / all_of_them:.0%}): their order is the file's" if equal else ""

@@ -23,7 +23,7 @@ from massdpo.data.stored import NumberedSplit, StoredExamples
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
-# what a user is told of the rows that were changed, and of the splits and columns that were not read
+# what the notes say of the rows that were changed, and of the splits and columns that were not read
 TOLD = {
     "texts_stripped": "spaces at the ends of {} texts were removed (dataset.strip)",
     "numbers_as_text": "{} numbers were read as texts",

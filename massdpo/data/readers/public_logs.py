@@ -70,7 +70,7 @@ def read_ready_rows(paths: dict[str, Path], bad: BadRows) -> dict[str, list[Read
 
 
 def split_titles(joined: str, known: set[str]) -> list[str]:
-    """The titles that were joined by `::`; one that begins or ends with a colon is told by the `known` ones."""
+    """The titles that were joined by `::`; one that begins or ends with a colon is recognised by the `known` ones."""
 
     def parts(text: str) -> list[str] | None:
         if text in known:

@@ -2,7 +2,7 @@
 
 Options stand in a list, in columns (option1, ..., A, ..., opa, ...), as {text, label}, or as the right answer beside
 wrong ones. The answer is a label of the row's own, a letter, a number from 0 or from 1, or an option's text: which of
-these is told, or taken where the questions leave no doubt.
+these is given, or inferred where the questions leave no doubt.
 """
 
 import ast

@@ -118,7 +118,7 @@ class Tables:
             yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
 
     def columns_of(self, parts: tuple[str, ...]) -> Columns:
-        """The columns of one of two files: of what is told, the other one's parts may be missing here."""
+        """The columns of one of two files: of the columns named, the other file's may be missing here."""
         return Columns({part: USUAL[part] for part in parts}, self._given(parts), optional=tuple(self.columns))
 
     def _given(self, parts: tuple[str, ...]) -> dict[str, Any]:

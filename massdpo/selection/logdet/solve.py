@@ -26,7 +26,7 @@ def select_logdet(
     certify: bool = True,
     resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
-    """Choose k rows a prompt that maximise log det(ridge I + scale sum_{i in S} v_i v_i^T).
+    """Choose k rows per prompt that maximise log det(ridge I + scale sum_{i in S} v_i v_i^T).
 
     `ridge` and `scale` are numbers or `(B,)`; only candidates where `mask_BN` is True can be selected (all by default).
     `greedy` is within 1 - 1/e of the best log-det above the empty set's (Nemhauser et al. 1978), `swap` improves it by

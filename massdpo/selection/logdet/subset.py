@@ -47,7 +47,7 @@ def select_subset_fisher(
     solver: str = "greedy",
     resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
-    """Choose k negatives a prompt that make `subset_fisher_logdet` large: greedily, or the best of all by `exact`.
+    """Choose k negatives per prompt that make `subset_fisher_logdet` large: greedily, or the best of all by `exact`.
 
     Greedy has no guarantee here, so `upper_bound_B` is NaN; gains may be negative. Rows of fewer than k take all.
     """

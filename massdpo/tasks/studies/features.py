@@ -102,7 +102,7 @@ def pools_by_features(
 
 
 def compared(pools: Mapping[str, PoolStatistics], k: int, ridge: float) -> list[dict[str, Any]]:
-    """One row a prompt and kind of features: overlap and share of the best log-det under full gradients."""
+    """One row per prompt and kind of features: overlap and share of the best log-det under full gradients."""
     # Gradients come as inner products, which is where a selector finds features of the head.
     fields = {name: "head" if name == "gradient" else name for name in pools}
     picks = {name: Mass(k, features=fields[name], ridge=ridge, short_pool="all")(pool) for name, pool in pools.items()}
