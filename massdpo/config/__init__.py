@@ -1,4 +1,4 @@
-"""What the options are and may be: mistakes in a configuration are reported in one line, before anything is computed."""
+"""What the options are and may be: a mistake is reported in one line before anything is computed."""
 
 from massdpo.config.composition import as_composed, compose
 from massdpo.config.messages import explain

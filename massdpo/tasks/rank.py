@@ -70,7 +70,8 @@ def rank(config: DictConfig) -> None:
             sink.flush()
     if differences:
         print(
-            f"warning: {differences} prompts have a candidate whose tokens differ when it is tokenised together with its prompt",
+            f"warning: {differences} prompts have a candidate whose tokens differ when it is tokenised together with its "
+            "prompt",
             file=sys.stderr,
         )
 
