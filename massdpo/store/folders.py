@@ -110,7 +110,7 @@ def set_aside(place: Path) -> None:
 
 
 def remove_unfinished(folder: Path, prefix: str = "") -> None:
-    """Remove what `replacing` and `build_folder` had begun here when their process was killed; for the lock's holder."""
+    """Remove what `replacing` and `build_folder` had begun here when their process died; for the lock's holder."""
     for path in folder.glob(f".{glob.escape(prefix)}*"):
         if not (found := UNFINISHED.fullmatch(path.name)):
             continue

@@ -70,7 +70,7 @@ def rank(config: DictConfig) -> None:
             sink.flush()
     if differences:
         print(
-            f"warning: {differences} prompts have a candidate whose tokens differ when it is tokenised together with its "
+            f"warning: {differences} prompts have a candidate whose tokens differ when tokenised together with its "
             "prompt",
             file=sys.stderr,
         )
