@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from massdpo.data.containers import Reading, read_rows
+from massdpo.data.containers import Reading, placed_rows
 from massdpo.data.raw import BadRows, Source
 from massdpo.data.readers.preferences import Preferences
 from massdpo.data.schema import PreferenceExample
@@ -197,7 +197,7 @@ def test_an_array_larger_than_a_block_is_read_with_the_line_of_each_element(tmp_
     path.write_text(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("massdpo.data.json_text.BLOCK", block)
-        found = list(read_rows(path, STRICT))
+        found = list(placed_rows(path, STRICT))
     assert [row for _, row in found] == rows
     lines = [number for number, line in enumerate(content.split("\n"), start=1) if line == " {"]
     assert [int(where.split(":")[-1].split()[0]) for where, _ in found] == lines

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from massdpo.errors import UserError
 from massdpo.report.__main__ import main, tables_of
 from massdpo.report.reading import read_histories, read_history
-from massdpo.report.rows import Rows, collect
+from massdpo.report.rows import RunRows, collect
 from massdpo.report.status import sweep_status
 from tests.test_fuzz_data import limits, mutated
 from tests.test_report import make_run
@@ -74,7 +74,7 @@ def use(root: Path) -> None:
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
         read_history(root / "runs" / "fuzz" / row["name"] / "history.csv", ("margin", "loss"))
     read_histories(root / "out" / "fuzz" / "histories.csv")
-    for read in (rows, Rows.read(root / "out" / "fuzz")):
+    for read in (rows, RunRows.read(root / "out" / "fuzz")):
         tables_of(read, "fuzz")
 
 

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
 from massdpo.errors import UserError
@@ -14,7 +13,6 @@ from massdpo.evaluation.metrics import (
     METRICS,
     check_keep_metric,
     described,
-    mean_interval,
     ranking_metrics,
     ranking_values,
     reward_metrics,
@@ -130,18 +128,6 @@ def test_a_reward_that_is_no_number_is_no_win() -> None:
     assert values["reward_accuracy"].tolist() == [0, 0]
     assert values["reward_accuracy_pairwise"].tolist() == [0, 0.5]
     assert values["margin"].isnan().all() and values["margin_max"].isnan().all()
-
-
-def test_mean_interval_equals_scipy() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 7)
-    mean, half = mean_interval(values)
-    low, high = stats.t.interval(0.95, 6, loc=values.mean(), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_one_value_has_no_interval() -> None:
-    mean, half = mean_interval([0.5])
-    assert mean == 0.5 and math.isnan(half)
 
 
 # --- the table

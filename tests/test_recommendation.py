@@ -18,7 +18,7 @@ import yaml
 
 from massdpo.data.raw import SPLITS
 from massdpo.data.readers.public_logs import split_titles
-from massdpo.data.readers.recommendation import LastFM, Recommendation, UserSequences, near
+from massdpo.data.readers.recommendation import LastFM, Recommendation, UserSequences, near_key
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -244,9 +244,9 @@ def test_repeats_and_equal_titles_are_merged_and_counted(tmp_path: Path) -> None
 
 
 def test_near_duplicates() -> None:
-    assert near("The Inventors & Co.") == near("inventors and co") == "inventors and co"
-    assert near("Invention (1954)") != near("Invention (1995)")
-    assert near("!!!") != near("???")
+    assert near_key("The Inventors & Co.") == near_key("inventors and co") == "inventors and co"
+    assert near_key("Invention (1954)") != near_key("Invention (1995)")
+    assert near_key("!!!") != near_key("???")
 
 
 def test_prompts(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from massdpo.report.methods import METHODS
 from massdpo.report.methods import method as look_of
 from massdpo.report.per_prompt import prompt_values
 from massdpo.report.reading import read_history
-from massdpo.report.rows import Rows, collect, read_status
+from massdpo.report.rows import RunRows, collect, run_status
 from massdpo.report.statistics import crossed_effects, holm, p_value, standard_errors
 from massdpo.report.status import sweep_status
 from massdpo.report.summary import Summary, at_best, summarise
@@ -135,7 +135,7 @@ def note_expected(sweep: Path, selector: str, name: str) -> None:
     (sweep / "expected.json").write_text(json.dumps(noted))
 
 
-def cells_of(rows: Rows, metrics: tuple[str, ...] = ("accuracy", "ndcg@5", "margin")) -> Summary:
+def cells_of(rows: RunRows, metrics: tuple[str, ...] = ("accuracy", "ndcg@5", "margin")) -> Summary:
     return summarise(rows, metrics)
 
 
@@ -256,7 +256,7 @@ def test_intervals_cover_and_small_p_values_are_rare(seeds: int) -> None:
 def committed_components() -> Iterator[tuple[str, list[float], int]]:
     """Of MASS less random in every block of the main table: the shares of seeds, prompts and both in the variance of
     a mean over 5 seeds, negative components at 0."""
-    rows = Rows.read(RESULTS / "main")
+    rows = RunRows.read(RESULTS / "main")
     runs = rows.frame[rows.frame["label"].isin(["mass", "sdpo"])].sort_values("seed")
     for (dataset, model), block in runs.groupby(["dataset", "model"]):
         key, prompts = block["prompts"].iloc[0], 0
@@ -280,7 +280,7 @@ def committed_components() -> Iterator[tuple[str, list[float], int]]:
 def test_rows_come_back_as_they_were_collected(demo: Path, tmp_path: Path) -> None:
     rows = collect(demo)
     rows.write(tmp_path / "out")
-    again = Rows.read(tmp_path / "out")
+    again = RunRows.read(tmp_path / "out")
     pd.testing.assert_frame_equal(rows.frame, again.frame)
     assert rows.axes == again.axes == []
     assert set(rows.prompts) == set(again.prompts)
@@ -637,7 +637,7 @@ def test_a_latex_float_holds_a_block_and_every_value() -> None:
     head = ["dataset", "model", "method", *(f"m{value}" for value in range(13))]
     line = [tables.Cell(name) for name in ("data", "net", "mass")]
     line += [tables.Cell(f"{value}.5", p=0.01 if value % 2 else 0.2) for value in range(13)]
-    table = tables.Table("t", [], head, [line, line], block_starts=[1], block_names=2, names=3)
+    table = tables.ReportTable("t", [], head, [line, line], block_starts=[1], block_names=2, names=3)
     floats = to_latex(table, "x").split(r"\end{table*}")[:-1]
     assert len(floats) == 2
     for text in floats:
@@ -780,11 +780,11 @@ def test_reports_add_to_the_rows_that_are_there(demo: Path, tmp_path: Path, caps
     runs, out = demo.parent, tmp_path / "committed"
     arguments = ["demo", "--runs", str(runs), "--out", str(out)]
     assert main(arguments) == 0
-    before, everything = Rows.read(out / "demo"), tree(out / "demo")
+    before, everything = RunRows.read(out / "demo"), tree(out / "demo")
     shutil.move(demo, tmp_path / "away")
     make_run(demo, "mass", 7)
     assert main(arguments) == 0
-    after = Rows.read(out / "demo")
+    after = RunRows.read(out / "demo")
     assert set(after.frame["name"]) > set(before.frame["name"]) and len(after.frame) == len(before.frame) + 1
     old = after.frame[after.frame["name"].isin(before.frame["name"])]
     for (_, one), (_, other) in zip(old.iterrows(), before.frame.sort_values("name").iterrows(), strict=True):
@@ -862,9 +862,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_status_tells_what_is_left(demo: Path) -> None:
     make_run(demo, "full", 1, status="running")
     note_expected(demo, "sampled", "never-made")
-    finished = [
-        path.parent for path in sorted(demo.glob("*/metrics.json")) if read_status(path.parent)[0] == "finished"
-    ]
+    finished = [path.parent for path in sorted(demo.glob("*/metrics.json")) if run_status(path.parent)[0] == "finished"]
     for run, seconds in zip(finished, (7 * 3600, *[20] * 8), strict=True):  # a laptop slept through the first
         end = (run / "metrics.json").stat().st_mtime
         os.utime(run / "config.yaml", (end - seconds, end - seconds))
@@ -910,7 +908,7 @@ def test_ten_thousand_rows_are_quick(tmp_path: Path) -> None:
     for metric in VIEWS["demo"].metrics:
         frame[metric] = generator.random(len(frame))
     folder = tmp_path / "results" / "big"
-    Rows(frame.assign(place=0), [], prompts).write(folder)
+    RunRows(frame.assign(place=0), [], prompts).write(folder)
     begin = time.process_time()
     assert main(["big", "--render", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]) == 0
     # The aim is 10 s of an idle core; cores shared with other work are slower, so the bar stands at twice that.

@@ -14,7 +14,7 @@ from massdpo.data.json_text import JsonText
 from massdpo.data.text import COMPRESSED, json_object, read_jsonl, read_lines
 from massdpo.errors import UserError
 
-Row = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
+PlacedRow = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
 Bad = Callable[[UserError], None]
 
 JSON = (".jsonl", ".json", ".ndjson")
@@ -55,7 +55,7 @@ def suffix_of(path: Path) -> str:
     return name.suffix.lower()
 
 
-def read_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterator[Row]:
+def placed_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterator[PlacedRow]:
     """The rows of a file, by what its name ends in; a name that says nothing, by its first character.
 
     Raises:
@@ -76,7 +76,7 @@ def _first_character(path: Path) -> str:
     return ""
 
 
-def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
+def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
     with JsonText(path, reading.encoding) as text:
         usual = ARRAY_KEYS if suffix_of(path) == ".json" else ()
         if text.seek((reading.rows,) if reading.rows else usual):
@@ -94,7 +94,7 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
         yield f"{path}:{number}", row
 
 
-def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[Row]:
+def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
     """Rows of separated columns, named by the first line. A cell is a text, whatever it looks like."""
     names = list(reading.header or ())
     for number, cells in _cells(path, reading):
@@ -164,7 +164,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
             yield batch
 
 
-def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[Row]:
+def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[PlacedRow]:
     number = 0
     try:
         for batch in batches:

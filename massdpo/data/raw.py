@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from massdpo.data.containers import SUFFIXES, Reading, Row, read_rows
+from massdpo.data.containers import SUFFIXES, PlacedRow, Reading, placed_rows
 from massdpo.data.text import reading_errors
 from massdpo.errors import UserError
 
@@ -120,9 +120,9 @@ class Source:
         """The splits that are there and not asked for."""
         return [name for name in self.found if name not in self.splits.values()]
 
-    def rows(self, split: str, bad: BadRows) -> Iterator[Row]:
+    def rows(self, split: str, bad: BadRows) -> Iterator[PlacedRow]:
         for file in self.found[self.splits[split]]:
-            yield from read_rows(file, bad, self.reading)
+            yield from placed_rows(file, bad, self.reading)
 
     def _check_inside(self, file: Path) -> None:
         if not file.is_file():

@@ -18,7 +18,7 @@ import numpy as np
 from massdpo.data.schema import PreferenceExample
 
 T = TypeVar("T")
-Rows = np.ndarray[Any, np.dtype[np.int64]]
+RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class _Lazy(Sequence[T]):
@@ -42,7 +42,7 @@ class _Lazy(Sequence[T]):
 class Subset(_Lazy[T]):
     """Chosen rows of another sequence."""
 
-    def __init__(self, examples: Sequence[T], rows: Rows):
+    def __init__(self, examples: Sequence[T], rows: RowNumbers):
         self.examples = examples
         self.rows = rows
 
@@ -56,7 +56,7 @@ class Subset(_Lazy[T]):
 class NumberedSplit(Subset[PreferenceExample]):
     """Chosen rows as a split: those without an id are named by the split and their place in it."""
 
-    def __init__(self, examples: Sequence[PreferenceExample], rows: Rows, split: str):
+    def __init__(self, examples: Sequence[PreferenceExample], rows: RowNumbers, split: str):
         super().__init__(examples, rows)
         self.split = split
 

@@ -35,14 +35,14 @@ def baselines(splits: Splits, cache: Cache) -> dict[str, float]:
         return {}
 
     def build(folder: Path) -> None:
-        write_json(folder / "baselines.json", compute(splits))
+        write_json(folder / "baselines.json", guess_metrics(splits))
 
     folder = cache.folder("baselines", digest(package_code("data", "evaluation", "store"), splits.digest), build)
     values: dict[str, float] = json.loads((folder / "baselines.json").read_text(encoding="utf-8"))
     return values
 
 
-def compute(splits: Splits, split: str = "test") -> dict[str, float]:
+def guess_metrics(splits: Splits, split: str = "test") -> dict[str, float]:
     """The ranking metrics of both baselines on `split`."""
     guesses = {"popularity": popularity(splits), "lookup": lookup(splits, split)}
     return {

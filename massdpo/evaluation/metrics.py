@@ -8,14 +8,11 @@ Masks are boolean, True where a candidate exists.
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy import stats
 from torch import Tensor
 
 from massdpo.errors import UserError
@@ -235,12 +232,3 @@ def reward_metrics(rewards_BC: Tensor, mask_BC: Tensor, chosen_logp_change_B: Te
 
 def _means(values: dict[str, Tensor]) -> dict[str, float]:
     return {name: float(value_B.mean()) for name, value_B in values.items()}
-
-
-def mean_interval(values: Sequence[float] | NDArray[np.floating], level: float = 0.95) -> tuple[float, float]:
-    """Mean and half-width of its t interval; the half-width of fewer than two values is NaN (not known), not 0."""
-    array = np.asarray(values, dtype=np.float64)
-    if len(array) < 2:
-        return float(array.mean()) if len(array) else float("nan"), float("nan")
-    half = stats.t.ppf((1 + level) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array))
-    return float(array.mean()), float(half)

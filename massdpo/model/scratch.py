@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from massdpo.errors import UserError, one_line
-from massdpo.model.load import Texts, attention, disable_dropout, plain, seeded
+from massdpo.model.load import Texts, as_plain, attention, disable_dropout, seeded
 from massdpo.store import Cache, digest, keyed_seed, write_json
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
@@ -38,7 +38,7 @@ class TinyModel:
     """
 
     def __init__(self, config: Mapping[str, Any], vocab_size: int):
-        self.options = plain(config)
+        self.options = as_plain(config)
         self.vocab_size = vocab_size
         if vocab_size < 256 + len(SPECIAL):
             raise UserError(f"model.vocab_size={vocab_size}: a byte-level vocabulary has at least {256 + len(SPECIAL)}")

@@ -16,7 +16,7 @@ from massdpo.report import figures, status, tables
 from massdpo.report.latex import to_latex
 from massdpo.report.page import Section, write_page
 from massdpo.report.reading import read_histories, read_history
-from massdpo.report.rows import DATA, Rows, collect
+from massdpo.report.rows import DATA, RunRows, collect
 from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, View, reading_order, view_of
 
@@ -119,7 +119,7 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
         return
     rows, folder = collect(runs), out / runs.name
     if (folder / "rows.csv").exists():
-        before = Rows.read(folder)
+        before = RunRows.read(folder)
         gone = len(set(before.frame["name"]) - set(rows.frame["name"]))
         if gone and only_these:
             print(f"warning: {gone} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr)
@@ -138,7 +138,7 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
             store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
 
 
-def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
+def _histories(runs: Path, rows: RunRows, view: View) -> pd.DataFrame:
     """The columns of the view from the history of every finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
@@ -149,7 +149,7 @@ def _histories(runs: Path, rows: Rows, view: View) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def tables_of(rows: Rows, sweep: str) -> tuple[Summary, dict[str, tables.Table]]:
+def tables_of(rows: RunRows, sweep: str) -> tuple[Summary, dict[str, tables.ReportTable]]:
     """The summary of a sweep, and its tables by the names of their files."""
     view = view_of(sweep)
     title = view.title.format(sweep=sweep)
@@ -175,7 +175,7 @@ def tables_of(rows: Rows, sweep: str) -> tuple[Summary, dict[str, tables.Table]]
 def write_tables(folder: Path) -> tuple[Summary, Section]:
     """Tables of one sweep, from `rows.csv` and `prompts.npz` (its own, or those it shows)."""
     sweep, view = folder.name, view_of(folder.name)
-    rows = Rows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
+    rows = RunRows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
     summary, found = tables_of(rows, sweep)
     found = {name: table for name, table in found.items() if table.lines}
     for stale in [*folder.glob("*.md"), *folder.glob("*.tex")]:
@@ -203,7 +203,7 @@ def render(folder: Path, chosen: Chosen = SUGGESTED) -> Section:
     return replace(section, figures=sorted(pictures))
 
 
-def source(rows: Rows, sweep: str) -> str:
+def source(rows: RunRows, sweep: str) -> str:
     """Where the numbers come from, in a sentence."""
     finished = rows.frame[rows.frame["status"] == "finished"]
     parts = [f"{len(finished)} runs of sweep {sweep} ({sweep}/rows.csv)"]

@@ -3,12 +3,12 @@
 import math
 import re
 
-from massdpo.report.tables import Cell, Table
+from massdpo.report.tables import Cell, ReportTable
 
 LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
 
 
-def to_latex(table: Table, label: str) -> str:
+def to_latex(table: ReportTable, label: str) -> str:
     """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
     to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
     ends = [*table.block_starts, len(table.lines)]
@@ -16,7 +16,7 @@ def to_latex(table: Table, label: str) -> str:
     return "\n".join(_float(table, block, label) for block in blocks)
 
 
-def _float(table: Table, lines: list[list[Cell]], label: str) -> str:
+def _float(table: ReportTable, lines: list[list[Cell]], label: str) -> str:
     block = [cell.text for cell in lines[0][: table.block_names]]
     which = ", ".join(f"{name} {value}" for name, value in zip(table.head[: table.block_names], block, strict=True))
     caption = _escape_latex(" ".join([f"{table.title}: {which}.", *table.notes]))

@@ -9,7 +9,7 @@ from pathlib import Path
 from massdpo import store
 from massdpo.evaluation.metrics import METRICS
 from massdpo.report.methods import METHODS
-from massdpo.report.tables import Table, to_html
+from massdpo.report.tables import ReportTable, to_html
 
 FINDING = "finding.md"  # in the folder of the page, where somebody has written one: a paragraph in Markdown
 FOLDED = 30  # lines; longer tables open on request
@@ -39,7 +39,7 @@ class Section:
     sweep: str
     title: str
     source: str  # where the numbers come from: command, commit, machine
-    tables: list[Table]
+    tables: list[ReportTable]
     figures: list[Path]
 
 

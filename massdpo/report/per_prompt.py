@@ -11,7 +11,8 @@ from massdpo.report.rows import Prompts
 from massdpo.report.statistics import Difference, crossed_effects
 
 Floats = NDArray[np.float64]
-Run = tuple[Any, int]  # its set of test prompts (not a string: it has none) and its place in the arrays of that set
+# A run's place: its set of test prompts (not a string: it has none) and its place in the arrays of that set
+RunPlace = tuple[Any, int]
 NO_TEST = Difference(*[np.nan] * 4)
 NOT_PER_PROMPT = "not kept per prompt"
 
@@ -23,7 +24,7 @@ class PerPrompt:
         self._prompts = prompts
         self._values: dict[tuple[str, str], Floats | None] = {}
 
-    def compare(self, metric: str, pairs: list[tuple[Run, Run]]) -> tuple[Any, ...]:
+    def compare(self, metric: str, pairs: list[tuple[RunPlace, RunPlace]]) -> tuple[Any, ...]:
         """(difference, low, high, p, pairs that were compared, note) of runs with those of the baseline, a pair a seed.
 
         The note says why there is no test.

@@ -26,7 +26,7 @@ PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.p
 
 
 @dataclass
-class Rows:
+class RunRows:
     """`frame`: one row per run, with its `place` in the arrays of its set of `prompts` (see the file's top).
 
     `axes`: columns of the options that the sweep varies by themselves.
@@ -37,25 +37,25 @@ class Rows:
     prompts: Prompts
 
     @classmethod
-    def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "Rows":
+    def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "RunRows":
         frame = reading.read_rows(csv, prompts)
         place = frame.groupby("prompts").cumcount().reindex(frame.index, fill_value=-1)
         whole = frame.copy()  # pandas warns of a frame that was built column by column
         return cls(whole.assign(place=place.fillna(-1).astype(int)), _axes(whole), prompts)
 
     @classmethod
-    def read(cls, folder: Path) -> "Rows":
+    def read(cls, folder: Path) -> "RunRows":
         return cls.parse(folder / "rows.csv", reading.read_prompts(folder / "prompts.npz"))
 
-    def only(self, labels: tuple[str, ...], datasets: tuple[str, ...]) -> "Rows":
+    def only(self, labels: tuple[str, ...], datasets: tuple[str, ...]) -> "RunRows":
         """The rows of these labels and datasets; none given: of all."""
         frame = self.frame
         for column, allowed in (("label", labels), ("dataset", datasets)):
             if allowed:
                 frame = frame[frame[column].isin(allowed)]
-        return Rows(frame, _axes(frame), self.prompts)
+        return RunRows(frame, _axes(frame), self.prompts)
 
-    def merged(self, new: "Rows") -> "Rows":
+    def merged(self, new: "RunRows") -> "RunRows":
         """These rows and the new ones, which stand for those of the same name (it holds a hash of the run's config)."""
         kept = self.frame[~self.frame["name"].isin(new.frame["name"])]
         frame = pd.concat([kept.assign(source=0), new.frame.assign(source=1)], ignore_index=True)
@@ -68,7 +68,7 @@ class Rows:
                 if all(arrays[source] is not None for source, _ in places):
                     prompts[f"{key}/{field}"] = np.stack([arrays[source][place] for source, place in places])
         text = frame.drop(columns=["place", "source"]).to_csv(index=False)
-        return Rows.parse(io.StringIO(text), prompts)
+        return RunRows.parse(io.StringIO(text), prompts)
 
     def write(self, folder: Path) -> None:
         frame = self.frame.drop(columns="place")
@@ -77,7 +77,7 @@ class Rows:
             np.savez_compressed(file, allow_pickle=False, **self.prompts)
 
 
-def collect(folder: Path) -> Rows:
+def collect(folder: Path) -> RunRows:
     """The rows of all runs below `results/runs/<sweep>`; a run that has not finished is there without numbers."""
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     expected = expected_runs(folder)
@@ -88,7 +88,7 @@ def collect(folder: Path) -> Rows:
     for name, noted in expected.items():
         if name not in started:
             early = (folder / name / "status.json").exists()  # it failed before its config was written
-            state, why = read_status(folder / name) if early else ("missing", "")
+            state, why = run_status(folder / name) if early else ("missing", "")
             runs.append((_row(name, noted["config"], state, why), _flatten(noted["config"]), None))
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
@@ -109,7 +109,7 @@ def collect(folder: Path) -> Rows:
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
     # Through the text once, so that freshly collected rows and rows read back are the same to the last type.
-    return Rows.parse(io.StringIO(frame.to_csv(index=False)), prompts)
+    return RunRows.parse(io.StringIO(frame.to_csv(index=False)), prompts)
 
 
 def _axes(frame: pd.DataFrame) -> list[str]:
@@ -122,7 +122,7 @@ def _axes(frame: pd.DataFrame) -> list[str]:
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[Any]] | None]:
     """One run's row, its config flattened, and its per-prompt results (None: not finished)."""
     config = reading.read_config(folder / "config.yaml")
-    status, why = read_status(folder)
+    status, why = run_status(folder)
     row = _row(folder.name, config, status, why)
     predictions = None
     if status == "finished":
@@ -148,7 +148,7 @@ def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
     return reading.read_expected(path) if path.exists() else {}
 
 
-def read_status(folder: Path) -> tuple[str, str]:
+def run_status(folder: Path) -> tuple[str, str]:
     """A run's state (running, finished, interrupted, failed) and, for a failed one, why."""
     path = folder / "status.json"
     return reading.read_status(path) if path.exists() else ("running", "")

@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from massdpo.errors import UserError
-from massdpo.report.rows import expected_runs, read_status
+from massdpo.report.rows import expected_runs, run_status
 
 KNOWN = ("config.yaml", "status.json")  # of a run; one that failed early has only the second
 STATES = ("finished", "missing", "interrupted", "failed", "running")  # what there is to do stands last, at the prompt
@@ -37,7 +37,7 @@ def _line(folder: Path, job: str) -> dict[str, Any]:
     """Times are those of the files: the config is a run's first one, metrics.json its last."""
     if not any((folder / name).exists() for name in KNOWN):
         return {"run": folder.name, "state": "missing", "seconds": 0, "note": job}
-    state, why = read_status(folder)
+    state, why = run_status(folder)
     times = {path.name: path.stat().st_mtime for path in folder.iterdir()}
     last = max(times.values())
     if state == "running":

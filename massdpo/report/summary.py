@@ -17,7 +17,7 @@ from massdpo.errors import UserError
 from massdpo.evaluation.metrics import described
 from massdpo.report.methods import BASELINES, UNTRAINED, label_rank
 from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
-from massdpo.report.rows import DATA, Rows
+from massdpo.report.rows import DATA, RunRows
 from massdpo.report.statistics import holm
 from massdpo.report.views import shown
 
@@ -39,7 +39,7 @@ class Summary:
     sizes: dict[str, str]  # test prompts of each dataset
 
 
-def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
+def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
     """The summary of all finished runs, compared with those of `baselines`."""
     frame = rows.frame
     present = [metric for metric in metrics if metric in frame]
@@ -72,7 +72,7 @@ def summarise(rows: Rows, metrics: tuple[str, ...], baselines: tuple[str, ...] =
     return Summary(cells, in_block, rows.axes, present, absent, unfinished, names, _sizes(rows))
 
 
-def _sizes(rows: Rows) -> dict[str, str]:
+def _sizes(rows: RunRows) -> dict[str, str]:
     count = {key: len(values[0]) for name, values in rows.prompts.items() for key in [name.partition("/")[0]]}
     sizes = {}
     for dataset, keys in rows.frame.dropna(subset="prompts").groupby("dataset")["prompts"].unique().items():
@@ -86,7 +86,7 @@ def split_axes(axes: list[str]) -> tuple[list[str], list[str]]:
     return of_data, [axis for axis in axes if axis not in of_data]
 
 
-def at_best(rows: Rows, metric: str) -> tuple[Rows, list[str]]:
+def at_best(rows: RunRows, metric: str) -> tuple[RunRows, list[str]]:
     """Only the runs at each method's best value of the varied options, by the mean over seeds of a validation metric.
 
     Also says which values these are. The order of the rows decides between equal means.
@@ -100,7 +100,7 @@ def at_best(rows: Rows, metric: str) -> tuple[Rows, list[str]]:
     for line in best.to_dict("records"):
         options = ", ".join(f"{axis.removeprefix('option/')} = {line[axis]}" for axis in axes)
         told.append(f"{', '.join(shown(line[key]) for key in keys)}: {options}")
-    return Rows(rows.frame.merge(best[[*keys, *axes]]), data_axes, rows.prompts), told
+    return RunRows(rows.frame.merge(best[[*keys, *axes]]), data_axes, rows.prompts), told
 
 
 def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:

@@ -39,7 +39,7 @@ class Cell:
 
 
 @dataclass
-class Table:
+class ReportTable:
     """Lines of cells under a head. The first `names` columns say what a line is, the first `block_names` of them what
     its block is; a line that starts a new block is in `block_starts`."""
 
@@ -52,7 +52,7 @@ class Table:
     names: int
 
 
-def means_table(summary: Summary, title: str) -> Table:
+def means_table(summary: Summary, title: str) -> ReportTable:
     notes = [
         "Mean over seeds ± half-width of its 95% t interval; bold: best of its block; ~: not told apart from the "
         "best (the 95% interval of the difference over shared seeds holds 0).",
@@ -75,7 +75,7 @@ def _more(summary: Summary) -> str:
     return f" and {more} more" if more > 0 else ""
 
 
-def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> Table:
+def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> ReportTable:
     count = int(summary.cells["p_holm"].notna().sum())
     notes = [
         f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
@@ -93,7 +93,7 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
     return _without_empty_lines(table)
 
 
-def _without_empty_lines(table: Table) -> Table:
+def _without_empty_lines(table: ReportTable) -> ReportTable:
     """The baseline has no difference to itself, and a guess without a model none to a policy."""
     told = [place for place, line in enumerate(table.lines) if any(cell.text != "–" for cell in line[table.names :])]
     lines = [table.lines[place] for place in told]
@@ -102,19 +102,19 @@ def _without_empty_lines(table: Table) -> Table:
     return replace(table, lines=lines, block_starts=starts)
 
 
-def of_block(table: Table, place: int) -> Table:
+def of_block(table: ReportTable, place: int) -> ReportTable:
     """One block alone, which its title names."""
     starts = [0, *table.block_starts, len(table.lines)]
     lines = table.lines[starts[place] : starts[place + 1]]
     which = ", ".join(cell.text for cell in lines[0][: table.block_names])
     cut = [line[table.block_names :] for line in lines]
     head, names = table.head[table.block_names :], table.names - table.block_names
-    return Table(f"{table.title}: {which}", [], head, cut, [], 0, names)
+    return ReportTable(f"{table.title}: {which}", [], head, cut, [], 0, names)
 
 
 def _table(
     summary: Summary, title: str, notes: list[str], head: list[str], render: Callable[[Any], Cell], seeds: bool
-) -> Table:
+) -> ReportTable:
     axes = [axis for axis in summary.axes if axis not in summary.block]
     keys = [*summary.block, "label", *axes]
     cells = summary.cells
@@ -130,7 +130,7 @@ def _table(
     starts = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
     names_head = ["method" if key == "label" else key.removeprefix("option/") for key in keys]
     head = [*names_head, *head, *(["seeds"] if seeds else [])]
-    return Table(title, notes, head, lines, starts, len(summary.block), len(keys))
+    return ReportTable(title, notes, head, lines, starts, len(summary.block), len(keys))
 
 
 def _named(lines: pd.DataFrame) -> pd.DataFrame:
@@ -169,7 +169,7 @@ def _difference_cell(cell: Any) -> Cell:
     return Cell(f"{mean} [{low}, {high}]{seeds}", p=cell.p_holm)
 
 
-def to_markdown(table: Table) -> str:
+def to_markdown(table: ReportTable) -> str:
     def show(cell: Cell) -> str:
         text = escape_markdown(cell.plain)
         return f"**{text}**" if cell.best else f"{text} ~" if cell.tie else text
@@ -189,7 +189,7 @@ def escape_markdown(text: str) -> str:
     return text.replace("\n", " ")
 
 
-def to_html(table: Table) -> str:
+def to_html(table: ReportTable) -> str:
     def show(cell: Cell) -> str:
         text = html.escape(cell.plain)
         kind = ' class="missing"' if cell.text == MISSING else ""

@@ -17,7 +17,7 @@ from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
-from massdpo.evaluation.baselines import compute, leak_check
+from massdpo.evaluation.baselines import guess_metrics, leak_check
 from massdpo.runs import launch, start
 from massdpo.store import Cache, replacing
 from massdpo.tasks.rank import writing_to
@@ -70,7 +70,7 @@ def page(splits: Splits, looked_at: Splits, tokenizer: PreTrainedTokenizerBase, 
             lines.append(f"  prompts that stand in train too: {also}")
     leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(looked_at).items()}
     lines += ["", "without a model, on the test split, equals guessed evenly:"]
-    lines += [f"  {name}: {value:.4f}" for name, value in (leak | compute(looked_at)).items()]
+    lines += [f"  {name}: {value:.4f}" for name, value in (leak | guess_metrics(looked_at)).items()]
     for example in getattr(splits, split)[:SHOWN]:
         lines += [
             "",

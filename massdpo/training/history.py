@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from massdpo import store
+from massdpo.console import Rows
 
 Number = int | float
-Rows = Sequence[Mapping[str, Any]]
 
 
 class History:

@@ -76,20 +76,20 @@ class Prompting:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Targets:
     """Which (user, position) pairs are the rows of a split, in order."""
 
     user_R: Ints
     position_R: Ints
 
 
-def rows_of(log: Log, split: str, seed: int, min_history: int) -> dict[str, Rows]:
+def rows_of(log: Log, split: str, seed: int, min_history: int) -> dict[str, Targets]:
     length = np.array([len(sequence) for sequence in log.sequences])
     count = np.maximum(length - min_history, 0)
     user_R = np.repeat(np.arange(len(length)), count)
     position_R = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + min_history
     part_R = _time_part(log, user_R, position_R) if split == "time" else _user_part(log, split, seed)[user_R]
-    rows = {name: Rows(user_R[part_R == part], position_R[part_R == part]) for part, name in enumerate(SPLITS)}
+    rows = {name: Targets(user_R[part_R == part], position_R[part_R == part]) for part, name in enumerate(SPLITS)}
     for name, each in rows.items():
         if not len(each.user_R):
             raise UserError(
@@ -128,7 +128,7 @@ def _time_part(log: Log, user_R: Ints, position_R: Ints) -> Ints:
     return (time_R > val).astype(np.int64) + (time_R > test)
 
 
-def popularity(log: Log, train: Rows) -> NDArray[np.float64]:
+def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
     """How often each item is a training target, plus one: an item that is never drawn could not be a negative."""
     target_R = targets(log, train.user_R, train.position_R)
     return np.bincount(target_R, minlength=len(log.titles)).astype(np.float64) + 1
@@ -145,7 +145,7 @@ class RecommendationSplit(Sequence[PreferenceExample]):
         self,
         name: str,
         log: Log,
-        rows: Rows,
+        rows: Targets,
         slates: CleanSlates | None,
         prompting: Prompting,
         tell_met: bool = False,

@@ -54,7 +54,7 @@ def field_of(row: dict[str, Any], name: str, kinds: tuple[type, ...], place: str
     return value
 
 
-class Table:
+class Interactions:
     """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance.
 
     Times are whole numbers as long as all are: nanoseconds since 1970 have more digits than a float keeps.

@@ -42,7 +42,7 @@ Response = str | Messages
 
 
 @dataclass
-class Preference:
+class RowParts:
     """What a row says. `messages` is the prompt as a conversation, where it is one."""
 
     prompt: str
@@ -71,7 +71,7 @@ class Layout:
         self.ties, self.min_margin = ties, min_margin
         self.told: Counter[str] = Counter()
 
-    def preference(self, where: str, row: Mapping[str, Any]) -> Preference | None:
+    def preference(self, where: str, row: Mapping[str, Any]) -> RowParts | None:
         """The row's preference; None where no answer is better than another.
 
         Raises:
@@ -98,7 +98,7 @@ class Layout:
             if not text.strip():
                 raise UserError(f'{where}: "{name}" is empty; give it at least one word')
         pair = texts[: len(chosen)], texts[len(chosen) :]
-        return Preference(prompt, messages, *pair, parts.get("candidates"), parts.get("id"))
+        return RowParts(prompt, messages, *pair, parts.get("candidates"), parts.get("id"))
 
     def _responses(self, where: str, name: str, value: Any) -> list[Response]:
         """One response or several, each a text or a conversation that ends with it."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from massdpo.data.containers import Reading, read_rows
+from massdpo.data.containers import Reading, placed_rows
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
 from massdpo.data.readers.interactions import raw_file
 from massdpo.data.readers.questions import WAYS, Question, Reader, answered, read_questions
@@ -126,7 +126,7 @@ class MultipleChoice:
         """Every split that was given, read."""
         if self.train_file:
             return {
-                split: read_questions(read_rows(path, bad, self._reading), path.stem, self.columns, bad)
+                split: read_questions(placed_rows(path, bad, self._reading), path.stem, self.columns, bad)
                 for split, path in self._named().items()
             }
         if "train" not in self._source.splits:

@@ -17,7 +17,7 @@ import numpy as np
 from massdpo.data.containers import Reading
 from massdpo.data.messages import found
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
-from massdpo.data.readers.layouts import Layout, Preference
+from massdpo.data.readers.layouts import Layout, RowParts
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import NumberedSplit, StoredExamples
 from massdpo.errors import UserError
@@ -177,7 +177,7 @@ class Preferences:
                 prompts.append(keyed_seed("jsonl split", self.seed, example.prompt))
                 yield PreferenceExample(**vars(example) | {"where": where.removeprefix(inside)})
 
-    def _of_row(self, where: str, row: Preference, told: Counter[str]) -> list[PreferenceExample]:
+    def _of_row(self, where: str, row: RowParts, told: Counter[str]) -> list[PreferenceExample]:
         """An example for each of the chosen responses, with all the rejected ones."""
         prompt = self._stripped(row.prompt, row.prompt.rstrip(), told)
         chosen, rejected = (

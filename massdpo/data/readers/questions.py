@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from massdpo.data.columns import Columns
-from massdpo.data.containers import Row
+from massdpo.data.containers import PlacedRow
 from massdpo.data.raw import BadRows
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
@@ -46,7 +46,7 @@ class Question:
     shuffled: bool = False  # are the options in no order of the row's own?
 
 
-def read_questions(rows: Iterable[Row], name: str, columns: Mapping[str, Any], bad: BadRows) -> "Reader":
+def read_questions(rows: Iterable[PlacedRow], name: str, columns: Mapping[str, Any], bad: BadRows) -> "Reader":
     reader = Reader(columns)
     ids: set[str] = set()
     for number, (where, row) in enumerate(rows, start=1):

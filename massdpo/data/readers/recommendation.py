@@ -17,7 +17,7 @@ import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
-from massdpo.data.readers.histories import WORDINGS, Prompting, RecommendationSplit, popularity, rows_of
+from massdpo.data.readers.histories import WORDINGS, Prompting, RecommendationSplit, rows_of, times_met
 from massdpo.data.readers.interactions import Log, raw_file, tidy
 from massdpo.data.readers.tables import Tables
 from massdpo.data.schema import Splits
@@ -26,14 +26,14 @@ from massdpo.data.text import normalise
 from massdpo.errors import UserError
 
 
-def near(title: str) -> str:
-    """What near-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
+def near_key(title: str) -> str:
+    """What near_key-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
     words = re.sub(r"[^\w\s]", " ", normalise(title).replace("&", " and ")).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title
 
 
 LEGACY_ITEMS = LEGACY_HISTORY + 1 + LEGACY_NEGATIVES
-MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near}
+MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near_key}
 
 
 def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -104,7 +104,7 @@ class Recommendation(ABC):
         elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
             raise UserError(f"dataset.slate=legacy needs {LEGACY_ITEMS} titles or more that differ: use slate=clean")
         rows = rows_of(log, self.split, self.seed, self.min_history)
-        weights_I = popularity(log, rows["train"]) if self.negatives == "popularity" else None
+        weights_I = times_met(log, rows["train"]) if self.negatives == "popularity" else None
         seen_E = np.unique(np.concatenate([u * len(log.titles) + items for u, items in enumerate(log.sequences)]))
 
         def split_of(name: str) -> RecommendationSplit:

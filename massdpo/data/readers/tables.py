@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from massdpo.data.columns import Columns
-from massdpo.data.containers import RECBOLE, SUFFIXES, Reading, Row, read_rows, suffix_of
+from massdpo.data.containers import RECBOLE, SUFFIXES, PlacedRow, Reading, placed_rows, suffix_of
 from massdpo.data.raw import BadRows
 from massdpo.data.readers.cells import Times, article_first, cell, number_of
-from massdpo.data.readers.interactions import Log, Table, raw_file
+from massdpo.data.readers.interactions import Interactions, Log, raw_file
 from massdpo.errors import UserError
 
 USUAL = {
@@ -111,9 +111,9 @@ class Tables:
     def paths(self) -> list[Path]:
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
-    def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[Row]:
+    def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
         reading = Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
-        for where, row in read_rows(path, bad, reading):
+        for where, row in placed_rows(path, bad, reading):
             typed = header is None and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
             yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
 
@@ -154,7 +154,7 @@ class Tables:
         """Every user's items in order of time; among equal times, and without any, in that of the file."""
         path, (titles, about_items) = self.interactions_path(), self.titles(bad)
         in_place = self.items_path() is None  # the titles stand beside the interactions
-        table, times = Table(titles), Times(self.time_format)
+        table, times = Interactions(titles), Times(self.time_format)
         parts_here = ("user", "item", "time", "rating", "count", *(("title",) if in_place else ()))
         columns = self.columns_of(parts_here)
         counts = {"ratings_below_minimum": 0, "counts_of_nothing": 0, "interactions_without_title": 0}
@@ -205,7 +205,7 @@ class Tables:
             raise columns.missing(where, row, "rating", ("rating",))
         return number_of(where, "rating", parts["rating"])
 
-    def _add_title(self, table: Table, item: str, parts: dict[str, Any], where: str) -> None:
+    def _add_title(self, table: Interactions, item: str, parts: dict[str, Any], where: str) -> None:
         title = str(parts.get("title") or "").strip() or ("" if self.missing_titles != "id" else item)
         if title:
             table.titles[item] = self.worded(title)
