@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from massdpo.config import compose, run_name, validate
+from massdpo.config.options import on_search_path
 from massdpo.config.sweeps import NoteExpected, jobs_of
 from massdpo.report.rows import expected_runs
 from massdpo.report.status import sweep_status
@@ -35,7 +36,7 @@ TINY = [  # the smallest that goes through every stage
 
 def jobs(*overrides: str) -> list[list[str]]:
     """The overrides of each job of `python run.py -m OVERRIDES`."""
-    os.environ["MASSDPO_ROOT"] = str(ROOT)
+    on_search_path()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         loader = GlobalHydra.instance().config_loader()
         return jobs_of(loader.load_configuration("config", [*overrides], RunMode.MULTIRUN))
@@ -117,7 +118,7 @@ def test_raw_data_come_from_data_dir_or_are_fetched() -> None:
 
 def test_a_job_that_got_another_name_is_expected_once(tmp_path: Path) -> None:
     """After an edit of conf/ the same job makes another run; what other commands asked for is still expected."""
-    os.environ["MASSDPO_ROOT"] = str(ROOT)
+    on_search_path()
     before = {"old": {"job": f"k=1 runs_dir={tmp_path}"}, "other": {"job": "k=9"}}
     folder = tmp_path / "single"
     folder.mkdir()
