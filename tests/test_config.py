@@ -91,7 +91,7 @@ BAD = [
     ("seed=1.5", r"^seed=1.5 "),
     ("refresh=epochs", r"step \| epoch \| once; did you mean 'epoch'"),
     ("task=traim", r"did you mean 'train'"),
-    ("size=big", r"mini \| paper"),
+    ("size=big", r"mini \| small \| paper"),
     ("force=yes please", r"^force=.*true \| false"),
     ("force=1", r"^force=1 .*true \| false"),
     ("name=a/b", r"^name='a/b' .*plain folder name"),
