@@ -65,7 +65,7 @@ BAD = [
     ("+k=4", r"'k' is there already: write k=VALUE"),
     ("+selector=full", r"'selector' is there already: write selector=NAME"),
     ("k=1,2", r"several values: add -m"),
-    ("k=???", r"'k' has no value"),
+    ("k=???", r"'selector.k' has no value"),
     ("~k", r"'k' is missing"),
     ("~selector", r"'selector' is missing"),
     ("~trainer.sft.epochs", r"'trainer.sft.epochs' is missing"),
@@ -91,7 +91,7 @@ BAD = [
     ("seed=1.5", r"^seed=1.5 "),
     ("refresh=epochs", r"step \| epoch \| once; did you mean 'epoch'"),
     ("task=traim", r"did you mean 'train'"),
-    ("size=big", r"mini \| paper"),
+    ("size=big", r"mini \| small \| paper"),
     ("force=yes please", r"^force=.*true \| false"),
     ("force=1", r"^force=1 .*true \| false"),
     ("name=a/b", r"^name='a/b' .*plain folder name"),
@@ -339,7 +339,7 @@ def test_option_names_are_frozen() -> None:
     assert set(config["trainer"]["adapter"]) == {"r", "alpha", "targets", "stages"}
     options = {group: {name for part, name in OPTIONS if part == group} for group in GROUPS}
     assert options["selector"] >= {"mass", "random", "hardest", "full", "adpo", "dpp", "farthest", "hardest_logp"}
-    assert options["loss"] == {"pl", "dpo", "dmpo", "mppo", "pairwise"}
+    assert options["loss"] >= {"pl", "dpo", "dmpo", "mppo", "pairwise", "lipo", "ndcg"}
     assert options["method"] >= {"sft", "dpo", "sdpo", "dmpo", "mppo", "hardest", "full", "mass"}
     assert options["dataset"] >= {"synthetic_mcqa", "synthetic_rec", "lastfm", "qasc", "medmcqa", "jsonl"}
     assert options["model"] >= {"tiny_llama", "tiny_gemma", "tiny_phi", "tiny_qwen"}

@@ -18,6 +18,7 @@ from massdpo.report.rows import expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
 from massdpo.runs.folder import take_over
+from massdpo.store import digest, write_json
 from tests.conftest import ROOT
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
@@ -63,7 +64,7 @@ def test_a_setting_is_there_in_both_sizes_and_possible(setting: str) -> None:
     size, name = setting.split("/")
     config = compose([f"setting={setting}"])
     if size == "small":  # real weights on a CPU: the benchmarks, with two models
-        assert config.choices.trainer == "cpu_pretrained" and config.choices.model.endswith("_q4")
+        assert config.choices.model.endswith("_q4") and config.trainer.precision == "bfloat16"
         assert config.k == 3 and config.trainer.preference.limit == 300
         return
     assert f"{'paper' if size == 'mini' else 'mini'}/{name}" in SETTINGS
@@ -166,18 +167,16 @@ def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
 
 def test_a_run_of_another_key_or_unfinished_is_not_taken_over(tmp_path: Path) -> None:
     ours, other = tmp_path / "b" / "name", tmp_path / "a" / "name"
-    for folder, status in ((ours, None), (other, {"status": "finished", "key": "k"})):
-        folder.mkdir(parents=True)
-        if status:
-            (folder / "status.json").write_text(json.dumps(status))
-            (folder / "metrics.json").write_text("{}")
-    take_over(ours, "another key")
-    assert not list(ours.iterdir())
-    (other / "status.json").write_text(json.dumps({"status": "running", "key": "k"}))
-    take_over(ours, "k")
-    assert not list(ours.iterdir())
-    (other / "status.json").write_text(json.dumps({"status": "finished", "key": "k"}))
-    take_over(ours, "k")
+    ours.mkdir(parents=True)
+    parts = {"options": "o", "data": "d"}
+    finished = {"status": "finished", "key": digest(parts), "parts": parts}
+    write_json(other / "metrics.json", {})
+    for status, wanted in ((finished, parts | {"data": "other"}), (finished | {"status": "running"}, parts)):
+        write_json(other / "status.json", status)
+        take_over(ours, wanted)
+        assert not list(ours.iterdir())
+    write_json(other / "status.json", finished)
+    take_over(ours, parts)
     assert {path.name for path in ours.iterdir()} == {"metrics.json", "status.json"}
 
 

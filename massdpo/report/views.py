@@ -65,6 +65,7 @@ VIEWS = {  # in the order in which a reader asks
         differences=True,
         against="mass",
     ),
+    "small_rates": View("Real models: learning rates", QUALITY, best_on="val/accuracy"),
     "demo": View("Demonstration: selectors on the embedded default", QUALITY, differences=True),
     "main": View(
         "Main comparison",
