@@ -138,7 +138,7 @@ def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
             else:
                 raise UserError(
                     f"{paths[split]}: row {row_number} does not continue the row before it, so the sequences cannot be "
-                    "put together and no clean slate drawn; dataset.slate=legacy reads such rows as they are"
+                    "put together: give the files as they were published"
                 )
     sequences = [np.array(chain, dtype=np.int64) for chain in chains]
     return Log(list(number_of), users, sequences, split_of=split_of)
