@@ -21,7 +21,7 @@ class Batch:
     """
 
     ids: list[str]  # example ids, for error messages and for keyed random draws
-    index_B: Tensor  # int64, row of the prompt in its split
+    index_B: Tensor  # int64, row of the prompt in its split; stays on the CPU, where what it looks up lies
     prompt_ids_BP: Tensor  # int64
     prompt_mask_BP: Tensor  # bool
     response_ids_BCT: Tensor  # int64
@@ -60,7 +60,7 @@ class Batch:
         )
 
 
-_TENSORS = ("index_B", "prompt_ids_BP", "prompt_mask_BP", "response_ids_BCT", "response_mask_BCT")
+_TENSORS = ("prompt_ids_BP", "prompt_mask_BP", "response_ids_BCT", "response_mask_BCT")
 
 
 @dataclass

@@ -272,6 +272,7 @@ NEEDED = {  # what an option cannot do without, or what this machine may not hav
     "paper": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
+    "impressions": ["dataset.path=data"],
     "pretrained": ["model.path=DIR"],
 }
 

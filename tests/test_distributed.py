@@ -37,14 +37,17 @@ TORCHRUN = [
     "2",
     str(ROOT / "run.py"),
 ]
+NOTED = str(ROOT / "tests" / "noted.py")
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "fsdp.yaml")]
 SHARDED = [*LAUNCH, "--main_process_port", "0", str(ROOT / "tests" / "sharded.py")]  # 0: any port that is free
 
 
-def train(launcher: list[str], where: Path, batch_size: int, **environment: str) -> subprocess.CompletedProcess[str]:
+def train(
+    launcher: list[str], where: Path, batch_size: int, *more: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     where.mkdir(exist_ok=True)
     variables = {"MASSDPO_CACHE": str(where / "cache"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launcher, *SMALL, f"runs_dir={where}", f"trainer.batch_size={batch_size}"]
+    command = [*launcher, *SMALL, *more, f"runs_dir={where}", f"trainer.batch_size={batch_size}"]
     options: dict[str, Any] = {"cwd": where, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run(command, env=os.environ | variables | environment, **options)
 
@@ -81,6 +84,21 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
     assert two == pytest.approx(one[0], abs=1e-4)  # sums in another order differ by about 1e-6
     assert json.loads((tmp_path / "single" / "run" / "metrics.json").read_text())["processes"] == 2
     check_policy(tmp_path / "single" / "run" / "policy", one[1])
+
+
+@pytest.mark.slow
+def test_two_processes_pick_what_one_picks(tmp_path: Path) -> None:
+    """At the first step, where all rewards are equal but for rounding, and at those after it."""
+    picks = []
+    for launcher, size in ([sys.executable], 16), (TORCHRUN[:-1], 8):
+        where = tmp_path / str(size)
+        where.mkdir()
+        done = train([*launcher, NOTED], where, size, "selector=mass", NOTED=str(where))
+        assert len(losses(done, where)) == 8
+        noted = [json.loads(line) for file in where.glob("*.jsonl") for line in file.read_text().splitlines()]
+        picks.append({(call, name): index_K for call, name, index_K in noted})
+        assert len(noted) == len(picks[-1]) == 60
+    assert picks[0] == picks[1]
 
 
 @pytest.mark.slow

@@ -199,8 +199,8 @@ def test_memory_does_not_grow_with_the_slates_and_a_million_would_take_minutes(t
 
 
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
-    with pytest.raises(UserError, match=r"dataset.slate is clean or legacy"):
-        prepare(node("sequences", raw_dir=raw, slate="dirty"), cache)
+    with pytest.raises(UserError, match=r"dataset.negatives is uniform or popularity"):
+        prepare(node("sequences", raw_dir=raw, negatives="dirty"), cache)
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")

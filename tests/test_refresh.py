@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from massdpo.config import compose
 from massdpo.runs import pipeline
@@ -36,12 +38,32 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     return calls
 
 
-def train(refresh: str, home: Path) -> tuple[list[dict[str, str]], dict[str, str]]:
+def train(refresh: str, home: Path, *more: str) -> tuple[list[dict[str, str]], dict[str, str]]:
     """The rows of the preference stage with something of the selection in them, and the last row of a step."""
     options = [f"refresh={refresh}", f"cache_dir={home}", f"runs_dir={home / 'runs'}"]
-    folder = pipeline.train(compose([*TINY, *options]))
+    folder = pipeline.train(compose([*TINY, *options, *more]))
     rows = [row for row in csv.DictReader((folder / "history.csv").open()) if row["stage"] == "preference"]
     return [row for row in rows if row["selection/hardest_overlap"]], [row for row in rows if row["loss"]][-1]
+
+
+def test_certificates_of_a_whole_split_are_made_as_often_as_steps_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five batches of eight prompts; the logged mean is that of the batches that were looked at."""
+    found: list[Tensor | None] = []
+    select: Callable[[Mass, PoolStatistics], Picks] = Mass.__call__
+
+    def note(self: Mass, pool: PoolStatistics) -> Picks:
+        picks = select(self, pool)
+        found.append(picks.info.get("certified_ratio"))
+        return picks
+
+    monkeypatch.setattr(Mass, "__call__", note)
+    every = ["trainer.log_every=3", "trainer.eval_batch_size=8", "trainer.preference.epochs=1"]
+    (row, *_), _ = train("epoch", tmp_path, *every)
+    assert [ratio_B is not None for ratio_B in found] == [True, False, False, True, False]
+    expected = float(torch.cat([ratio_B for ratio_B in found if ratio_B is not None]).mean())
+    assert float(row["selection/certified_ratio"]) == pytest.approx(expected, abs=1e-6)
 
 
 def jaccard(pairs: list[tuple[set[int], set[int]]]) -> float:

@@ -294,24 +294,38 @@ def test_collate_pads_and_nothing_else(given_items, pad_id):
 
 @settings(deadline=None)
 @given(rows=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4), max_size=9), block=st.integers(1, 4))
-def test_ragged_rows_in_memory_on_disk_and_by_the_block(rows, block):
+def test_ragged_rows_on_disk_and_by_the_block(rows, block):
     arrays = [np.array(row, np.int32) for row in rows]
     with tempfile.TemporaryDirectory() as name, unittest.mock.patch.object(ragged, "BLOCK", block):
         folder = Path(name)
-        memory, written = Ragged.of(arrays), Ragged.written(iter(arrays), folder, "written")
-        memory.save(folder, "saved")
-        for each in (memory, written, Ragged.load(folder, "saved")):
-            assert [each[row].tolist() for row in range(len(each))] == rows
-            assert each.lengths.tolist() == list(map(len, rows))
-            places, blocks = zip(*each.blocks(), strict=True) if rows else ((), ())
-            assert [row for place in places for row in range(len(rows))[place]] == list(range(len(rows)))
-            assert [part[row].tolist() for part in blocks for row in range(len(part))] == rows
+        Ragged.written([np.zeros(3, np.int32)], folder, "rows")
+        written = Ragged.written(iter(arrays), folder, "rows")  # in place of others
+        assert [written[row].tolist() for row in range(len(written))] == rows
+        assert written.lengths.tolist() == list(map(len, rows))
+        places, blocks = zip(*written.blocks(), strict=True) if rows else ((), ())
+        assert [row for place in places for row in range(len(rows))[place]] == list(range(len(rows)))
+        assert [part[row].tolist() for part in blocks for row in range(len(part))] == rows
+
+
+@settings(deadline=None, max_examples=20)
+@given(texts=st.lists(st.text(max_size=3), max_size=60), many=st.sampled_from([0, 3000]))
+def test_places_are_what_a_dict_of_the_texts_gives(texts, many):
+    """The texts come back from the file; 3000 more make the table grow."""
+    texts = [*texts, *map(str, range(many)), *texts]
+    known = {}
+    expected = [known.setdefault(text, len(known)) for text in texts]
+    with tempfile.TemporaryDirectory() as name:
+        with ragged.appending(Path(name), "texts", np.uint8) as add:
+            places = ragged.Places(add)
+            assert [places.of(text) for text in texts] == expected and len(places) == len(known)
+        assert list(ragged.Texts(Path(name), "texts")) == list(known)
 
 
 @pytest.mark.parametrize("max_length", [1000, 28])
 def test_what_is_written_and_mapped_is_what_would_be_in_memory(tmp_path, monkeypatch, max_length):
     """28 tokens: some prompts are cut, and the file is written anew. Blocks of 2 rows: the last one is not full."""
     monkeypatch.setattr(ragged, "BLOCK", 2)
+    monkeypatch.setattr(tokenize_module, "BLOCK", 2)
     titles = ["red river two", "blue moon", "x" * 9, "green hill", "quiet home of cranes", "amber", "zz top"]
     rows = [viewer(row, titles[: 1 + row]) for row in range(7)]
     memory = tokenize_split(rows, TOKENIZER, max_length)

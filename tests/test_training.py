@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from massdpo.errors import UserError
 from massdpo.runs import pipeline
 from massdpo.store import is_whole
+from massdpo.tensors import Batch
 from massdpo.training import loop, losses, objectives
 from massdpo.training.objectives import Preference
 from tests.test_experiment import cache, metrics, places, steps, train  # noqa: F401  fixtures too
@@ -70,15 +71,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     places: list[str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = []
+    """The fifth micro-batch is the first of step 3; one of its prompts is bad, and the message names that one alone."""
+    seen: list[str] = []
+    loss = Preference.loss
 
     def breaks(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
-        calls.append(1)
-        return rewards_BC.sum(-1) * (float("nan") if len(calls) == 3 else 1.0)
+        return rewards_BC.sum(-1) * torch.tensor([1.0] * 5 + [float("nan") if len(seen) == 5 else 1.0, 1.0, 1.0])
+
+    def spy(objective: Preference, scorer: nn.Module, batch: Batch, *rest: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        seen.append(batch.ids[5])
+        return loss(objective, scorer, batch, *rest)
 
     monkeypatch.setattr(losses, "pl", breaks)
-    with pytest.raises(UserError, match=r"the loss is not finite at step 3 of preference \(examples .*train/\d+"):
-        train(*places, "name=broken")
+    monkeypatch.setattr(Preference, "loss", spy)
+    with pytest.raises(UserError) as caught:
+        train(*places, "name=broken", "trainer.batch_size=8", "trainer.accumulate=2")
+    assert f"the loss is not finite at step 3 of preference (examples {seen[4]}): lower" in str(caught.value)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_step_and_examples(

@@ -7,9 +7,10 @@ prompt is a user message, its rendering brings BOS, and no space joins the two.
 
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import islice, tee
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from massdpo.data import chat
-from massdpo.data.ragged import Ragged
+from massdpo.data.ragged import Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
 
@@ -57,59 +58,66 @@ class Encoder:
         """The response as it follows the rendered prompt: with the space that joins the two, if one does."""
         return response if self.chat_template else joint(rendered, response) + response
 
-    def prompts(self, rendered: Iterable[str], owner: Sequence[str]) -> Iterator[Ids]:
-        """The ids of prompts, each as `rendered` gave it; `owner` names the example of each, for messages."""
+    def prompts(self, rendered: Iterable[str], owner: Sequence[PreferenceExample]) -> Iterator[Ids]:
+        """The ids of prompts, each as `rendered` gave it; `owner` is the example of each, for messages."""
         before = np.array([] if self.bos is None else [self.bos], np.int32)
         for row, ids in enumerate(self._ids(rendered)):
             if not len(ids):
-                raise UserError(f"{owner[row]}: the prompt is empty; give it at least one word")
+                raise UserError(f"{owner[row].id}: the prompt is empty; give it at least one word")
             yield ids if ids[0] == self.bos else np.concatenate([before, ids])
 
-    def responses(self, texts: Sequence[str], owner: Sequence[str]) -> Iterator[Ids]:
+    def responses(self, texts: Iterable[str], owner: Callable[[int], str]) -> Iterator[Ids]:
         """The ids of responses, as `joined` gave them, in the middle of a text (a start may be treated otherwise).
 
         `owner` names the example that each was first seen in, for messages.
         """
         eos = np.array([self.tokenizer.eos_token_id], np.int32)
-        anchors = [":" if text[:1].isspace() and not self.chat_template else "\n" for text in texts]
         before = dict(zip((":", "\n"), self._ids([":", "\n"]), strict=True))
-        inside = self._ids(map("".join, zip(anchors, texts, strict=True)))
-        for text, anchor, example, ids in zip(texts, anchors, owner, inside, strict=True):
-            if np.array_equal(ids[: len(before[anchor])], before[anchor]):
-                ids = ids[len(before[anchor]) :]
+        texts, ahead = tee(texts)
+        inside = self._ids(self._anchor(text) + text for text in ahead)
+        for row, (text, ids) in enumerate(zip(texts, inside, strict=True)):
+            anchor = before[self._anchor(text)]
+            if np.array_equal(ids[: len(anchor)], anchor):
+                ids = ids[len(anchor) :]
             else:  # a tokenizer that joins the anchor and the text
                 (ids,) = self._ids([text])
             if not text.strip() or not len(ids):
-                raise UserError(f"{example}: a response is empty; give it at least one word or leave it out")
+                raise UserError(f"{owner(row)}: a response is empty; give it at least one word or leave it out")
             if eos in ids:
                 raise UserError(
-                    f"{example}: the response {text.strip()[:60]!r} contains the end token {self.tokenizer.eos_token}, "
-                    "which is added to every response: leave it out of the data"
+                    f"{owner(row)}: the response {text.strip()[:60]!r} contains the end token "
+                    f"{self.tokenizer.eos_token}, which is added to every response: leave it out of the data"
                 )
             yield np.concatenate([ids, eos])
 
+    def _anchor(self, text: str) -> str:
+        return ":" if text[:1].isspace() and not self.chat_template else "\n"
+
     def boundary_differences(
-        self, joints: Iterable[str], joint_B: NDArray[np.int32], texts: Iterable[str], candidates: Ragged
+        self, ends: Texts, end_B: NDArray[np.int32], texts: Texts, candidates: Ragged, scratch: Path
     ) -> int:
         """How many rows have a response that is tokenised otherwise when joined to its prompt.
 
         Only the words on both sides of the joint are looked at, each distinct pair once: row b's prompt ends in the
-        `joint_B[b]`-th of `joints`.
+        `end_B[b]`-th of `ends`. What does not fit the memory goes to the folder `scratch`.
         """
-        ends = list(joints)
-        starts, start_of_text = _distinct([first_word(text) for text in texts])
+        with appending(scratch, "starts", np.uint8) as add:
+            place = Places(add)
+            start_of_text = np.fromiter((place.of(first_word(text)) for text in texts), np.int32, len(texts))
+        starts = Texts(scratch, "starts")
 
         def pairs() -> Iterator[tuple[NDArray[np.int64], Ragged]]:
             for rows, block in candidates.blocks():
-                end_of_candidate = np.repeat(joint_B[rows].astype(np.int64), block.lengths)
+                end_of_candidate = np.repeat(end_B[rows].astype(np.int64), block.lengths)
                 yield end_of_candidate * len(starts) + start_of_text[block.flat], block
 
         known = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.unique(pair) for pair, _ in pairs())]))
-        left = list(self._ids(ends))
-        right = [ids[:-1] for ids in self.responses(starts, starts)]
+        left = Ragged.written(self._ids(ends), scratch, "left")
+        right = Ragged.written((ids[:-1] for ids in self.responses(starts, starts.__getitem__)), scratch, "right")
         joint = self._ids(ends[pair // len(starts)] + starts[pair % len(starts)] for pair in known)
         apart = (np.concatenate([left[pair // len(starts)], right[pair % len(starts)]]) for pair in known)
-        differs = np.array([not np.array_equal(*both) for both in zip(joint, apart, strict=True)], bool)
+        differ = (not np.array_equal(*both) for both in zip(joint, apart, strict=True))
+        differs = np.fromiter(differ, bool, len(known))
         return sum(
             int(np.logical_or.reduceat(differs[np.searchsorted(known, pair)], block.offsets[:-1]).sum())
             for pair, block in pairs()
@@ -131,13 +139,6 @@ class Encoder:
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
-
-
-def _distinct(words: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """The distinct words, and for each given word its place among them."""
-    place: dict[str, int] = {}
-    place_B = np.array([place.setdefault(word, len(place)) for word in words], np.int64)
-    return list(place), place_B
 
 
 def last_word(text: str) -> str:

@@ -26,10 +26,9 @@ def shortened(
 
     One that does not fit is without any history then.
     """
-    names = [example.id for example in examples]
     cut = _history_to_cut(examples, encoder, max_length - longest_B)
     texts = [encoder.rendered(*pair) for pair in zip(examples, cut, strict=True)]
-    return list(zip(encoder.prompts(texts, names), texts, strict=True)), sum(cut)
+    return list(zip(encoder.prompts(texts, examples), texts, strict=True)), sum(cut)
 
 
 def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: Counts) -> list[int]:
@@ -40,8 +39,7 @@ def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, roo
         middle = [(low[row] + high[row]) // 2 for row in rows]
         asked = [examples[row] for row in rows]
         rendered = [encoder.rendered(*pair) for pair in zip(asked, middle, strict=True)]
-        names = [example.id for example in asked]
-        for row, cut, prompt in zip(rows, middle, encoder.prompts(rendered, names), strict=True):
+        for row, cut, prompt in zip(rows, middle, encoder.prompts(rendered, asked), strict=True):
             if len(prompt) <= room_B[row]:
                 high[row] = cut
             else:
@@ -77,24 +75,25 @@ def refusal(
     )
 
 
-def truncated_responses(rows: Counts, candidates: Ragged, responses: Ragged, max_length: int) -> tuple[Ragged, Ragged]:
-    """Candidates and responses, of which these rows have none longer than half of `max_length`: the end is cut off.
+def truncated_responses(
+    rows: Counts, candidates: Ragged, responses: Ragged, max_length: int
+) -> tuple[Ragged, list[NDArray[np.int32]]]:
+    """Candidates and further responses, with which these rows have none longer than half of `max_length`.
 
-    EOS stays, and rows that share such a response and fit keep it whole.
+    The end is cut off; EOS stays, and rows that share such a response and fit keep it whole.
     """
     half = max_length // 2
-    place, cut = candidates.flat.copy(), dict[int, int]()
-    parts = [responses.flat]
+    place, cut, further = candidates.flat.copy(), dict[int, int](), list[NDArray[np.int32]]()
     for row in rows.tolist():
         for slot in range(candidates.offsets[row], candidates.offsets[row + 1]):
-            ids = responses[int(candidates.flat[slot])]
+            whole = int(candidates.flat[slot])
+            ids = responses[whole]
             if len(ids) > half:
-                if candidates.flat[slot] not in cut:
-                    cut[candidates.flat[slot]] = len(responses) + len(cut)
-                    parts.append(np.concatenate([ids[: half - 1], ids[-1:]]))
-                place[slot] = cut[candidates.flat[slot]]
-    ends = responses.offsets[-1] + half * np.arange(1, len(cut) + 1)
-    return Ragged(place, candidates.offsets), Ragged(np.concatenate(parts), np.concatenate([responses.offsets, ends]))
+                if whole not in cut:
+                    cut[whole] = len(responses) + len(cut)
+                    further.append(np.concatenate([ids[: half - 1], ids[-1:]]))
+                place[slot] = cut[whole]
+    return Ragged(place, candidates.offsets), further
 
 
 def truncated_prompt(ids: NDArray[np.int32], room: int, bos: int | None) -> NDArray[np.int32]:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class _Lazy(Sequence[T]):
+class Lazy(Sequence[T]):
     """A sequence by its length and its `_at`."""
 
     @abstractmethod
@@ -39,7 +39,7 @@ class _Lazy(Sequence[T]):
         return map(self._at, range(len(self)))
 
 
-class Subset(_Lazy[T]):
+class Subset(Lazy[T]):
     """Chosen rows of another sequence."""
 
     def __init__(self, examples: Sequence[T], rows: RowNumbers):
@@ -65,7 +65,7 @@ class NumberedSplit(Subset[PreferenceExample]):
         return example if example.id else replace(example, id=f"{self.split}/{row}")
 
 
-class StoredExamples(_Lazy[PreferenceExample]):
+class StoredExamples(Lazy[PreferenceExample]):
     """What `written` left in a folder. It is opened anew in another process, so workers can share it."""
 
     def __init__(self, folder: Path, name: str):

@@ -5,22 +5,25 @@ Suffixes: B examples of a split (or of a block of it), X candidates of all of th
 
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from massdpo.data.encode import Encoder, last_word
-from massdpo.data.fitting import named, refusal, shortened, truncated_prompt, truncated_responses
-from massdpo.data.ragged import Ragged
+from massdpo.data.fitting import Counts, named, refusal, shortened, truncated_prompt, truncated_responses
+from massdpo.data.ragged import BLOCK, Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import Subset
 from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.store import Cache, digest, package_code
 
+CACHED = 1 << 16  # texts that are looked up without being hashed again
 ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 
@@ -59,7 +62,9 @@ def tokenize_catalogue(
         UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
     """
     encoder = Encoder(tokenizer, chat_template)
-    ids = [ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles)]
+    ids = [
+        ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles.__getitem__)
+    ]
     longest = max(map(len, ids), default=0)
     if ids and test.report["longest_prompt"] + longest > max_length:
         raise UserError(
@@ -91,75 +96,73 @@ def tokenize_split(
 
     A prompt that is too long loses the oldest items of its history, as few as will do; the instruction and the
     candidates stay. With rows that do not fit even so, `long_rows` is error, skip (the split lacks them), or truncate:
-    responses of more than half of `max_length` lose their end, then prompts their beginning. With `folder`, prompts are
-    written there as they are made instead of filling the memory.
+    responses of more than half of `max_length` lose their end, then prompts their beginning. Everything is written to
+    `folder` (or one that is removed when the split is) as it is made, instead of filling the memory.
 
     Raises:
         UserError: a prompt or response is empty, a response contains the tokenizer's end token, rows do not fit even
             without their history, or the tokenizer lacks the end token or chat template that is needed.
     """
-    encoder = Encoder(tokenizer, chat_template)
-    ids: list[str] = []
-    texts: dict[str, int] = {}  # every distinct response and its row in `responses`
-    owner: list[str] = []  # the example that it was first seen in
-    joints: dict[str, int] = {}  # every distinct end of a prompt
-    place_X, offsets, joint_B = array("i"), array("q", [0]), array("i")
-    marks, marked = encoder.marks(), 0
+    with TemporaryDirectory(prefix=".massdpo.", dir=folder) as name:  # what is mapped stays when its name is gone
+        encoder, scratch = Encoder(tokenizer, chat_template), Path(name)
+        return _tokenized(examples, encoder, max_length, folder or scratch, scratch, long_rows)
 
-    def rendered() -> Iterator[str]:
-        nonlocal marked
-        for example in examples:  # one pass: a split may be read from the disk
-            text = encoder.rendered(example)
-            marked += marks.search(example.prompt) is not None
-            ids.append(example.id)
-            joint_B.append(joints.setdefault(last_word(text), len(joints)))
-            for response in (encoder.joined(text, each) for each in (example.chosen, *example.pool)):
-                if response not in texts:
-                    texts[response] = len(texts)
-                    owner.append(example.id)
-                place_X.append(texts[response])
-            offsets.append(len(place_X))
-            yield text
 
-    def kept(rows: Iterator[NDArray[np.int32]]) -> Ragged:
-        return Ragged.of(rows) if folder is None else Ragged.written(rows, folder, "prompts")
+def _tokenized(
+    examples: Sequence[PreferenceExample],
+    encoder: Encoder,
+    max_length: int,
+    folder: Path,
+    scratch: Path,
+    long_rows: str,
+) -> TokenizedSplit:
+    end_B = array("i")  # what each prompt ends in, of the distinct ends
+    with appending(scratch, "ends", np.uint8) as add_end, appending(scratch, "shorter") as add_shorter:
+        ends = Places(add_end)
+        marked = _read(examples, encoder, folder, scratch, ends, end_B)
+        ids, texts = Texts(folder, "ids"), Texts(scratch, "texts")
+        prompts, candidates = Ragged.load(folder, "prompts"), Ragged.load(folder, "candidates")
 
-    prompts = kept(encoder.prompts(rendered(), ids))
-    candidates = Ragged(np.frombuffer(place_X, np.int32), np.frombuffer(offsets, np.int64))
-    responses = Ragged.of(encoder.responses(list(texts), owner))
-    longest_B, tokens, in_pool = _responses_of(candidates, responses)
+        def owner(text: int) -> str:
+            slot = np.flatnonzero(candidates.flat == text)[0]
+            return ids[int(np.searchsorted(candidates.offsets, slot, side="right")) - 1]
 
-    long = np.flatnonzero(prompts.lengths + longest_B > max_length)
-    shorter, items_cut = shortened([examples[row] for row in long.tolist()], encoder, longest_B[long], max_length)
-    for row, (_, text) in zip(long.tolist(), shorter, strict=True):
-        joint_B[row] = joints.setdefault(last_word(text), len(joints))
-    by_row = {row: prompt for row, (prompt, _) in zip(long.tolist(), shorter, strict=True)}
-    prompt_B = prompts.lengths
-    prompt_B[long] = [len(prompt) for prompt, _ in shorter]
+        responses = Ragged.written(encoder.responses(texts, owner), folder, "responses")
+        longest_B, tokens, in_pool = _responses_of(candidates, responses)
+        prompt_B, items_cut = prompts.lengths, 0
+        long = np.flatnonzero(prompt_B + longest_B > max_length)
+        for rows in np.split(long, range(BLOCK, len(long), BLOCK)):
+            asked = [examples[row] for row in rows.tolist()]
+            shorter, cut = shortened(asked, encoder, longest_B[rows], max_length)
+            items_cut += cut
+            for row, (prompt, text) in zip(rows.tolist(), shorter, strict=True):
+                end_B[row], prompt_B[row] = ends.of(last_word(text)), len(prompt)
+                add_shorter(prompt)
     too_long = np.flatnonzero(prompt_B + longest_B > max_length)
     told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
     if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
         raise refusal(examples[int(too_long[0])], told, too_long, prompt_B, longest_B, max_length)
     if told and long_rows == "skip":
         kept_B = np.setdiff1d(np.arange(len(ids)), too_long)
-        split = tokenize_split(Subset(examples, kept_B), tokenizer, max_length, chat_template, folder)
+        split = _tokenized(Subset(examples, kept_B), encoder, max_length, folder, scratch, "error")
         split.kept, split.notes = kept_B, [f"left out, as too long for max_length={max_length}: {told}"]
         return split
-    differences = encoder.boundary_differences(joints, np.frombuffer(joint_B, np.int32), texts, candidates)
+    ends_B = np.frombuffer(end_B, np.int32)
+    differences = encoder.boundary_differences(Texts(scratch, "ends"), ends_B, texts, candidates, scratch)
     notes = []
     if told:
-        candidates, responses = truncated_responses(too_long, candidates, responses, max_length)
+        candidates, further = truncated_responses(too_long, candidates, responses, max_length)
+        candidates = Ragged.written(map(candidates.__getitem__, range(len(ids))), folder, "candidates")
+        whole_responses = map(responses.__getitem__, range(len(responses)))
+        responses = Ragged.written(chain(whole_responses, further), folder, "responses")
         longest_B, tokens, in_pool = _responses_of(candidates, responses)
-        for row in too_long.tolist():
-            prompt = by_row[row]
-            by_row[row] = truncated_prompt(prompt, max_length - int(longest_B[row]), encoder.bos)
         notes = [
             f"cut to max_length={max_length} (responses of more than half of it lose their end, prompts their "
             f"beginning): {told}"
         ]
     if len(long):
-        whole = prompts
-        prompts = kept(by_row[row] if row in by_row else whole[row] for row in range(len(whole)))
+        shorter_B = _fitting(prompts, long, Ragged.load(scratch, "shorter"), max_length - longest_B, encoder.bos)
+        prompts = Ragged.written(shorter_B, folder, "prompts")
 
     report = {
         "examples": len(ids),
@@ -167,8 +170,8 @@ def tokenize_split(
         "history_items_cut": items_cut,
         "boundary_differences": differences,
         "chosen_tokens_in_pool": in_pool,
-        "prompts_with_markup": 0 if chat_template else marked,
-        "prompts_with_markup_twice": marked if chat_template else 0,
+        "prompts_with_markup": 0 if encoder.chat_template else marked,
+        "prompts_with_markup_twice": marked if encoder.chat_template else 0,
         "longest_prompt": int(prompts.lengths.max(initial=0)),
         "longest_response": int(longest_B.max(initial=0)),
         "longest_total": int((prompts.lengths + longest_B).max(initial=0)),
@@ -178,11 +181,55 @@ def tokenize_split(
     return TokenizedSplit(ids, prompts, responses, candidates, report, notes)
 
 
-def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[NDArray[np.int64], int, int]:
+def _read(
+    examples: Sequence[PreferenceExample],
+    encoder: Encoder,
+    folder: Path,
+    scratch: Path,
+    ends: Places,
+    end_B: "array[int]",
+) -> int:
+    """Write prompts, ids, candidates and the responses' texts, in one pass: examples may be read from the disk.
+
+    `end_B` gets what each prompt ends in, of `ends`; returned is how many prompts carry markup.
+    """
+    marks, marked = encoder.marks(), 0
+    with (
+        appending(folder, "ids", np.uint8) as add_id,
+        appending(folder, "candidates") as add_candidates,
+        appending(scratch, "texts", np.uint8) as add_text,
+    ):
+        place_of = lru_cache(CACHED)(Places(add_text).of)  # titles and letters of answers come again and again
+
+        def rendered() -> Iterator[str]:
+            nonlocal marked
+            for example in examples:
+                text = encoder.rendered(example)
+                marked += marks.search(example.prompt) is not None
+                end_B.append(ends.of(last_word(text)))
+                add_id(example.id.encode())
+                responses = (example.chosen, *example.pool)
+                add_candidates(array("i", [place_of(encoder.joined(text, each)) for each in responses]))
+                yield text
+
+        Ragged.written(encoder.prompts(rendered(), examples), folder, "prompts")
+    return marked
+
+
+def _fitting(prompts: Ragged, long: Counts, shorter: Ragged, room_B: Counts, bos: int | None) -> Iterator[Any]:
+    """The prompts with the long ones in their shorter form, without their beginning where even that is too long."""
+    of_long = iter(shorter[place] for place in range(len(shorter)))
+    long_B = np.zeros(len(prompts), bool)
+    long_B[long] = True
+    for row, is_long in enumerate(long_B.tolist()):
+        yield truncated_prompt(next(of_long), int(room_B[row]), bos) if is_long else prompts[row]
+
+
+def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[Counts, int, int]:
     """Tokens of each row's longest response; of all; in how many rows a negative has the chosen response's tokens."""
     length, tokens, in_pool = responses.lengths, 0, 0
-    kinds: dict[bytes, int] = {}
-    kind = np.array([kinds.setdefault(responses[row].tobytes(), row) for row in range(len(responses))], np.int64)
+    tokens_of = (hash(responses[row].tobytes()) for row in range(len(responses)))
+    kind = np.fromiter(tokens_of, np.int64, len(responses))
     longest_B = np.zeros(len(candidates), np.int64)
     for rows, block in candidates.blocks():
         start_B = block.offsets[:-1]

@@ -10,7 +10,7 @@ from typing import TypeVar, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from massdpo.data.ragged import Ragged
+from massdpo.data.ragged import Ragged, Texts
 from massdpo.data.stored import Subset
 from massdpo.store import write_json
 
@@ -29,14 +29,14 @@ class TokenizedExample:
 
 
 class TokenizedSplit(Sequence[TokenizedExample]):
-    """A tokenised split: each distinct response is held once, everything in flat int32 arrays.
+    """A tokenised split: each distinct response is held once, everything in files that are mapped.
 
     `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
     """
 
     def __init__(
         self,
-        ids: list[str],
+        ids: Sequence[str],
         prompts: Ragged,
         responses: Ragged,
         candidates: Ragged,  # of each example, the rows of `responses`
@@ -89,19 +89,15 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         ]
 
     def save(self, folder: Path) -> None:
-        """Write the arrays as .npy files, ids and report as JSON; prompts may have been written there already."""
-        if not (folder / "prompts.npy").exists():
-            self._prompts.save(folder, "prompts")
-        self._responses.save(folder, "responses")
-        self._candidates.save(folder, "candidates")
-        kept = None if self.kept is None else self.kept.tolist()
-        about = {"report": self.report, "notes": list(self.notes), "kept": kept, "ids": self.ids}
-        write_json(folder / "about.json", about)
+        """Write what `tokenize_split` has not written to the folder already."""
+        write_json(folder / "about.json", {"report": self.report, "notes": list(self.notes)})
+        if self.kept is not None:
+            np.save(folder / "kept.npy", self.kept)
 
     @classmethod
     def load(cls, folder: Path) -> "TokenizedSplit":
-        """What `save` wrote; rows are read when they are asked for."""
+        """What `tokenize_split` and `save` wrote; rows are read when they are asked for."""
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         prompts, responses, candidates = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
-        kept = None if about["kept"] is None else np.array(about["kept"], np.int64)
-        return cls(about["ids"], prompts, responses, candidates, about["report"], about["notes"], kept)
+        kept = np.load(folder / "kept.npy") if (folder / "kept.npy").exists() else None
+        return cls(Texts(folder, "ids"), prompts, responses, candidates, about["report"], about["notes"], kept)

@@ -63,7 +63,7 @@ def rank_catalogue(
         for row, example in enumerate(examples):
             rival_BI[row, [*example.meta["met"], place_of[example.chosen]]] = False
         both = scored.scores.mean_logp_BC, scored.scores.logp_BC
-        parts.append((batch.index_B.cpu(), *(_ranks(score_BI, target_B, rival_BI).cpu() for score_BI in both)))
+        parts.append((batch.index_B, *(_ranks(score_BI, target_B, rival_BI).cpu() for score_BI in both)))
     if accelerator.num_processes > 1:
         parts = gather_object(parts)
     rank_S, rank_sum_S = torch.zeros(2, len(rows), dtype=torch.int64)

@@ -84,7 +84,7 @@ class SplitScorer:
         for batch in self.batches(scorer, rows, what):
             with self.accelerator.autocast():
                 scored: Scored = scorer(batch)
-            parts.append((batch.index_B.cpu(), scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
+            parts.append((batch.index_B, scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
         if self.accelerator.num_processes > 1:
             parts = gather_object(parts)
         width = max(logp_BC.shape[1] for _, logp_BC, _ in parts)

@@ -78,7 +78,7 @@ def in_parts(batch: Batch, sharded: bool) -> list[Batch]:
     candidates, longest = batch.response_ids_BCT.shape[1:]
     parts = -(-candidates // max(1, ROW_TOKENS // longest))
     if sharded:
-        most = torch.tensor(parts, device=batch.index_B.device)
+        most = torch.tensor(parts, device=batch.prompt_ids_BP.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         parts = int(most)
     if parts == 1:

@@ -50,7 +50,7 @@ def select(config: DictConfig) -> None:
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
     loss = start.instantiate(config.loss)
     picking = Preference(selector, loss, config.beta, "once", config.seed, rows, data.val, reference, score)
-    picking.begin_epoch(scorer, 0)
+    picking.begin_epoch(scorer, 0, observe_every=len(rows))  # nobody logs it
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = []
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
 from massdpo import store
 from massdpo.console import Rows
 
@@ -71,3 +75,17 @@ class Tracker(Protocol):
         Returns the command that uploads what was recorded offline, where there is one.
         """
         ...
+
+
+def step_means(values: dict[str, list[Tensor]], norm: Tensor, accelerator: Accelerator) -> dict[str, float]:
+    """Means over a step's prompts, of all processes, and the gradient's norm: the one wait for the device.
+
+    NaN stands for what is not known of a prompt.
+    """
+    names = sorted(values)
+    joined = [torch.cat(values[name]) for name in names]
+    total_n2 = torch.stack([torch.stack([value.nansum(), (~value.isnan()).sum().float()]) for value in joined])
+    total_n2 = accelerator.reduce(total_n2, "sum")
+    *sums, gradient_norm = torch.cat([total_n2.flatten(), norm.reshape(1).to(total_n2)]).tolist()
+    pairs = zip(names, sums[::2], sums[1::2], strict=True)
+    return {name: total / count for name, total, count in pairs if count} | {"gradient_norm": gradient_norm}

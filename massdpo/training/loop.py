@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -28,7 +29,7 @@ from massdpo.errors import UserError
 from massdpo.tensors import Batch
 from massdpo.training import checkpoints
 from massdpo.training.checkpoints import Position
-from massdpo.training.history import History, Tracker
+from massdpo.training.history import History, Tracker, step_means
 from massdpo.training.interruption import Stopped, asked_to_stop
 
 
@@ -39,8 +40,8 @@ class Objective(Protocol):
     state: dict[str, Tensor]  # what a checkpoint must remember of it
     seconds: dict[str, float]  # spent so far on selection ("select") and on what only the log needs ("observe")
 
-    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
-        """What an epoch starts with; returns what is logged of it."""
+    def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
+        """What an epoch starts with; returns what is logged of it, costly values of every so many batches only."""
         ...
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -140,7 +141,8 @@ class _Training:
         """The rest of the epoch that `position` is in."""
         stage, position, options = self.stage, self.position, self.options
         with self._timed():
-            refreshed = self._counted(self.objective.begin_epoch(self.scorer, position.epoch), len(self.objective.rows))
+            refreshed = self.objective.begin_epoch(self.scorer, position.epoch, options.log_every)
+            refreshed = self._counted(refreshed, len(self.objective.rows))
         if refreshed:
             self._log(refreshed | self._place())
         self.scorer.train()
@@ -200,20 +202,20 @@ class _Training:
                 real_B = real(batch, rows, number, size, accelerator)
                 # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
                 loss = (loss_B * real_B).sum() * world / len(rows)
-                if not torch.isfinite(loss):
-                    pairs = zip(batch.ids, loss_B.tolist(), strict=True)
-                    bad = [name for name, value in pairs if not math.isfinite(value)] or batch.ids
-                    raise UserError(f"the loss is not finite at {where} (examples {', '.join(bad)}): {remedy} or beta")
                 accelerator.backward(loss)
             for name, value_B in (logs | {"loss": loss_B}).items():
-                values.setdefault(name, []).append(value_B.detach().float()[real_B > 0])
-        norm = float(accelerator.clip_grad_norm_(self.scorer.parameters(), self.options.max_grad_norm))
-        if not math.isfinite(norm):
-            bad = [self.objective.rows[row].id for row in rows]
-            raise UserError(f"the gradient is not finite at {where} (examples {', '.join(bad)}): {remedy}")
+                values.setdefault(name, []).append(value_B.detach().float().masked_fill(real_B == 0, math.nan))
+        norm = accelerator.clip_grad_norm_(self.scorer.parameters(), self.options.max_grad_norm)
+        means = step_means(values, norm, accelerator)
+        if not math.isfinite(means["gradient_norm"]):
+            own = zip(rows[accelerator.process_index :: world], torch.cat(values["loss"]).tolist(), strict=False)
+            bad = gather_object([row for row, value in own if not math.isfinite(value)])  # fillers come last, unpaired
+            what, remedy = ("loss", f"{remedy} or beta") if bad else ("gradient", remedy)
+            names = ", ".join(self.objective.rows[row].id for row in bad or rows)
+            raise UserError(f"the {what} is not finite at {where} (examples {names}): {remedy}")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self._counted(_means(values, accelerator), len(rows)) | {"gradient_norm": norm}
+        return self._counted(means, len(rows))
 
     def _counted(self, means: dict[str, float], prompts: int) -> dict[str, float]:
         """Take the tokens of as many prompts out of what is logged, into the position."""
@@ -246,12 +248,3 @@ class _Training:
             if kind not in self.warned and self.accelerator.is_main_process:
                 print(f"warning: {self.stage.name}, step {row['step']}: {line}", file=sys.stderr)
             self.warned.add(kind)
-
-
-def _means(values: dict[str, list[Tensor]], accelerator: Accelerator) -> dict[str, float]:
-    """Means over a step's prompts, of all processes; NaN stands for what is not known of a prompt."""
-    names = sorted(values)
-    joined = [torch.cat(values[name]) for name in names]
-    total_n2 = torch.stack([torch.stack([value.nansum(), (~value.isnan()).sum().float()]) for value in joined])
-    total_n2 = accelerator.reduce(total_n2, "sum")
-    return {name: float(total / count) for name, (total, count) in zip(names, total_n2.tolist(), strict=True) if count}

@@ -42,7 +42,7 @@ class Sft:
         scored: Scored = scorer(batch.chosen_only())
         return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]} | tokens_of(scored)
 
-    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+    def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
         return {}
 
     def share(self) -> None:
@@ -74,7 +74,7 @@ class Preference:
     score: SplitScorer
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
-    _own: list[Tensor] = field(default_factory=list)  # rows that this process alone knows the newest picks of
+    _own: list[tuple[Tensor, Picks]] = field(default_factory=list)  # of rows that this process alone knows, till shared
 
     def __post_init__(self) -> None:
         widest = max(len(example.response_ids) for example in self.rows) - 1
@@ -110,19 +110,21 @@ class Preference:
         return loss_B, logs
 
     @torch.no_grad()
-    def begin_epoch(self, scorer: nn.Module, epoch: int) -> dict[str, float]:
+    def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
         """Nothing, or a selection for every prompt of the split with the current policy.
 
-        Returns the means of what is logged of the picks; none where nothing was selected.
+        Returns the means of what is logged of the picks, where any were made; of what only the log needs, the mean over
+        every `observe_every`-th batch.
         """
         done = int(self.state["selected_in"])
         if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
             return {}
         started = time.perf_counter()
-        parts = []
-        for batch in self.score.batches(scorer, self.rows, "select"):
+        parts, accelerator = [], self.score.accelerator
+        for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
+            number = place * accelerator.num_processes + accelerator.process_index
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
-            pool = self._statistics(batch, scored.scores, epoch, observe=True)
+            pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
             picks = self.selector(pool)
             logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
             if self.selector.needs_scores:
@@ -130,22 +132,24 @@ class Preference:
             if done >= 0:
                 logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
             on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
-            parts.append((batch.index_B.cpu(), on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+            parts.append((batch.index_B, on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
         values: dict[str, Tensor] = {}
-        for index_B, picks, logs in gather_object(parts) if self.score.accelerator.num_processes > 1 else parts:
+        for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
             self._store(index_B, picks)
             for name, value_B in logs.items():
-                values.setdefault(name, torch.zeros(len(self.rows)))[index_B] = value_B.float()
+                values.setdefault(name, torch.full((len(self.rows),), torch.nan))[index_B] = value_B.float()
         self.state["selected_in"].fill_(epoch)
         self.seconds["select"] += time.perf_counter() - started
-        return {name: float(value_S.mean()) for name, value_S in values.items()}
+        return {name: float(value_S.nanmean()) for name, value_S in values.items()}
 
     def validate(self, scorer: nn.Module) -> dict[str, float]:
         return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
         """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
-        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *self._own])
+        for rows_B, picks in self._own:  # only now, as each look at the device's picks waits for it
+            self._store(rows_B, picks)
+        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *(rows_B for rows_B, _ in self._own)])
         own = rows_S, self.state["index_SK"][rows_S], self.state["mask_SK"][rows_S]
         for rows_B, index_BK, mask_BK in gather_object([own]):
             self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
@@ -171,7 +175,7 @@ class Preference:
     def _reference(self, batch: Batch) -> Tensor:
         """Reference log-probs of the batch's candidates, `(B, C)`."""
         width = batch.response_ids_BCT.shape[1]
-        return self.reference["train"].logp_SC[batch.index_B.cpu(), :width].to(batch.index_B.device)
+        return self.reference["train"].logp_SC[batch.index_B, :width].to(batch.prompt_ids_BP.device)
 
     def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
         draw = 0 if self.refresh == "once" else epoch
@@ -179,7 +183,7 @@ class Preference:
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
     def _stored(self, batch: Batch) -> Picks:
-        rows_B, device = batch.index_B.cpu(), batch.index_B.device
+        rows_B, device = batch.index_B, batch.prompt_ids_BP.device
         return Picks(self.state["index_SK"][rows_B].to(device), self.state["mask_SK"][rows_B].to(device))
 
     def _store(self, rows_B: Tensor, picks: Picks) -> None:
@@ -209,10 +213,9 @@ class Preference:
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
         if self.refresh == "step":
-            if epoch:
+            if epoch and observe:
                 logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-            self._store(batch.index_B.cpu(), picks)
-            self._own.append(batch.index_B.cpu())
+            self._own.append((batch.index_B, picks))
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
@@ -234,7 +237,7 @@ def picked(value_BC: Tensor, picks: Picks) -> Tensor:
 
 def unscored(batch: Batch) -> Scores:
     """What a selector that needs no scores is given: which candidates there are, and zeros."""
-    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.index_B.device)
+    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
     return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
 
 
@@ -244,4 +247,4 @@ def noise(batch: Batch, seed: int, draw: int) -> Tensor:
     noise_BN = np.zeros((len(sizes), batch.mask_BC.shape[1] - 1))
     for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
         noise_BN[row, :size] = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(size)
-    return torch.from_numpy(noise_BN).to(batch.index_B.device)
+    return torch.from_numpy(noise_BN).to(batch.mask_BC.device)
