@@ -33,10 +33,10 @@ NAMES = {  # a GGUF file's name of each matrix of a Llama layer
 }
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, of_its_family: dict[str, str] | None = None) -> str:
     if name.startswith("model.layers."):
         _, _, layer, module = name.removesuffix(".weight").split(".", 3)
-        return f"blk.{layer}.{NAMES[module]}.weight"
+        return f"blk.{layer}.{(NAMES | (of_its_family or {}))[module]}.weight"
     return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
 
 
