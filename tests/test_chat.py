@@ -67,7 +67,9 @@ def chatting(family: str) -> Any:
 
 def example(*messages: tuple[str, str]) -> PreferenceExample:
     turns = [{"role": role, "content": content} for role, content in messages]
-    return PreferenceExample("train/7", "what?", "green hill", ("red river",), (), (), 0, {"messages": turns})
+    return PreferenceExample(
+        *("train/7", "what?", "green hill", ("red river",), ("green hill", "red river")), meta={"messages": turns}
+    )
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_what_was_generated_is_what_the_policy_writes(trained: tuple[str, Path],
     found = read(run / "metrics.json")
     assert found["hr@1"] == pytest.approx(sum(places == [0] for places in named) / 25)
     assert found["valid_ratio"] == pytest.approx(sum(map(bool, named)) / 25)
-    assert 0 < found["hr@1"] < found["valid_ratio"]  # something was learned, and not everything
+    assert 0 < found["hr@1"] <= found["valid_ratio"] < 1  # something was learned, and not everything
 
 
 def test_one_models_weights_are_in_memory_after_the_sft(

@@ -25,7 +25,7 @@ from massdpo.errors import UserError
 from massdpo.report.__main__ import main as report
 from massdpo.report.rows import collect
 from massdpo.store import MANIFEST, file_digest, is_whole, write_json
-from massdpo.training import loop
+from massdpo.training.objectives import Preference
 from tests.conftest import ROOT
 from tests.processes import start
 from tests.test_experiment import TINY, train
@@ -219,18 +219,11 @@ def test_pickles_planted_in_checkpoints_and_caches_are_not_run(tmp_path: Path, m
     mark = tmp_path / "harm"
     folders = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}", "name=run"]
 
-    def stopping(stage: loop.Stage, *rest: Any) -> None:
+    def stopping(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    validating = loop.Stage.__init__
-
-    def begin(stage: loop.Stage, *rest: Any, **named: Any) -> None:
-        validating(stage, *rest, **named)
-        if stage.name == "preference":
-            stage.validate = lambda scorer: stopping(stage)  # type: ignore[assignment,func-returns-value]
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Stage, "__init__", begin)
+        patch.setattr(Preference, "validate", stopping)
         train(*folders)
     (checkpoint,) = (tmp_path / "runs" / "single" / "run" / "checkpoints").glob("0*")
     (started,) = (folder for folder in (tmp_path / "cache" / "sft").iterdir() if folder.is_dir())
@@ -247,7 +240,7 @@ def test_pickles_planted_in_checkpoints_and_caches_are_not_run(tmp_path: Path, m
     assert not mark.exists()
     shutil.rmtree(tmp_path / "runs")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Stage, "__init__", begin)
+        patch.setattr(Preference, "validate", stopping)
         train(*folders)
     planted(checkpoint / "optimizer.bin", mark)
     with pytest.raises(Exception, match=r"(?i)weights.only"):

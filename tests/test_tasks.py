@@ -27,7 +27,7 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
-from massdpo.tasks import study as studies
+from massdpo.tasks.study import MEASURED
 from tests.conftest import ROOT
 from tests.test_mcqa import question
 
@@ -496,20 +496,21 @@ def test_the_refresh_study_runs_each_kind_with_each_seed(
         assert (config.task, config.study, config.out, config.k) == ("train", None, None, 2)
         asked.append((config.refresh, config.seed))
         folder = tmp_path / f"{config.refresh}{config.seed}"
-        write_json(folder / "metrics.json", dict.fromkeys(studies.MEASURED, float(config.seed)) | {"machine": "m"})
+        write_json(folder / "metrics.json", dict.fromkeys(MEASURED, float(config.seed)) | {"machine": "m"})
         return folder
 
     monkeypatch.setattr(pipeline, "train", train)
     assert call("task=study", "study=refresh", f"out={tmp_path / 'out'}", "k=2", "seed=5") == 0
     assert sorted(asked) == [(kind, seed) for kind in ("epoch", "once", "step") for seed in range(5, 10)]
     header, *rows = (tmp_path / "out" / "refresh.csv").read_text().splitlines()
-    assert header.split(",") == ["refresh", "seed", *studies.MEASURED] and len(rows) == 15
+    assert header.split(",") == ["refresh", "seed", *MEASURED] and len(rows) == 15
 
 
 @pytest.mark.slow
 def test_the_features_study_compares_before_and_after(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    studies = sys.modules["massdpo.tasks.study"]  # the package has a function of that name
     monkeypatch.setattr(studies, "PROMPTS", 8)
     monkeypatch.setattr(studies, "SEEDS", 2)
     assert call("task=study", "study=features", f"out={tmp_path}", "k=2") == 0
