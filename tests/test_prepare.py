@@ -224,8 +224,8 @@ def test_two_million_rows_of_distinct_responses_would_fit_in_two_gigabytes(tmp_p
 
 
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
-    with pytest.raises(UserError, match=r"dataset.slate is clean or legacy"):
-        prepare(node("sequences", raw_dir=raw, slate="dirty"), cache)
+    with pytest.raises(UserError, match=r"dataset.negatives is uniform or popularity"):
+        prepare(node("sequences", raw_dir=raw, negatives="dirty"), cache)
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")

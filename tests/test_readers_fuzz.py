@@ -105,7 +105,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
     ),
     "ready": (
         write_ready,
-        lambda folder, **options: LastFM(raw_dir=str(folder), slate="legacy", **options).load(),
+        lambda folder, **options: LastFM(raw_dir=str(folder), num_negatives=3, **options).load(),
         ("lastfm-train.json", "lastfm-test.json"),
     ),
     "movielens_100k": (

@@ -15,6 +15,7 @@ import yaml
 from massdpo.config import compose, validate
 from massdpo.runs.folder import GENERATED
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
+from tests.test_impressions import mind
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
@@ -45,6 +46,10 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with open(desk / "shop" / "interactions.csv", "w", newline="", encoding="utf-8") as file:
         met = [(user, (user + 3 * time) % 40, time) for user in range(30) for time in range(6)]
         csv.writer(file).writerows([("user", "item", "time"), *met])
+    mind(
+        desk / "MINDsmall",
+        [(f"U{row}", [row % 9], {at % 12: at == row for at in range(row, row + 7)}) for row in range(60)],
+    )
     (desk / "data").symlink_to(SHARED_DATA)
     (desk / "my_selectors.py").write_text(*blocks("python", 1), encoding="utf-8")
     (desk / "conf" / "selector").mkdir(parents=True)

@@ -68,7 +68,9 @@ class Mass:
         rewards_BC, mask_BC = reorder(pool.rewards_BC, order_BN), reorder(pool.scores.mask_BC, order_BN)
         mask_BN = mask_BC[:, 1:]
         design = "centered" if self.variant == "subset_fisher" else self.variant
-        vectors_BNN, scale_B = logdet.design_gram(gram_BCC, rewards_BC, pool.beta, design, self.normalize, mask_BC)
+        vectors_BNN, scale_B = logdet.design_gram(
+            gram_BCC, rewards_BC, pool.beta, design, self.normalize, mask_BC, pool.resolution.features
+        )
         mean_B = logdet.mean_square(vectors_BNN.diagonal(dim1=-2, dim2=-1), mask_BN)
         if self.variant == "subset_fisher":
             if self.normalize:
@@ -85,16 +87,15 @@ class Mass:
 
     def _select_from_vectors(self, pool: PoolStatistics, order_BN: Tensor) -> logdet.LogdetSelection:
         """For large pools: only the picked rows of the Gram matrix are ever made."""
+        features_BCD, mask_BC, resolution = hidden_features(pool), pool.scores.mask_BC, pool.resolution.features
         vectors_BND, scale_B = logdet.design_vectors(
-            hidden_features(pool), pool.rewards_BC, pool.beta, self.variant, self.normalize, pool.scores.mask_BC
+            features_BCD, pool.rewards_BC, pool.beta, self.variant, self.normalize, mask_BC, resolution
         )
         vectors_BND = vectors_BND[torch.arange(len(order_BN), device=order_BN.device)[:, None], order_BN]
         mask_BN = pool.mask_BN.gather(1, order_BN)
         mean_B = logdet.mean_square(vectors_BND.square().sum(-1), mask_BN)
         ridge, scale_B = self._weighing(mean_B, scale_B)
-        return logdet.select_logdet(
-            vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, pool.resolution.features
-        )
+        return logdet.select_logdet(vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, resolution)
 
     def _weighing(self, mean_B: Tensor, scale_B: Tensor) -> tuple[float | Tensor, Tensor]:
         """Gamma and the vectors' scale: a relative gamma is ridge * mean(scale |v|^2), where the scale cancels."""

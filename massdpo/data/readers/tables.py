@@ -35,9 +35,6 @@ USUAL = {
     ),
     "rating": ("rating", "stars", "overall", "score"),
     "count": ("count", "quantity", "purchases", "plays", "play_count", "playcount"),
-    "history": ("history",),
-    "shown": ("impressions", "impression", "shown", "candidates"),
-    "clicked": ("clicked", "clicks", "clicked_item"),
 }
 ABOUT_ITEMS = ("item", "title")
 INTERACTIONS = (

@@ -22,6 +22,7 @@ def design_vectors(
     design: str = "centered",
     normalize: bool = True,
     mask_BC: Tensor | None = None,
+    resolution: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Vectors `(B, N, D)` and scale `(B,)`, float64, with H(S) = ridge I + scale sum_{i in S} v_i v_i^T.
 
@@ -30,7 +31,9 @@ def design_vectors(
     scale = beta^2 (1 - sigma(Z)), where sigma(Z) = 1 / (1 + sum_i exp s_i) is the chance that the chosen one wins.
     `pairwise` is v_i = sqrt(mu_i (1 - mu_i)) (phi_i - phi_0), mu_i = sigma(-s_i), with scale beta^2 (Active DPO,
     arXiv 2503.01076). `normalize` brings the difference to unit length before the root's factor weighs it; a difference
-    within the rounding of its inputs has no direction and becomes zero. Rows where `mask_BC` is False are zero.
+    within the rounding of its inputs has no direction and becomes zero. In `relative` and `pairwise` so does one whose
+    square is at most `resolution`, the relative precision of inner products, of the pool's largest: a copy of the
+    chosen response. Rows where `mask_BC` is False are zero.
     Raises UserError for an unknown design.
     """
     check_name("design", design, DESIGNS)
@@ -46,6 +49,8 @@ def design_vectors(
     if design == "centered":
         rows_B, top_B = torch.arange(len(mask_BN), device=mask_BN.device), shares.top_B1[:, 0]
         difference_BND[rows_B, top_B] = negatives_BND[rows_B, top_B] - origin_BXD[:, 1]
+    else:
+        weight_BN = weight_BN * _apart(difference_BND.square().sum(-1), resolution)
     if normalize:
         length_BN = difference_BND.norm(dim=-1)
         size_BN = negatives_BND.norm(dim=-1) + origin_BXD.norm(dim=-1).amax(-1, keepdim=True)
@@ -61,6 +66,7 @@ def design_gram(
     design: str = "centered",
     normalize: bool = True,
     mask_BC: Tensor | None = None,
+    resolution: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`design_vectors` from inner products of the features: the vectors' Gram matrix `(B, N, N)` and the scale."""
     check_name("design", design, DESIGNS)
@@ -74,6 +80,8 @@ def design_gram(
         chosen_BC[:, 0] = 1.0
         centred_BCC = centre_gram(gram_BCC.double(), chosen_BC)
     centred_BNN = centred_BCC[:, 1:, 1:] * (mask_BN[:, :, None] & mask_BN[:, None, :])
+    if design != "centered":
+        weight_BN = weight_BN * _apart(centred_BNN.diagonal(dim1=-2, dim2=-1), resolution)
     if normalize:
         weight_BN = weight_BN * _inverse_length(centred_BCC, gram_BCC, mask_BN)[:, 1:]
     return centred_BNN * weight_BN[:, :, None] * weight_BN[:, None, :], scale_B
@@ -188,6 +196,11 @@ def _inverse_length(centred_BCC: Tensor, gram_BCC: Tensor, mask_BN: Tensor) -> T
     square_BC = centred_BCC.diagonal(dim1=-2, dim2=-1)
     least_BC = 8 * torch.finfo(gram_BCC.dtype).eps * (size_BC + size_BC.amax(-1, keepdim=True))
     return _inverse_where((square_BC > least_BC) & mask_BC, square_BC.clamp(min=0).sqrt())
+
+
+def _apart(square_BN: Tensor, resolution: float) -> Tensor:
+    """Where a squared distance to the chosen response is more than the rounding of the pool's largest."""
+    return square_BN > resolution * square_BN.amax(-1, keepdim=True)
 
 
 def _inverse_where(condition: Tensor, value: Tensor) -> Tensor:

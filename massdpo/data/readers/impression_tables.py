@@ -1,0 +1,167 @@
+"""Tables of impressions, and of their items' titles, in the layouts that people have: MIND's, or any columns."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from massdpo.data.columns import Columns
+from massdpo.data.containers import Reading, placed_rows, suffix_of
+from massdpo.data.raw import BadRows
+from massdpo.data.readers.cells import Times, cell
+from massdpo.data.readers.tables import ABOUT_ITEMS, ITEMS, Tables, needed
+from massdpo.data.readers.tables import USUAL as USUAL_TABLES
+from massdpo.data.text import read_lines
+from massdpo.errors import UserError
+
+USUAL = {
+    "history": ("history", "clicked_before", "past"),
+    "shown": ("shown", "impressions", "impression", "candidates"),
+    "clicked": ("clicked", "clicks", "click", "clicked_item"),
+    **{part: USUAL_TABLES[part] for part in ("user", "time")},
+}
+MIND = {  # behaviors.tsv and news.tsv have no header; the columns after these are not needed
+    "behaviors": ("impression_id", "user", "time", "history", "shown"),
+    "news": ("item", "category", "subcategory", "title"),
+}
+MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
+
+
+@dataclass(frozen=True)
+class Impression:
+    """What was shown at once, by titles; `shown` includes what was clicked, as far as the table has it there."""
+
+    where: str
+    user: str | None
+    time: float | None
+    history: list[str]
+    shown: list[str]
+    clicked: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpressionTables:
+    """How the tables are to be read; `conf/dataset/impressions.yaml` says what each option does."""
+
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    header: list[str] | None = None
+    items_header: list[str] | None = None
+    separator: str | None = None
+    item_separator: str | None = None
+    encoding: str = "utf-8"
+    rows: str | None = None
+    time_format: str | None = None
+    missing_titles: str = "error"
+
+    def __post_init__(self) -> None:
+        self._about_items(Path(), None)
+        Columns(USUAL | {part: USUAL_TABLES[part] for part in ABOUT_ITEMS}, self.columns)
+        if self.item_separator == "":
+            raise UserError("dataset.item_separator is empty: give what stands between two items, or null for spaces")
+
+    def titles(self, files: list[Path], bad: BadRows) -> dict[str, str]:
+        """The titles by item, of all files together."""
+        titles: dict[str, str] = {}
+        for file in files:
+            titles |= self._about_items(file, self.items_header or self._mind_header(file, "title")).titles(bad)[0]
+        return titles
+
+    def columns_of_impressions(self) -> Columns:
+        return Columns(USUAL, self._given(tuple(USUAL)))
+
+    def impressions(
+        self,
+        files: list[Path],
+        columns: Columns,
+        titles: Mapping[str, str] | None,
+        timed: bool,
+        told: Counter[str],
+        bad: BadRows,
+    ) -> Iterator[Impression]:
+        """Every row of `files`; `titles` None: items are their own titles. `told` counts items without one.
+
+        Raises:
+            UserError: a row cannot be read, or has no time where `timed`; handed to `bad`.
+        """
+        for file in files:
+            mind = None if self.header else self._mind_header(file, "history")
+            header = self.header or mind
+            times = Times(self.time_format or (MIND_TIME if mind else None))
+            reading = Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
+            for where, row in placed_rows(file, bad, reading):
+                try:
+                    parts = needed(columns, where, row, ("history", "shown"))
+                    lists = self._lists(where, parts, by_column="clicked" in columns.mapped)
+                    history, shown, clicked = (self._titled(where, items, titles, told) for items in lists)
+                    user = cell(where, "user", parts["user"]) if "user" in parts else None
+                    time = times.of(where, parts.get("time"), 0) if timed else None
+                    if timed and not times.timed:
+                        raise UserError(f"{where}: dataset.split=time needs a time in each row: use dataset.split=user")
+                except UserError as error:
+                    bad(error)
+                else:
+                    yield Impression(where, user, time, history, shown, clicked)
+
+    def _lists(self, where: str, parts: dict[str, Any], by_column: bool) -> tuple[list[str], list[str], list[str]]:
+        """History, all that was shown, and what of it was clicked: told by a column, or as in `N12-1 N34-0`."""
+        history, shown, clicked = (
+            self._items(where, part, parts.get(part)) for part in ("history", "shown", "clicked")
+        )
+        if by_column:
+            return history, shown, clicked
+        for item in shown:
+            if item[-2:] not in ("-0", "-1"):
+                raise UserError(
+                    f"{where}: {item!r:.60} in 'shown' ends in neither -1 (clicked) nor -0, and no column says what "
+                    "was clicked: dataset.columns={clicked: NAME} names it"
+                )
+        return history, [item[:-2] for item in shown], [item[:-2] for item in shown if item.endswith("-1")]
+
+    def _items(self, where: str, part: str, value: Any) -> list[str]:
+        """The items of a cell: a list, or a text in which `item_separator`, or else white space, divides them."""
+        if isinstance(value, str):
+            return [item.strip() for item in value.split(self.item_separator) if item.strip()]
+        if value is None:
+            return []
+        return [cell(where, part, item) for item in (value if isinstance(value, list) else [value])]
+
+    def _titled(self, where: str, items: list[str], titles: Mapping[str, str] | None, told: Counter[str]) -> list[str]:
+        if titles is None:
+            return items
+        found = [titles.get(item, item if self.missing_titles == "id" else "") for item in items]
+        if self.missing_titles == "error" and "" in found:
+            raise UserError(
+                f"{where}: item {items[found.index('')]!r:.60} has no title in the file of titles: "
+                "dataset.missing_titles=skip or id says what to do"
+            )
+        told["without_title"] += found.count("")
+        return [title for title in found if title]
+
+    def _given(self, parts: tuple[str, ...]) -> dict[str, Any]:
+        return {part: column for part, column in self.columns.items() if part in parts}
+
+    def _about_items(self, file: Path, header: list[str] | None) -> Tables:
+        return Tables(
+            raw_dir=str(file.parent),
+            items_file=file.name,
+            columns=self._given(ABOUT_ITEMS),
+            items_header=header,
+            separator=self.separator,
+            encoding=self.encoding,
+            rows=self.rows,
+            missing_titles=self.missing_titles,
+        )
+
+    def _mind_header(self, file: Path, telling: str) -> list[str] | None:
+        """The columns of a file of MIND's; none where its first line names the `telling` one."""
+        name = file.name.split(".")[0]
+        if name not in MIND or suffix_of(file) != ".tsv":
+            return None
+        _, line = next(read_lines(file, None, self.encoding))
+        known = {*(USUAL | USUAL_TABLES)[telling], str(self.columns.get(telling)).lower()}
+        return None if known & set(line.lower().split("\t")) else list(MIND[name])
+
+
+def is_about_items(file: Path) -> bool:
+    return file.name.endswith(".item") or file.name.split(".")[0].lower() in ITEMS

@@ -1,0 +1,174 @@
+"""Impressions: what a user was shown at once, and what of it was clicked. What was not is a real negative.
+
+Each click is an example: the user's history is the prompt, what was clicked the chosen response, what was shown beside
+it and not clicked the pool. MIND's folders (Wu et al., ACL 2020) are read as they are, and so is any table with the
+columns history, shown and clicked (`impression_tables.py`).
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from random import Random
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from massdpo.data.raw import SPLITS, BadRows, Source
+from massdpo.data.readers.histories import WORDINGS, Prompting
+from massdpo.data.readers.impression_tables import Impression, ImpressionTables, is_about_items
+from massdpo.data.readers.interactions import Ints
+from massdpo.data.schema import PreferenceExample, Splits
+from massdpo.data.stored import NumberedSplit, StoredExamples
+from massdpo.data.text import normalise
+from massdpo.errors import UserError
+from massdpo.store import keyed_seed
+
+HELD_OUT = 0.1  # of the users, or the latest of the impressions, for each split that has no file of its own
+
+TOLD = {
+    "several_clicks": "{} impressions have several clicks: an example for each, none the other's negative",
+    "without_click": "{} impressions without a click were left out",
+    "short_history": "{} impressions whose history is shorter than dataset.min_history were left out",
+    "clicks_without_negative": "{} clicks without a negative (all that was shown was clicked) were left out",
+    "clicks_not_shown": "{} clicks are not among what was shown; they count as clicks",
+    "titles_shown_again": "{} shown items were left out: their title stands in the same impression already",
+    "without_title": "{} mentions of items without a title were left out (dataset.missing_titles)",
+    "without_file_of_titles": "there is no file of titles: items are called as the {} impressions call them",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Impressions(ImpressionTables):
+    """Impressions from `path`, with validation and test rows of their own or held out by the seed or by time."""
+
+    path: str | None = None
+    splits: Mapping[str, str] | None = None
+    noun: str = "item"
+    split: str = "user"
+    min_history: int = 1
+    max_history: int = 10
+    list_candidates: bool = False
+    prompts: str = "one"
+    seed: int = 0
+    bad_rows: str = "error"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        BadRows(self.bad_rows)
+        for name, allowed in {
+            "noun": tuple(WORDINGS),
+            "split": ("user", "time"),
+            "prompts": ("one", "several"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"dataset.{name} is {' or '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("min_history", "max_history"):
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise UserError(f"dataset.{name} must be a whole number of at least 1, not {value!r}")
+        if unknown := [name for name in self.splits or {} if name not in SPLITS]:
+            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
+
+    @cached_property
+    def _files(self) -> tuple[dict[str, list[Path]], list[Path]]:
+        """The files of impressions by split, and those of titles."""
+        if not self.path:
+            raise UserError("dataset=impressions needs dataset.path: a table of history, shown, clicked, or a folder")
+        source = Source(Path(self.path), names=self.splits)
+        parts = {
+            split: [file for file in source.found[name] if not is_about_items(file)]
+            for split, name in source.splits.items()
+        }
+        if not parts.get("train"):
+            raise UserError(
+                f"{self.path} has no impressions to train on, only {', '.join(source.found)}: "
+                "dataset.splits={train: NAME} names the split"
+            )
+        about_items = [file for files in source.found.values() for file in files if is_about_items(file)]
+        return {split: files for split, files in parts.items() if files}, about_items
+
+    def files(self) -> list[Path]:
+        """The files that `load` reads: their content, with the options, decides the outcome."""
+        parts, about_items = self._files
+        return [file for files in parts.values() for file in files] + about_items
+
+    def load(self) -> Splits:
+        """Raises UserError for a missing or damaged file, a row that cannot be read, and a split without examples."""
+        files, about_items = self._files
+        bad, told, columns = BadRows(self.bad_rows), Counter[str](), self.columns_of_impressions()
+        titles = self.titles(about_items, bad) if about_items else None
+        given: dict[str, StoredExamples] = {}
+        keys: dict[str, list[float]] = {}
+        with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
+            for split, tables in files.items():
+                keys[split] = []
+                impressions = self.impressions(tables, columns, titles, self.split == "time", told, bad)
+                examples = self._examples(impressions, keys[split], told)
+                given[split] = StoredExamples.written(examples, Path(folder), split)
+        rows = {split: np.arange(len(each)) for split, each in keys.items()}
+        rows |= self._held_out(np.array(keys["train"]), [split for split in SPLITS if split not in given])
+        told["without_file_of_titles"] = 0 if about_items else told["impressions"]
+        notes = [text.format(told[name]) for name, text in TOLD.items() if told[name]]
+        for split in SPLITS:
+            if not len(rows[split]):
+                raise UserError(f"{self.path}: no example for the split {split!r}: {'; '.join(notes) or 'too few'}")
+        train, val, test = (NumberedSplit(given.get(split, given["train"]), rows[split], split) for split in SPLITS)
+        counts = {f"{split}_rows": len(rows[split]) for split in SPLITS} | dict(+told) | bad.report()
+        return Splits(train, val, test, columns.report() | counts | {"notes": notes})
+
+    def _held_out(self, keys: np.ndarray[Any, Any], missing: list[str]) -> dict[str, Ints]:
+        """The rows of train and of the splits that are `missing`: by their time, or whole users in seeded order."""
+        shares = [1 - HELD_OUT * left for left in range(len(missing), 0, -1)]
+        spread = keys  # what the shares are of: every row's time, or every user's place once
+        if self.split == "user":
+            users, user_of = np.unique(keys, return_inverse=True)
+            spread = np.random.default_rng(keyed_seed("users", self.seed)).permutation(len(users))
+            keys = spread[user_of]
+        edges = np.quantile(spread, shares) if len(keys) else np.empty(0)
+        part = (keys[:, None] > edges).sum(axis=1)
+        return {split: np.flatnonzero(part == number) for number, split in enumerate(["train", *missing])}
+
+    def _examples(
+        self, impressions: Iterator[Impression], keys: list[float], told: Counter[str]
+    ) -> Iterator[PreferenceExample]:
+        """The examples of all clicks; `keys` gets, of each, the time, or a number of its user (or history)."""
+        for impression in impressions:
+            told["impressions"] += 1
+            user = keyed_seed("user", impression.user or repr(impression.history))
+            for example in self._of_impression(impression, told):
+                keys.append(user if impression.time is None else impression.time)
+                yield example
+
+    def _of_impression(self, impression: Impression, told: Counter[str]) -> list[PreferenceExample]:
+        """An example for each click, all with the same pool, in which titles that a reader calls equal stand once."""
+        clicked = {normalise(title): title for title in impression.clicked}
+        shown = {normalise(title): title for title in impression.shown}
+        negatives = [title for key, title in shown.items() if key not in clicked]
+        told["titles_shown_again"] += len(impression.shown) - len(shown)
+        told["clicks_not_shown"] += len(clicked.keys() - shown.keys())
+        told["without_click"] += not clicked
+        if not clicked:
+            return []
+        if len(impression.history) < self.min_history:
+            told["short_history"] += 1
+            return []
+        if not negatives:
+            told["clicks_without_negative"] += len(clicked)
+            return []
+        told["several_clicks"] += len(clicked) > 1
+        return [self._example(impression, chosen, negatives) for chosen in clicked.values()]
+
+    def _example(self, impression: Impression, chosen: str, negatives: list[str]) -> PreferenceExample:
+        prompting = Prompting(self.noun, self.seed, self.prompts == "several", self.list_candidates, self.max_history)
+        slate = sorted([chosen, *negatives])  # its order is drawn anew, by what does not tell the chosen one
+        key = repr((impression.history, slate))
+        Random(keyed_seed("impression slate", self.seed, key)).shuffle(slate)
+        meta = {} if impression.user is None else {"user": impression.user}
+        example = prompting.example(key, impression.history, chosen, slate, meta)
+        return replace(example, id="", where=self._inside(impression.where))
+
+    def _inside(self, where: str) -> str:
+        place = Path(str(self.path)).expanduser()
+        return where.removeprefix(f"{place if place.is_dir() else place.parent}/")
