@@ -10,10 +10,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from massdpo.data.readers.impressions import Impressions
 from massdpo.data.readers.mcqa import MultipleChoice
 from massdpo.data.readers.preferences import Preferences
 from massdpo.data.readers.recommendation import LastFM, UserSequences
 from massdpo.errors import UserError
+from tests.test_impressions import SMALL
+from tests.test_impressions import mind as write_mind
 from tests.test_mcqa import question
 from tests.test_recommendation import MovieLens1M, MovieLens100K, write_interactions, write_movielens
 
@@ -105,7 +108,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
     ),
     "ready": (
         write_ready,
-        lambda folder, **options: LastFM(raw_dir=str(folder), slate="legacy", **options).load(),
+        lambda folder, **options: LastFM(raw_dir=str(folder), num_negatives=3, **options).load(),
         ("lastfm-train.json", "lastfm-test.json"),
     ),
     "movielens_100k": (
@@ -128,6 +131,11 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
         write_preferences,
         lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
+    ),
+    "impressions": (
+        lambda folder: write_mind(folder, SMALL),
+        lambda folder, **options: Impressions(path=str(folder), **options).load(),
+        ("behaviors.tsv", "news.tsv"),
     ),
 }
 
@@ -248,6 +256,14 @@ BAD = {
         ("items.jsonl", '{"item": "900"'),
         ("interactions.jsonl", b'{"user": "u1", "item": "5", "time": "\xe9"}'),
     ],
+    "impressions": [
+        ("behaviors.tsv", "1\tU1\t11/1/2019 9:05:58 AM\tN1"),
+        ("behaviors.tsv", "1\tU1\t11/1/2019 9:05:58 AM\tN1\tN2-2"),
+        ("behaviors.tsv", "1\tU1\t11/1/2019 9:05:58 AM\tN1\tN99-1 N2-0"),
+        ("behaviors.tsv", "1\t \t11/1/2019 9:05:58 AM\tN1\tN3-1 N2-0"),
+        ("news.tsv", "N3\tsport\tsoccer\tAnother title"),
+        ("news.tsv", "N99\tsport\tsoccer\t \trest"),
+    ],
     "preferences": [("own.jsonl", '{"prompt": "p", "chosen": "c"}'), ("own.jsonl", b'{"prompt": "\xe9"')],
 }
 
@@ -292,6 +308,7 @@ TITLES = {
     "csv": ("items.csv", "Thing 007"),
     "jsonl": ("items.jsonl", "Thing 007"),
     "preferences": ("own.jsonl", "wrong 3"),
+    "impressions": ("news.tsv", 'Item 5: "the 5th", as told; they say|so'),
 }
 
 

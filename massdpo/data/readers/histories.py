@@ -137,7 +137,7 @@ def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
 class RecommendationSplit(Sequence[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
-    Without `slates` the candidates are the published legacy ones. With `tell_met`, `meta["met"]` has the items that the
+    Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` has the items that the
     user met before the target.
     """
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +47,6 @@ def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
     return Log(titles, users, chains, split_of=split_of)
 
 
-@dataclass(frozen=True)
-class ReadyRow:
-    """A row of the published 20-candidate files."""
-
-    history: list[str]
-    candidates: list[str]
-    target: str
-
-
-def read_ready_rows(paths: dict[str, Path], bad: BadRows) -> dict[str, list[ReadyRow]]:
-    """The rows of S-DPO's JSON arrays of `historyList`, `itemList` and `trueSelection`, by split."""
-    checked = {split: list(_checked_rows(path, bad)) for split, path in paths.items()}
-    known = {title for rows in checked.values() for row in rows for title in row["itemList"]}
-    return {
-        split: [
-            ReadyRow(split_titles(row["historyList"], known), row["itemList"], row["trueSelection"]) for row in rows
-        ]
-        for split, rows in checked.items()
-    }
-
-
 def split_titles(joined: str, known: set[str]) -> list[str]:
     """The titles that were joined by `::`; one that begins or ends with a colon is recognised by the `known` ones."""
 
@@ -112,11 +90,15 @@ def _checked_rows(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
 
 
 def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
-    """The users' sequences behind the ready-made files: a user's rows stand together, the first has 3 items of history.
+    """The users' sequences behind S-DPO's JSON arrays of `historyList`, `itemList` and `trueSelection`, by split.
+
+    A user's rows stand together, and the first of them has 3 items of history.
 
     Raises:
         UserError: the rows are not whole sequences (some were left out).
     """
+    rows_of = {split: list(_checked_rows(path, bad)) for split, path in paths.items()}
+    known = {title for rows in rows_of.values() for row in rows for title in row["itemList"]}
     number_of: dict[str, int] = {}
     users: list[str] = []
     chains: list[list[int]] = []
@@ -125,10 +107,9 @@ def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
     def numbers(titles: list[str]) -> list[int]:
         return [number_of.setdefault(title, len(number_of)) for title in titles]
 
-    for split, rows in read_ready_rows(paths, bad).items():
+    for split, rows in rows_of.items():
         for row_number, row in enumerate(rows, start=1):
-            history, target = numbers(row.history), numbers([row.target])[0]
-            numbers(row.candidates)
+            history, (target,) = numbers(split_titles(row["historyList"], known)), numbers([row["trueSelection"]])
             if len(history) == 3:
                 users.append(f"{split}/{split_of.count(split)}")
                 chains.append([*history, target])
@@ -138,7 +119,7 @@ def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
             else:
                 raise UserError(
                     f"{paths[split]}: row {row_number} does not continue the row before it, so the sequences cannot be "
-                    "put together and no clean slate drawn; dataset.slate=legacy reads such rows as they are"
+                    "put together: give the files as they were published"
                 )
     sequences = [np.array(chain, dtype=np.int64) for chain in chains]
     return Log(list(number_of), users, sequences, split_of=split_of)

@@ -27,7 +27,7 @@ from massdpo.errors import UserError
 
 
 def near_key(title: str) -> str:
-    """What near_key-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
+    """What near-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
     words = re.sub(r"[^\w\s]", " ", normalise(title).replace("&", " and ")).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title
 
@@ -49,7 +49,6 @@ class Recommendation(ABC):
     seed: int = 0
     num_negatives: int = 19
     split: str = "user"
-    slate: str = "clean"
     negatives: str = "uniform"
     candidates: str = "sampled"
     merge_titles: str = "equal"
@@ -64,7 +63,6 @@ class Recommendation(ABC):
     def __post_init__(self) -> None:
         _one_of("noun", self.noun, tuple(WORDINGS))
         _one_of("split", self.split, ("user", "first_seen", "time"))
-        _one_of("slate", self.slate, ("clean", "legacy"))
         _one_of("negatives", self.negatives, ("uniform", "popularity"))
         _one_of("candidates", self.candidates, ("sampled", "all"))
         _one_of("merge_titles", self.merge_titles, tuple(MERGES))
@@ -80,8 +78,11 @@ class Recommendation(ABC):
             raise UserError(
                 "dataset.candidates=all ranks every item, so no prompt may list some: set dataset.list_candidates=false"
             )
-        if self.slate == "legacy" and self.num_negatives != LEGACY_NEGATIVES:
-            raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
+
+    @property
+    def legacy(self) -> bool:
+        """Are the slates drawn as LastFM's were published, which gives targets away?"""
+        return False
 
     @abstractmethod
     def files(self) -> list[Path]:
@@ -99,7 +100,7 @@ class Recommendation(ABC):
         log = self.log(bad)
         if not any(map(len, log.sequences)):
             raise UserError(f"{self.files()[0]}: no interaction is left to learn from")
-        if self.slate == "clean":
+        if not self.legacy:
             log = tidy(log, MERGES[self.merge_titles])
         elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
             raise UserError(f"dataset.slate=legacy needs {LEGACY_ITEMS} titles or more that differ: use slate=clean")
@@ -113,7 +114,7 @@ class Recommendation(ABC):
                 name,
                 log,
                 rows[name],
-                clean if self.slate == "clean" else None,
+                None if self.legacy else clean,
                 self.prompting(),
                 tell_met=name == "test" and self.candidates == "all",
             )
@@ -135,17 +136,25 @@ class Recommendation(ABC):
 class LastFM(Recommendation):
     """Next artist on Last.fm (HetRec 2011, as cut by LLaRA and S-DPO): 976 / 122 / 122 users as published.
 
-    The folder holds either `sequences.jsonl` and `id2name.txt`, or S-DPO's three ready-made `lastfm-*.json`; of the
-    latter, `slate=legacy` takes the candidates as they are and `clean` draws new ones. LLaRA's tables are pickles,
-    which can run code: they are never loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
+    The folder holds either `sequences.jsonl` and `id2name.txt`, or S-DPO's three ready-made `lastfm-*.json`, of which
+    the sequences are taken and slates drawn anew. LLaRA's tables are pickles, which can run code: they are never
+    loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
     """
 
     noun: str = "artist"
+    slate: str = "clean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _one_of("slate", self.slate, ("clean", "legacy"))
+        if self.legacy and self.num_negatives != LEGACY_NEGATIVES:
+            raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
         if self.split != "user":
             raise UserError(f"dataset.split={self.split}: LastFM has no times, only its published split by user")
+
+    @property
+    def legacy(self) -> bool:
+        return self.slate == "legacy"
 
     def _is_ready_made(self) -> bool:
         folder = Path(self.raw_dir or "")
@@ -174,22 +183,6 @@ class LastFM(Recommendation):
             return public_logs.chain_ready_rows(self._ready(), bad)
         sequences, names = self.files()
         return public_logs.read_lastfm_sequences(sequences, names, bad)
-
-    def load(self) -> Splits:
-        if not (self._is_ready_made() and self.slate == "legacy"):
-            return super().load()
-        bad = BadRows(self.bad_rows)
-        rows = public_logs.read_ready_rows(self._ready(), bad)
-        prompting = self.prompting()
-        train, val, test = (
-            [
-                prompting.example(f"{split}/{number}", row.history, row.target, row.candidates, {})
-                for number, row in enumerate(rows[split])
-            ]
-            for split in SPLITS
-        )
-        report = {f"{split}_rows": len(rows[split]) for split in SPLITS} | bad.report()
-        return Splits(train, val, test, report)
 
 
 @dataclass(frozen=True, kw_only=True)
