@@ -271,10 +271,17 @@ NEEDED = {  # what an option cannot do without, or what this machine may not hav
     "gpu": ["trainer.device=cpu"],
     "paper": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
+    "preferences": ["dataset.path=rows.jsonl"],
     "sequences": ["dataset.raw_dir=data"],
     "impressions": ["dataset.path=data"],
     "pretrained": ["model.path=DIR"],
 }
+
+
+def test_jsonl_is_another_name_of_preferences() -> None:
+    names = ("jsonl", "preferences")
+    jsonl, preferences = (compose([f"dataset={name}", "dataset.path=rows"]).dataset for name in names)
+    assert [jsonl.name, preferences.name] == [*names] and {**jsonl, "name": ""} == {**preferences, "name": ""}
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])

@@ -56,7 +56,8 @@ def keys(node: DictConfig, prefix: str = "") -> list[str]:
 @cache
 def composed(every: bool) -> list[DictConfig]:
     """The default, and the last option of every group, or all of them."""
-    needed = {"mcqa": ["dataset.path=a"], "jsonl": ["dataset.path=a"], "sequences": ["dataset.raw_dir=a"]}
+    needed = {name: ["dataset.path=a"] for name in ("mcqa", "jsonl", "preferences")}
+    needed |= {"sequences": ["dataset.raw_dir=a"]}
     needed |= {"dpo": ["k=1"], "gpu": ["trainer.device=cpu"]}
     pairs = [(group, option) for group, options in OPTIONS.items() for option in (options if every else options[-1:])]
     return [compose(), *(compose([f"{group}={option}", *needed.get(option, [])]) for group, option in pairs)]

@@ -198,6 +198,31 @@ def test_memory_does_not_grow_with_the_slates_and_a_million_would_take_minutes(t
     assert found[1]["seconds"] < 18  # of CPU, for a tenth of the million that may take three minutes
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_million_rows_of_distinct_responses_would_fit_in_two_gigabytes(tmp_path: Path) -> None:
+    """No text is held and no id: 16,000 further rows, each with five responses of its own, add less than 1 kB each."""
+    environment = os.environ | {"RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    found = []
+    for rows in (8_000, 24_000):
+        path = tmp_path / f"{rows}.jsonl"
+        with open(path, "w") as file:
+            for row in range(rows):
+                rejected = [f"Things {row} that a user has not chosen, {place}" for place in range(4)]
+                asked = {"prompt": f"Items {row}, oldest:", "chosen": f"Things {row} a user has chosen"}
+                file.write(json.dumps(asked | {"rejected": rejected}) + "\n")
+        command = [
+            sys.executable,
+            "-c",
+            PROBE,
+            json.dumps(node("preferences", path=str(path))),
+            str(tmp_path / "cache"),
+        ]
+        answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        found.append(json.loads(answer.stdout)["tokenize"])
+    assert (found[1] - found[0]) / 16_000 < 1_000
+
+
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
     with pytest.raises(UserError, match=r"dataset.negatives is uniform or popularity"):
         prepare(node("sequences", raw_dir=raw, negatives="dirty"), cache)

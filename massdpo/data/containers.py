@@ -5,7 +5,7 @@ Only formats that hold nothing but data are read, piece by piece: memory does no
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ class Reading:
     encoding: str = "utf-8"
     rows: str | None = None
     header: tuple[str, ...] | None = None
+    found: set[str] = field(default_factory=set, compare=False)  # separators that files turned out to have
 
     def __post_init__(self) -> None:
         if self.separator == "":
@@ -116,6 +117,8 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
     while not begun[-1].strip():
         begun.append(next(lines))
     separator = reading.separator or separator_of(begun[-1])
+    if not reading.separator:
+        reading.found.add(separator)
     if len(separator) > 1:
         for number, line in enumerate(chain(begun, lines), start=1):
             if line.strip():

@@ -23,7 +23,7 @@ from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.store import Cache, digest, package_code
 
-CACHED = 1 << 16  # texts that are looked up without being hashed again
+CACHED = 1 << 13  # texts that are looked up without being hashed again
 ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 

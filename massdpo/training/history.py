@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from massdpo import store
 from massdpo.console import Rows
@@ -86,6 +87,7 @@ def step_means(values: dict[str, list[Tensor]], norm: Tensor, accelerator: Accel
     joined = [torch.cat(values[name]) for name in names]
     total_n2 = torch.stack([torch.stack([value.nansum(), (~value.isnan()).sum().float()]) for value in joined])
     total_n2 = accelerator.reduce(total_n2, "sum")
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded weights
     *sums, gradient_norm = torch.cat([total_n2.flatten(), norm.reshape(1).to(total_n2)]).tolist()
     pairs = zip(names, sums[::2], sums[1::2], strict=True)
     return {name: total / count for name, total, count in pairs if count} | {"gradient_norm": gradient_norm}

@@ -14,28 +14,9 @@ from typing import Any
 
 from massdpo.data.columns import Columns, shown
 from massdpo.data.messages import Messages, as_text, checked_messages, dialogue, found, is_message
+from massdpo.data.readers.wording import NAMES, NEEDED, NUMBER_KEYS, SEVERAL, TEXT_KEYS
 from massdpo.errors import UserError
 
-# what each part of a preference is called, the usual name first
-NAMES = {
-    "prompt": ("prompt", "question", "instruction", "query", "conversations", "messages", "input", "problem", "post"),
-    "context": ("input",),
-    "system": ("system", "system_prompt"),
-    "chosen": ("chosen", "chosen_response", "preferred_output", "response_j", "accepted", "preferred", "best"),
-    "rejected": (
-        *("rejected", "rejected_responses", "rejected_response", "rejecteds", "non_preferred_output", "response_k"),
-        *("dispreferred", "worse"),
-    ),
-    "answers": ("answers", "completions", "responses", "outputs", "generations"),
-    "scores": ("scores", "ratings", "rewards"),
-    "ranks": ("ranks", "ranking"),
-    "candidates": ("candidates",),
-    "id": ("id",),
-}
-TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion", "generated_text", "value")
-NUMBER_KEYS = {"scores": ("score", "overall_score", "rating", "reward"), "ranks": ("rank",)}
-SEVERAL = ("rejected", "answers", "scores", "ranks")  # these may stand in numbered columns: rejected_1, rejected_2
-NEEDED = ("prompt", "chosen", "rejected")
 LAST_TURN = re.compile(r"^[#* ]*(assistant|response|answer)[* ]*:", re.IGNORECASE | re.MULTILINE)
 
 Response = str | Messages

@@ -18,34 +18,19 @@ from massdpo.data.containers import Reading
 from massdpo.data.messages import found
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
 from massdpo.data.readers.layouts import Layout, RowParts
+from massdpo.data.readers.wording import TOLD
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import NumberedSplit, StoredExamples
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
-
-# what the notes say of the rows that were changed, and of the splits and columns that were not read
-TOLD = {
-    "texts_stripped": "spaces at the ends of {} texts were removed (dataset.strip)",
-    "numbers_as_text": "{} numbers were read as texts",
-    "roles_renamed": "{} messages of the role developer were read as system",
-    "tool_calls_dropped": "the tool calls of {} messages were left out",
-    "inputs_beside_messages_ignored": "the input of {} rows was ignored: their prompts are messages",
-    "rejected_repeats_dropped": "{} rejected responses that repeat another of their row were dropped",
-    "rows_with_several_chosen": "{} rows have several chosen responses: an example for each (dataset.several_chosen)",
-    "rows_ranked_by_order": "the answers of {} rows have no scores: the first was taken as the best",
-    "answers_without_text_or_score": "{} answers without a text or a score were left out",
-    "tied_answers_dropped": "{} answers as good as the best were left out (dataset.ties)",
-    "answers_within_margin_dropped": "{} answers nearly as good as the best were left out (dataset.min_margin)",
-    "rows_without_a_worse_answer": "{} rows, in which no answer is worse than the best, were left out",
-}
 
 
 class Preferences:
     """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
     `path`, `val_path` and `test_path` are what `raw.Source` reads, and a row is what `layouts.Layout` reads; `splits`,
-    `columns` and the other options are theirs (`conf/dataset/jsonl.yaml` says what each does). A row may also have
-    `candidates`, the slate: chosen and rejected in the order shown; and `id`. All rows of one prompt are held out
+    `columns` and the other options are theirs (`conf/dataset/preferences.yaml` says what each does). A row may also
+    have `candidates`, the slate: chosen and rejected in the order shown; and `id`. All rows of one prompt are held out
     together.
 
     Raises:
@@ -99,7 +84,7 @@ class Preferences:
         """Where each split is read from; a path of its own takes the place of one that `path` brought."""
         if bool(self.path) == bool(self.hub_id):
             raise UserError(
-                "dataset=jsonl needs dataset.path=FILE (rows of prompt, chosen, rejected) or dataset.hub_id"
+                "dataset=preferences needs dataset.path=FILE (rows of prompt, chosen, rejected) or dataset.hub_id"
             )
         place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
         main = Source(place, self.reading, self.subset, self.splits, self.outside)
@@ -143,6 +128,7 @@ class Preferences:
     def _notes(self, layout: Layout) -> list[str]:
         """A line for each kind of thing that is not used as it was given."""
         notes = [text.format(layout.told[name]) for name, text in TOLD.items() if layout.told[name]]
+        notes += [f"separator {separator!r} found (dataset.separator)" for separator in sorted(self.reading.found)]
         columns = layout.columns.report()
         if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
             notes.append(f"columns that were ignored: {', '.join(ignored)}; read were {columns['columns']}")
