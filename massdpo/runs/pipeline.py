@@ -1,61 +1,31 @@
 """One run, top to bottom: prepare, SFT, reference, preference stage, evaluate, result files; what is there is kept."""
 
 import json
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from accelerate import Accelerator
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo.config import resolved, run_name, without_secrets
 from massdpo.data.prepare import limited
-from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation.baselines import baselines
-from massdpo.evaluation.catalogue import CatalogueRanks, rank_catalogue
-from massdpo.evaluation.generation import Answer, generate_split, generation_metrics
-from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, predictions, ranking
-from massdpo.model.save import save_policy
+from massdpo.evaluation.catalogue import rank_catalogue
+from massdpo.evaluation.generation import generate_split
+from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
-from massdpo.runs.card import model_card
 from massdpo.runs.folder import CHECKPOINTS, claim, draw_history, holding, show, take_over, telling
-from massdpo.runs.machine import commit, in_words, machine, peak_memory_mb
 from massdpo.runs.provenance import run_parts
-from massdpo.runs.start import Data, cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
+from massdpo.runs.results import Run, about, decorating, measured, picks_table, save, write_results
+from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
-from massdpo.store import Cache, build_folder, write_json, write_text
-from massdpo.training.checkpoints import Position
+from massdpo.store import write_text
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
 from massdpo.training.objectives import Preference
-
-
-@dataclass
-class Run:
-    """What every step of a run needs."""
-
-    config: DictConfig
-    data: Data
-    cache: Cache
-    folder: Path
-    tracker: Tracker
-    history: History
-    score: SplitScorer
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.score.accelerator
 
 
 def train(config: DictConfig) -> Path:
@@ -158,101 +128,3 @@ def announce(run: Run) -> None:
     run.tracker.start(config, run.folder, run.folder.name, run.config.sweep, tags)
     if run.accelerator.is_main_process:
         write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
-
-
-def measured(
-    run: Run,
-    final: SplitScores,
-    reference: SplitScores,
-    answers: Sequence[Answer],
-    against: CatalogueRanks | None,
-    position: Position,
-) -> dict[str, Any]:
-    """Metrics of the test split: of the policy, of the SFT start, of validation, of guesses without a model."""
-    metrics: dict[str, Any] = evaluate(final, reference, run.config.beta)
-    metrics |= {f"sft/{name}": value for name, value in ranking(reference).items()}
-    metrics |= {f"val/{name}": value for name, value in position.validation.items()}
-    metrics |= generation_metrics(answers, final) if answers else {}
-    metrics |= against.metrics() if against else {}
-    return metrics | baselines(run.data.splits, run.cache)
-
-
-def about(run: Run, position: Position, packed: bool) -> dict[str, Any]:
-    """What the run cost, and what it ran on."""
-    sizes = [row["k_effective"] for row in position.history if "k_effective" in row]
-    return {
-        "k_effective": sum(sizes) / len(sizes) if sizes else 0.0,
-        "train_seconds": position.train_seconds,
-        "select_seconds": position.select_seconds,
-        "train_tokens": position.learned_tokens,
-        "fed_tokens": position.fed_tokens,
-        "tokens_per_second": position.fed_tokens / position.train_seconds if position.train_seconds else 0.0,
-        "peak_memory_mb": peak_memory_mb(),
-        "threads": torch.get_num_threads(),
-        "processes": run.accelerator.num_processes,
-        "packed": int(packed),
-        "seed": run.config.seed,
-        "git_commit": commit(),
-        "machine": in_words(machine()),
-        "command": command_line(),
-    }
-
-
-def write_results(
-    run: Run,
-    metrics: dict[str, Any],
-    final: SplitScores,
-    reference: SplitScores,
-    answers: Sequence[Answer],
-    against: CatalogueRanks | None,
-) -> None:
-    """Everything computed, before anything that decorates it."""
-    run.history.write()
-    lines = predictions(final, reference, run.config.beta, [example.id for example in run.data.test])
-    for line, answer in zip(lines, answers, strict=False):  # without generation there is none
-        line |= {"generated": answer.free, "generated_constrained": answer.constrained}
-    for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
-        line["catalogue_rank"] = rank
-    write_text(run.folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    write_json(run.folder / "metrics.json", metrics)
-
-
-def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics: dict[str, Any], used: int) -> None:
-    """The trained policy and its model card, as an ordinary Hugging Face folder."""
-    counts = {"train": len(run.data.train), "preference": used, "test": len(run.data.test)}
-    blocks = getattr(policy.config, "dequantised_from", None)
-    card = None
-    with decorating("the model card"):
-        card = model_card(resolved(run.config), metrics, counts, run.folder.name, blocks)
-    build_folder(run.folder / "policy", lambda place: save_policy(policy, run.data.tokenizer, place, card, weights))
-
-
-@contextmanager
-def decorating(what: str) -> Iterator[None]:
-    """What a run can do without: where it fails, the run's results are good all the same."""
-    try:
-        yield
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(f"warning: {what} is left out ({why}); the run's results are complete", file=sys.stderr)
-
-
-def command_line() -> str:
-    """The command that this process computes, as it may be written down."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
-    return str(without_secrets(shlex.join(["python", "run.py", *overrides])))
-
-
-def picks_table(objective: Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
-    """The newest picks of the first prompts, as text."""
-
-    def text(ids: Sequence[int]) -> str:
-        return str(data.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    table = []
-    for row, example in enumerate(rows[: min(20, len(rows))]):
-        index_K = objective.state["index_SK"][row][objective.state["mask_SK"][row]]
-        picks = " | ".join(text(example.response_ids[1 + index]) for index in index_K.tolist())
-        chosen = text(example.response_ids[0])
-        table.append({"id": example.id, "prompt": text(example.prompt_ids), "chosen": chosen, "picked": picks})
-    return table

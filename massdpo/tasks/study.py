@@ -13,7 +13,7 @@ from massdpo.data.batches import collate
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.save import load_policy
-from massdpo.runs import launch, pipeline, start
+from massdpo.runs import launch, pipeline, results, start
 from massdpo.runs.machine import commit, in_words, machine
 from massdpo.runs.trackers import NoLogger
 from massdpo.store import write_text
@@ -40,7 +40,7 @@ def study(config: DictConfig) -> None:
     started = time.perf_counter()
     STUDIES[config.study](config, out)
     page = out / f"{config.study}.md"
-    source = f"`{pipeline.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
+    source = f"`{results.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
     write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
     print(page.read_text(encoding="utf-8"))
     print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
