@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from massdpo.errors import UserError
-from massdpo.model import load, scratch
+from massdpo.model import hub, scratch
 from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout, load_model
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scratch import TinyModel, learn_tokenizer
@@ -301,7 +301,7 @@ def test_gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> str:
         raise GatedRepoError("gated", response=MagicMock())
 
-    monkeypatch.setattr(load, "snapshot_download", refuse)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
     message = told(PretrainedModel("owner/name"), tmp_path)
     assert all(part in message for part in ("https://huggingface.co/owner/name", "HF_TOKEN", "model.path=DIR"))
 

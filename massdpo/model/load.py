@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from torch import nn
@@ -31,11 +24,11 @@ from transformers import (
 
 from massdpo.errors import UserError, one_line
 from massdpo.model.gguf import converted, packaged
+from massdpo.model.hub import hub_snapshot
 from massdpo.store import Cache
 
 Texts = Iterable[str] | Callable[[], Iterable[str]]
 ADAPTER = "adapter_config.json"
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]  # no pickles, no code
 
 
 class PretrainedModel:
@@ -83,7 +76,7 @@ class PretrainedModel:
     def folder(self) -> Path:
         """Where the model's files lie, fetched from the hub if they are not there yet."""
         if self.path is None:
-            return _fetch(str(self.hub_id), self.revision)
+            return hub_snapshot(str(self.hub_id), self.revision)
         folder = Path(self.path).expanduser().resolve()
         _check_folder(folder)
         if (folder / ADAPTER).is_file():
@@ -224,34 +217,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token would do: padding is masked everywhere
     return tokenizer
-
-
-def _fetch(hub_id: str, revision: str | None) -> Path:
-    """The folder of a hub model's snapshot in the hub's cache; offline, what the cache has."""
-    try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{hub_id} is gated: accept its terms at https://huggingface.co/{hub_id} and put your access token into "
-            "the variable HF_TOKEN, or set model.path=DIR to a folder that holds it"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {hub_id} (or it is private and HF_TOKEN holds no token for it)"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{hub_id} is not in the cache {constants.HF_HUB_CACHE} and the hub cannot be reached: go online once, or "
-            "set model.path=DIR to a folder that holds it"
-        ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"{hub_id} cannot be fetched from the hub: {one_line(error)}") from error
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"{hub_id} has no weights in *.safetensors in {folder}: where the hub has them, go online once to complete "
-            "that cache, or set model.path=DIR to a folder that holds the model"
-        )
-    return folder
 
 
 @contextmanager
