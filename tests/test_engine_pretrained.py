@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
-from massdpo.model import packing, scoring
+from massdpo.model import packing
 from massdpo.model.load import PackagedModel
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache
@@ -24,7 +24,7 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.mark.timeout(900)
 def test_all_ways_agree(pretrained: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt beyond Gemma's window of 512, so that its responses have lost sight of the prompt's start."""
-    monkeypatch.setattr(scoring, "SHORT_TOKENS", 0)
+    monkeypatch.setattr(packing, "SHORT_TOKENS", 0)
     prompt = 530 if pretrained.config.model_type == "gemma3_text" else 150
     batch = make_batch([prompt, 40], [[9, 4], [1, 12]], vocabulary=pretrained.config.vocab_size)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -63,7 +63,7 @@ GPT2 = GPT2Config(
 @pytest.fixture(autouse=True)
 def prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However short: these batches are tiny."""
-    monkeypatch.setattr(scoring, "SHORT_TOKENS", 0)
+    monkeypatch.setattr(packing, "SHORT_TOKENS", 0)
 
 
 def tiny(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
@@ -147,7 +147,7 @@ def assert_all_ways_agree(model: torch.nn.Module, batch: Batch, tolerance: float
         if way == "checkpoints":
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.train()
-        with patch.object(scoring, "SHORT_TOKENS", ALL_SHORT if way == "one row" else 0):
+        with patch.object(packing, "SHORT_TOKENS", ALL_SHORT if way == "one row" else 0):
             scores = scorer(batch, select).scores
         loss = pl_loss(scores.logp_BC, scores.mask_BC)
         gradient = gradient_of(model, loss)
@@ -173,7 +173,7 @@ def test_all_ways_agree_in_float64() -> None:
     expected = gradient_of(model, expected_loss)
     ways = itertools.product(("packed", "repeated"), (None, pick_all), (0, ALL_SHORT))
     for layout, select, short in ways:
-        with patch.object(scoring, "SHORT_TOKENS", short):
+        with patch.object(packing, "SHORT_TOKENS", short):
             scores = PreferenceScorer(model, layout=layout)(RAGGED, select).scores
         loss = pl_loss(scores.logp_BC, scores.mask_BC)
         gradient = gradient_of(model, loss)
@@ -211,7 +211,7 @@ SHARED_LLAMA = PreferenceScorer(tiny(LLAMA), layout="packed")
 @pytest.mark.parametrize("short", [0, ALL_SHORT])
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_a_candidate_is_alone_with_its_prompt(two_phase: bool, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "SHORT_TOKENS", short)
+    monkeypatch.setattr(packing, "SHORT_TOKENS", short)
     select = pick_all if two_phase else None
     with torch.no_grad():
         whole_BC = SHARED_LLAMA(RAGGED, select).scores.logp_BC
@@ -327,7 +327,7 @@ def test_gradients_accumulate() -> None:
 def test_features_are_the_states_that_predict_the_response(
     layout: str, short: int, features: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "SHORT_TOKENS", short)
+    monkeypatch.setattr(packing, "SHORT_TOKENS", short)
     scorer = PreferenceScorer(tiny(LLAMA), features, layout)
     with torch.no_grad():
         one_pass = scorer(RAGGED).scores.features_BCD
@@ -464,7 +464,7 @@ def test_a_step_waits_for_the_device_where_a_size_is_needed(monkeypatch: pytest.
 
 def test_short_prompts_lie_beside_their_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     """One row for the pool and one for the picks, unless processes must take the same passes; SFT is plain text."""
-    monkeypatch.setattr(scoring, "SHORT_TOKENS", RAGGED.prompt_ids_BP.numel() + 1)
+    monkeypatch.setattr(packing, "SHORT_TOKENS", RAGGED.prompt_ids_BP.numel() + 1)
     scorer = PreferenceScorer(tiny(LLAMA), layout="packed")
     fed = lengths_fed(scorer)
     scorer(RAGGED, pick_all)

@@ -34,6 +34,11 @@ def token_logp(causal_lm: PreTrainedModel, batch: Batch, row: ResponseRow, end_B
     return torch.cat([first_BC[..., None], rest_BCT], dim=-1)
 
 
+def prompt_end(batch: Batch, hidden_BLD: Tensor) -> Tensor:
+    """The hidden state of each prompt's last token, `(B, D)`."""
+    return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), batch.prompt_mask_BP.sum(-1) - 1]
+
+
 def predicting_states(batch: Batch, row: ResponseRow, end_BD: Tensor, rest_MD: Tensor) -> Tensor:
     """The hidden states that predict each response token, `(B, C, T, D)`."""
     first_BCD = as_float(end_BD)[:, None].expand(*batch.mask_BC.shape, -1)

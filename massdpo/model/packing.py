@@ -15,6 +15,7 @@ from massdpo.tensors import Batch
 
 PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 ROW_TOKENS = 1024  # of responses in a row; one response may be longer
+SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
 ALIGNED = 16  # kernels copy a mask whose rows don't begin at multiples of so many numbers, in every layer
 
 
@@ -85,6 +86,14 @@ def in_parts(batch: Batch, sharded: bool) -> list[Batch]:
         return [batch]
     ids, masks = (t.tensor_split(parts, dim=1) for t in (batch.response_ids_BCT, batch.response_mask_BCT))
     return [replace(batch, response_ids_BCT=i, response_mask_BCT=m) for i, m in zip(ids, masks, strict=True)]
+
+
+def worth_a_pass(batch: Batch) -> bool:
+    """Whether to encode the prompts once, ahead of their responses; several processes answer alike, as above."""
+    if batch.response_ids_BCT.shape[1] == 1:
+        return False
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS
 
 
 def _padded(batch: Batch, ids_BL: Tensor, there_BL: Tensor) -> Tensor:

@@ -23,14 +23,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from massdpo.errors import UserError
 from massdpo.model.features import head_kernel, last_features, mean_features
-from massdpo.model.head import decoder_name, logit_transform, predicting_states, states_logp, token_logp
-from massdpo.model.packing import Prompt, ResponseRow, Row, attention_mask, in_parts
+from massdpo.model.head import decoder_name, logit_transform, predicting_states, prompt_end, states_logp, token_logp
+from massdpo.model.packing import Prompt, ResponseRow, Row, attention_mask, in_parts, worth_a_pass
 from massdpo.model.plain import repeated_prompts
 from massdpo.model.probe import misfit
 from massdpo.model.trie import Catalogue
 from massdpo.tensors import Batch, Picks, Scored, Scores
-
-SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
 
 Select = Callable[[Scores], Picks]
 
@@ -211,13 +209,13 @@ class PreferenceScorer(nn.Module):
         checkpoints = self.model.training and any(
             getattr(m, "gradient_checkpointing", False) for m in self.model.modules()
         )
-        return self._encode(batch) if self.packed and not checkpoints and _worth_a_pass(batch) else None
+        return self._encode(batch) if self.packed and not checkpoints and worth_a_pass(batch) else None
 
     def _encode(self, batch: Batch) -> Prompt:
         """The prompts alone, with their cache. Their padding is on the right, where a causal mask alone hides it."""
         row = Row.prompts(batch)
         cache = DynamicCache()  # made without a config, it keeps every token in every layer: the masks do the windowing
-        return Prompt(row, _prompt_end(batch, self._decode(row, None, cache)), cache)
+        return Prompt(row, prompt_end(batch, self._decode(row, None, cache)), cache)
 
     def _continued(self, batch: Batch, prompt: Prompt) -> tuple[ResponseRow, Tensor, Tensor]:
         """All responses in one row, off the prompts' cache."""
@@ -230,7 +228,7 @@ class PreferenceScorer(nn.Module):
         row = ResponseRow.of(batch, prompt=True)
         mask = None if batch.response_ids_BCT.shape[1] == 1 else attention_mask(self.causal_lm, row, row)
         hidden_BLD = self._decode(row, mask, None)
-        return row, _prompt_end(batch, hidden_BLD), hidden_BLD.flatten(0, 1)[row.place_M]
+        return row, prompt_end(batch, hidden_BLD), hidden_BLD.flatten(0, 1)[row.place_M]
 
     def _decode(self, row: Row, mask: Tensor | dict[str, Tensor] | None, cache: DynamicCache | None) -> Tensor:
         """The last hidden states of a row. Without a mask it is plain text, which the model masks and counts itself."""
@@ -240,21 +238,9 @@ class PreferenceScorer(nn.Module):
         return decoder(input_ids=row.ids_BL, **positions, **options).last_hidden_state
 
 
-def _worth_a_pass(batch: Batch) -> bool:
-    """Whether to encode the prompts once, ahead of their responses; several processes answer alike, as above."""
-    if batch.response_ids_BCT.shape[1] == 1:
-        return False
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS
-
-
 def _check_finite(batch: Batch, logp_BC: Tensor) -> None:
     finite_B = torch.isfinite(logp_BC).all(-1).tolist()
     if names := [name for name, finite in zip(batch.ids, finite_B, strict=True) if not finite]:
         raise UserError(
             f"log-probs that are not finite ({', '.join(names)}): lower the learning rate or check the weights"
         )
-
-
-def _prompt_end(batch: Batch, hidden_BLD: Tensor) -> Tensor:
-    return hidden_BLD[torch.arange(len(hidden_BLD), device=hidden_BLD.device), batch.prompt_mask_BP.sum(-1) - 1]
