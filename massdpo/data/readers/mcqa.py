@@ -16,6 +16,7 @@ import numpy as np
 from massdpo.data.containers import Reading, placed_rows
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
 from massdpo.data.readers.interactions import raw_file
+from massdpo.data.readers.lender import Lender
 from massdpo.data.readers.questions import WAYS, Question, Reader, answered, read_questions
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
@@ -175,7 +176,7 @@ class MultipleChoice:
         return kept, [questions[number] for number in sorted(held)]
 
     def _examples(self, split: str, questions: list[Question], counts: Counter[str]) -> Iterator[PreferenceExample]:
-        lender = _Lender(questions)
+        lender = Lender(questions)
         for row, question in enumerate(questions):
             id = f"{split}/{row}"
             chance = np.random.default_rng(keyed_seed("pool", self.seed, split, row))
@@ -220,31 +221,6 @@ class MultipleChoice:
         before, between = WORDINGS[choice]
         options = between + "; ".join(question.options) if self.list_options else ""
         return f"{before}{question.stem}{options}\nAnswer:"
-
-
-class _Lender:
-    """The distinct options of a split, to borrow from."""
-
-    def __init__(self, questions: list[Question]):
-        first: dict[str, str] = {}
-        for question in questions:
-            for option in question.options:
-                first.setdefault(normalise(option), option)
-        self.keys = list(first)
-        self.texts = list(first.values())
-
-    def borrow(self, count: int, taken: set[str], chance: np.random.Generator, split: str) -> list[str]:
-        """`count` options, none of which says what one of `taken` does."""
-        if count <= 0:
-            return []
-        if len(self.keys) < count + len(taken):
-            raise UserError(
-                f"the {split} split has {len(self.keys)} different options, too few for dataset.num_negatives: "
-                "lower it, or set it to own"
-            )
-        draws = chance.choice(len(self.keys), size=count + len(taken), replace=False, shuffle=True)
-        free = [place for place in draws if self.keys[place] not in taken]
-        return [self.texts[place] for place in free[:count]]
 
 
 def _shuffled(question: Question, chance: np.random.Generator) -> Question:
