@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from massdpo.data.readers.synthetic import PARTS, QUESTIONS, RELATIONS, SyntheticMCQA, SyntheticRec
+from massdpo.data.readers.synthetic import SyntheticMCQA, SyntheticRec
+from massdpo.data.readers.synthetic.knowledge import QUESTIONS, RELATIONS
+from massdpo.data.readers.synthetic.viewers import PARTS
 from massdpo.errors import UserError
 from massdpo.store import digest
 from tests.conftest import ROOT
