@@ -11,25 +11,26 @@ import torch
 
 from massdpo.benchmark import engine, measure
 from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES
+from massdpo.benchmark.sides import CPU, build_batch, build_model, build_sides, everywhere, lean
 from massdpo.model.scoring import PreferenceScorer
 
 SMALL = replace(
-    engine.CPU, layers=2, width=32, inner=48, heads=2, key_value_heads=2, vocabulary=101, prompt=12, response=4,
+    CPU, layers=2, width=32, inner=48, heads=2, key_value_heads=2, vocabulary=101, prompt=12, response=4,
     negatives=5, k=2, prompts=2,
 )  # fmt: skip
 
 
 def test_usual_ways_and_ours_give_the_same_log_probs() -> None:
-    model, batch = engine.build_model(SMALL), engine.build_batch(SMALL)
+    model, batch = build_model(SMALL), build_batch(SMALL)
     with torch.no_grad():
         ours_BC = PreferenceScorer(model, layout="packed")(batch).scores.logp_BC
-        torch.testing.assert_close(engine.everywhere(model, batch), ours_BC, rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(engine.lean(model, batch), ours_BC, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(everywhere(model, batch), ours_BC, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(lean(model, batch), ours_BC, rtol=1e-5, atol=1e-4)
 
 
 def test_random_sides_have_the_same_gradient() -> None:
-    model = engine.build_model(SMALL)
-    sides = engine.build_sides(SMALL, model)
+    model = build_model(SMALL)
+    sides = build_sides(SMALL, model)
     assert list(sides) == list(SIDES)
     gradients = {}
     for side in ("random_everywhere", "random_lean", "random_packed"):
@@ -79,8 +80,8 @@ def test_half_of_the_goals() -> None:
 
     Other work on the machine disturbs the short sides most. Where three rounds miss, those of nine are decisive.
     """
-    setting = replace(engine.CPU, prompts=2)
-    sides, shape = engine.build_sides(setting, engine.build_model(setting)), json.dumps(asdict(setting))
+    setting = replace(CPU, prompts=2)
+    sides, shape = build_sides(setting, build_model(setting)), json.dumps(asdict(setting))
     memory = {
         side: int(measure.fresh_process("massdpo.benchmark.engine", side, shape))
         for side in ("full_everywhere", "full_packed")
@@ -101,5 +102,5 @@ def test_half_of_the_goals() -> None:
 @pytest.mark.slow
 def test_half_of_the_goal_against_trl() -> None:
     pytest.importorskip("trl")
-    seconds = measure.medians(engine.against_trl(engine.CPU, rounds=2, steps=3))
+    seconds = measure.medians(engine.against_trl(CPU, rounds=2, steps=3))
     assert seconds["trl_pairs"] / seconds["packed_pairs"] >= AT_LEAST["trl_pairs_speedup"] / 2

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from massdpo.benchmark import real
-from massdpo.benchmark.engine import build_model
+from massdpo.benchmark.sides import build_model
 from tests.test_benchmark_engine import SMALL
 
 TOY = replace(SMALL, dtype="bfloat16")

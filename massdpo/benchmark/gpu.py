@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine import Setting, against_trl, autocast, build_batch, build_model, build_sides, lean, shares
+from massdpo.benchmark.engine import against_trl, shares
+from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides, lean
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import machine

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 from transformers import PreTrainedModel
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine import Setting, autocast, build_batch, build_model, build_sides
+from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides
 from massdpo.config import compose
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import machine
