@@ -183,7 +183,7 @@ def test_a_large_split_is_sampled_evenly_and_said_so(prepared: Splits, tokenizer
     assert looked_at.train[0] == whole.train[0] and looked_at.train[-1] == whole.train[-1]
     assert len({example.id for example in looked_at.train}) > 200  # of 216
     page = page_of(whole, looked_at, tokenizer)
-    assert "train: 4320 examples; what follows is of 1000 of them" in page and "val: 27 examples\n" in page
+    assert "train: 4320 examples; what follows is of 300 of them" in page and "val: 27 examples\n" in page
 
 
 def test_what_repeats_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
