@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from massdpo.data import ragged
+from massdpo.data import fitting, ragged
 from massdpo.data import tokenize as tokenize_module
 from massdpo.data.batches import collate
 from massdpo.data.ragged import Ragged
@@ -325,7 +325,7 @@ def test_places_are_what_a_dict_of_the_texts_gives(texts, many):
 def test_what_is_written_and_mapped_is_what_would_be_in_memory(tmp_path, monkeypatch, max_length):
     """28 tokens: some prompts are cut, and the file is written anew. Blocks of 2 rows: the last one is not full."""
     monkeypatch.setattr(ragged, "BLOCK", 2)
-    monkeypatch.setattr(tokenize_module, "BLOCK", 2)
+    monkeypatch.setattr(fitting, "BLOCK", 2)
     titles = ["red river two", "blue moon", "x" * 9, "green hill", "quiet home of cranes", "amber", "zz top"]
     rows = [viewer(row, titles[: 1 + row]) for row in range(7)]
     memory = tokenize_split(rows, TOKENIZER, max_length)

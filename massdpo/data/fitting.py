@@ -4,13 +4,15 @@ chose: the run stops with all of them named, they are left out, or they are cut.
 Suffixes: B examples of a split.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from massdpo.data.encode import Encoder
-from massdpo.data.ragged import Ragged
+from massdpo.data.ragged import BLOCK, Ragged
 from massdpo.data.schema import PreferenceExample
 from massdpo.errors import UserError
 
@@ -20,15 +22,17 @@ NAMED = 5  # rows that a line names
 
 
 def shortened(
-    examples: Sequence[PreferenceExample], encoder: Encoder, longest_B: Counts, max_length: int
-) -> tuple[list[tuple[NDArray[np.int32], str]], int]:
-    """Prompts with as few of the oldest items left out as will do, as ids and as text; how many items that were.
+    examples: Sequence[PreferenceExample], rows: Counts, encoder: Encoder, longest_B: Counts, max_length: int
+) -> Iterator[tuple[int, NDArray[np.int32], str, int]]:
+    """The prompts of some rows with as few of the oldest items left out as will do: row, ids, text, how many those are.
 
     One that does not fit is without any history then.
     """
-    cut = _history_to_cut(examples, encoder, max_length - longest_B)
-    texts = [encoder.rendered(*pair) for pair in zip(examples, cut, strict=True)]
-    return list(zip(encoder.prompts(texts, examples), texts, strict=True)), sum(cut)
+    for block in np.split(rows, range(BLOCK, len(rows), BLOCK)):
+        asked = [examples[row] for row in block.tolist()]
+        cut = _history_to_cut(asked, encoder, max_length - longest_B[block])
+        texts = [encoder.rendered(*pair) for pair in zip(asked, cut, strict=True)]
+        yield from zip(block.tolist(), encoder.prompts(texts, asked), texts, cut, strict=True)
 
 
 def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, room_B: Counts) -> list[int]:
@@ -76,9 +80,9 @@ def refusal(
 
 
 def truncated_responses(
-    rows: Counts, candidates: Ragged, responses: Ragged, max_length: int
-) -> tuple[Ragged, list[NDArray[np.int32]]]:
-    """Candidates and further responses, with which these rows have none longer than half of `max_length`.
+    rows: Counts, candidates: Ragged, responses: Ragged, max_length: int, folder: Path
+) -> tuple[Ragged, Ragged]:
+    """Candidates and responses, written to `folder`, with which these rows have none longer than half of `max_length`.
 
     The end is cut off; EOS stays, and rows that share such a response and fit keep it whole.
     """
@@ -93,7 +97,12 @@ def truncated_responses(
                     cut[whole] = len(responses) + len(cut)
                     further.append(np.concatenate([ids[: half - 1], ids[-1:]]))
                 place[slot] = cut[whole]
-    return Ragged(place, candidates.offsets), further
+    fitting = Ragged(place, candidates.offsets)
+    kept = map(responses.__getitem__, range(len(responses)))
+    return (
+        Ragged.written(map(fitting.__getitem__, range(len(fitting))), folder, "candidates"),
+        Ragged.written(chain(kept, further), folder, "responses"),
+    )
 
 
 def truncated_prompt(ids: NDArray[np.int32], room: int, bos: int | None) -> NDArray[np.int32]:

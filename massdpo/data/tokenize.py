@@ -5,8 +5,7 @@ Suffixes: B examples of a split (or of a block of it), X candidates of all of th
 
 from array import array
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from massdpo.data.encode import Encoder, last_word
 from massdpo.data.fitting import Counts, named, refusal, shortened, truncated_prompt, truncated_responses
-from massdpo.data.ragged import BLOCK, Places, Ragged, Texts, appending
+from massdpo.data.ragged import Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import Subset
 from massdpo.data.tokens import TokenizedSplit
@@ -122,22 +121,15 @@ def _tokenized(
         marked = _read(examples, encoder, folder, scratch, ends, end_B)
         ids, texts = Texts(folder, "ids"), Texts(scratch, "texts")
         prompts, candidates = Ragged.load(folder, "prompts"), Ragged.load(folder, "candidates")
-
-        def owner(text: int) -> str:
-            slot = np.flatnonzero(candidates.flat == text)[0]
-            return ids[int(np.searchsorted(candidates.offsets, slot, side="right")) - 1]
-
+        owner = partial(_owner, ids, candidates)
         responses = Ragged.written(encoder.responses(texts, owner), folder, "responses")
         longest_B, tokens, in_pool = _responses_of(candidates, responses)
         prompt_B, items_cut = prompts.lengths, 0
         long = np.flatnonzero(prompt_B + longest_B > max_length)
-        for rows in np.split(long, range(BLOCK, len(long), BLOCK)):
-            asked = [examples[row] for row in rows.tolist()]
-            shorter, cut = shortened(asked, encoder, longest_B[rows], max_length)
+        for row, prompt, text, cut in shortened(examples, long, encoder, longest_B, max_length):
             items_cut += cut
-            for row, (prompt, text) in zip(rows.tolist(), shorter, strict=True):
-                end_B[row], prompt_B[row] = ends.of(last_word(text)), len(prompt)
-                add_shorter(prompt)
+            end_B[row], prompt_B[row] = ends.of(last_word(text)), len(prompt)
+            add_shorter(prompt)
     too_long = np.flatnonzero(prompt_B + longest_B > max_length)
     told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
     if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
@@ -151,10 +143,7 @@ def _tokenized(
     differences = encoder.boundary_differences(Texts(scratch, "ends"), ends_B, texts, candidates, scratch)
     notes = []
     if told:
-        candidates, further = truncated_responses(too_long, candidates, responses, max_length)
-        candidates = Ragged.written(map(candidates.__getitem__, range(len(ids))), folder, "candidates")
-        whole_responses = map(responses.__getitem__, range(len(responses)))
-        responses = Ragged.written(chain(whole_responses, further), folder, "responses")
+        candidates, responses = truncated_responses(too_long, candidates, responses, max_length, folder)
         longest_B, tokens, in_pool = _responses_of(candidates, responses)
         notes = [
             f"cut to max_length={max_length} (responses of more than half of it lose their end, prompts their "
@@ -172,11 +161,7 @@ def _tokenized(
         "chosen_tokens_in_pool": in_pool,
         "prompts_with_markup": 0 if encoder.chat_template else marked,
         "prompts_with_markup_twice": marked if encoder.chat_template else 0,
-        "longest_prompt": int(prompts.lengths.max(initial=0)),
-        "longest_response": int(longest_B.max(initial=0)),
-        "longest_total": int((prompts.lengths + longest_B).max(initial=0)),
-        "prompt_tokens": int(prompts.lengths.sum()),
-        "response_tokens": tokens,
+        **_sizes(prompts.lengths, longest_B, tokens),
     }
     return TokenizedSplit(ids, prompts, responses, candidates, report, notes)
 
@@ -214,6 +199,22 @@ def _read(
 
         Ragged.written(encoder.prompts(rendered(), examples), folder, "prompts")
     return marked
+
+
+def _owner(ids: Texts, candidates: Ragged, text: int) -> str:
+    """The id of the first row that has this response."""
+    slot = np.flatnonzero(candidates.flat == text)[0]
+    return ids[int(np.searchsorted(candidates.offsets, slot, side="right")) - 1]
+
+
+def _sizes(prompt_B: Counts, longest_B: Counts, response_tokens: int) -> dict[str, int]:
+    return {
+        "longest_prompt": int(prompt_B.max(initial=0)),
+        "longest_response": int(longest_B.max(initial=0)),
+        "longest_total": int((prompt_B + longest_B).max(initial=0)),
+        "prompt_tokens": int(prompt_B.sum()),
+        "response_tokens": response_tokens,
+    }
 
 
 def _fitting(prompts: Ragged, long: Counts, shorter: Ragged, room_B: Counts, bos: int | None) -> Iterator[Any]:
