@@ -1,14 +1,15 @@
 """`task=select`: the training split with the negatives that a selector picks, for other trainers."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch import Tensor
 
 from massdpo.data.prepare import limited
-from massdpo.data.schema import joint
+from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
@@ -52,16 +53,7 @@ def select(config: DictConfig) -> None:
     picking = Preference(selector, loss, config.beta, "once", config.seed, rows, data.val, reference, score)
     picking.begin_epoch(scorer, 0, observe_every=len(rows))  # nobody logs it
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
-    table = []
-    for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
-        places = index_K[mask_K].tolist()
-        rejected = [example.pool[place] for place in places]
-        if trainer.chat_template:  # as TRL's conversational form has them, for the template that they were read with
-            asked = example.meta.get("messages") or [{"role": "user", "content": example.prompt}]
-            texts = {"prompt": asked, "chosen": answer(example.chosen), "rejected": [answer(text) for text in rejected]}
-        else:
-            texts = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected}
-        table.append(texts | {"rejected_index": places})
+    table = list(_rows(examples, index_SK, mask_SK, trainer.chat_template))
     if accelerator.is_main_process:
         import datasets  # seconds
 
@@ -86,6 +78,21 @@ def select(config: DictConfig) -> None:
         with writing_to(config.out):
             build_folder(out, write)
         print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
+
+
+def _rows(
+    examples: Sequence[PreferenceExample], index_SK: Tensor, mask_SK: Tensor, chat_template: bool
+) -> Iterator[dict[str, Any]]:
+    """Each prompt with its picks, as texts or as lists of messages."""
+    for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
+        places = index_K[mask_K].tolist()
+        rejected = [example.pool[place] for place in places]
+        if chat_template:  # as TRL's conversational form has them, for the template that they were read with
+            asked = example.meta.get("messages") or [{"role": "user", "content": example.prompt}]
+            texts = {"prompt": asked, "chosen": answer(example.chosen), "rejected": [answer(text) for text in rejected]}
+        else:
+            texts = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected}
+        yield texts | {"rejected_index": places}
 
 
 def answer(text: str) -> list[dict[str, str]]:
