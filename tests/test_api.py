@@ -1,6 +1,7 @@
 """The library as others import it: `massdpo.select` and the lazily imported names."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -84,3 +85,11 @@ def test_the_example_runs() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == 8 and all("of the best log det" in line for line in lines)
+
+
+def test_the_readmes_lines_run_as_they_stand() -> None:
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    logp_BC, ref_logp_BC, features_BCD = example()
+    names = {"logp": logp_BC, "ref_logp": ref_logp_BC, "features": features_BCD}
+    exec(code, names)
+    assert names["picked"].indices_BK.shape == (3, 4)  # type: ignore[attr-defined]

@@ -22,7 +22,7 @@ from massdpo.config import compose
 from massdpo.data import prepare
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
-from massdpo.model import load
+from massdpo.model import scratch
 from massdpo.runs import pipeline, start
 from massdpo.runs.folder import claim
 from massdpo.store import MANIFEST, digest, is_whole
@@ -442,7 +442,7 @@ class Counting:
         for module in (start, pipeline):  # the SFT start's, the preference stage's
             module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
         SplitScorer.__call__ = counted(lambda *rest: rest[-1], SplitScorer.__call__)  # type: ignore[method-assign]
-        load.learn_tokenizer = counted(lambda *_: "tokenizer", load.learn_tokenizer)  # type: ignore[assignment]
+        scratch.learn_tokenizer = counted(lambda *_: "tokenizer", scratch.learn_tokenizer)  # type: ignore[assignment]
         prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]
 
 

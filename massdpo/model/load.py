@@ -228,5 +228,5 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def as_plain(node: Mapping[str, Any]) -> dict[str, Any]:
-    """A config node as as_plain dictionaries and lists."""
+    """A config node as plain dictionaries and lists."""
     return OmegaConf.to_object(node) if isinstance(node, DictConfig) else dict(node)  # type: ignore[return-value]

@@ -60,7 +60,7 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
 
 
 def merge_adapter(model: "PeftModel") -> PreTrainedModel:
-    """The as_plain model with the adapter's update added to its weights, in place."""
+    """The plain model with the adapter's update added to its weights, in place."""
     merged = model.merge_and_unload()
     merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
     return merged
@@ -91,9 +91,11 @@ def save_policy(
         if base.name_or_path:
             write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
         else:
-            as_plain = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-            names = {name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in as_plain}
-            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in as_plain.items()})
+            without_adapter = {name: weight for name, weight in weights.items() if ".lora_" not in name}
+            names = {
+                name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in without_adapter
+            }
+            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in without_adapter.items()})
         # save_embedding_layers="auto" would ask the hub whether they changed
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     else:
@@ -115,7 +117,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
     adapter = _read_json(folder / ADAPTER)
     if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
-        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a as_plain LoRA is needed")
+        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
     from peft import PeftModel
 
     base = load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
