@@ -61,7 +61,7 @@ def train(config: DictConfig) -> Path:
 def compute(run: Run, model: nn.Module) -> None:
     """The stages of one run, into its folder."""
     config, trainer = run.config, run.config.trainer
-    rows = limited(run.data.train, trainer.preference.limit, config.dataset.seed, "preference")
+    rows = limited(run.data.train, trainer.preference.limit, config.dataset.get("seed", 0), "preference")
     selector = instantiate(config.selector)
     features = selector.features if selector.needs_scores else None
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])

@@ -43,14 +43,14 @@ def reference_key(config: DictConfig, start: Path) -> str:
     """The reference log-probs': those of the policy in the folder `start`, on the rows that are trained on."""
     files = json.loads((start / MANIFEST).read_text(encoding="utf-8"))
     files.pop("start.json", None)  # how long it took
-    return digest(start.name, files, config.trainer.preference.limit, config.dataset.seed)
+    return digest(start.name, files, config.trainer.preference.limit, config.dataset.get("seed", 0))
 
 
 def run_parts(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator) -> dict[str, str]:
     """The run's, part by part, so that a run can say which of them it found otherwise; `weights` is the `model_key`."""
     options = {name: value for name, value in identity(config).items() if name not in (*BY_CONTENT, *OF_OTHER_TASKS)}
     return {
-        "options": digest(options, config.dataset.seed),
+        "options": digest(options, config.dataset.get("seed", 0)),
         "code": digest(package_code(), target_code([_node(config[part]) for part in ("model", "selector", "loss")])),
         "data": data_key,
         "model": weights,

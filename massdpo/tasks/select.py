@@ -38,7 +38,7 @@ def select(config: DictConfig) -> None:
         raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
     cache = start.cache_of(config)
     data, model = start.load(config, cache)
-    subset = trainer.preference.limit, config.dataset.seed, "preference"
+    subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
     selector = start.instantiate(config.selector)
     features = selector.features if selector.needs_scores else None
