@@ -96,4 +96,4 @@ def overrides() -> list[str]:
 def readers() -> set[str]:
     """The classes that conf/dataset/ names."""
     files = (root() / "conf" / "dataset").glob("*.yaml")
-    return {yaml.safe_load(file.read_text(encoding="utf-8"))["_target_"] for file in files}
+    return {yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") for file in files}  # jsonl: another name
