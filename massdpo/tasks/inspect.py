@@ -23,7 +23,7 @@ from massdpo.store import Cache, replacing
 from massdpo.tasks.rank import writing_to
 
 SHOWN = 3  # examples printed whole
-LOOKED_AT = 1000  # examples of a split that are counted, spread evenly over it
+LOOKED_AT = 300  # examples of a split that are counted, spread evenly over it
 
 
 def inspect(config: DictConfig) -> None:
