@@ -19,7 +19,7 @@ import pytest
 from accelerate import Accelerator
 
 from massdpo.config import compose
-from massdpo.data import prepare
+from massdpo.data.stored import StoredExamples
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model import scratch
@@ -443,7 +443,8 @@ class Counting:
             module.fit = counted(lambda stage, *_: stage.name, module.fit)  # type: ignore[attr-defined]
         SplitScorer.__call__ = counted(lambda *rest: rest[-1], SplitScorer.__call__)  # type: ignore[method-assign]
         scratch.learn_tokenizer = counted(lambda *_: "tokenizer", scratch.learn_tokenizer)  # type: ignore[assignment]
-        prepare._write = counted(lambda _, __, split: f"prepared {split}", prepare._write)  # type: ignore[assignment]
+        written = counted(lambda _, __, split: f"prepared {split}", StoredExamples.written)
+        StoredExamples.written = staticmethod(written)  # type: ignore[assignment, method-assign]
 
 
 @pytest.fixture
