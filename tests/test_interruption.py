@@ -478,7 +478,7 @@ def test_jobs_at_once_share_what_they_have_in_common(
     places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
     data = ["dataset=sequences", f"dataset.raw_dir={raw}"]
     jobs = ("selector=mass", "selector=random", "selector=hardest", "beta=0.1")
-    started = [start(*tiny, *places, *data, job, log=tmp_path / "log", before=counter) for job in jobs]
+    started = [processes.start(*tiny, *places, *data, job, log=tmp_path / "log", before=counter) for job in jobs]
     assert [wait(process) for process in started] == [0] * 4, (tmp_path / "log").read_text()
     shared = ("prepared train", "prepared test", "tokenizer", "sft", "reference train", "reference test")
     assert [count(name) for name in shared] == [1] * 6
