@@ -19,8 +19,8 @@ from massdpo.config import explain, without_secrets
 from massdpo.config.options import on_search_path, root
 from massdpo.errors import UserError
 
-MAIN_PROCESS = os.getpid()
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
+MAIN_PROCESS: list[int] = []  # filled by main(): a launcher's own processes import this module and never call it
 
 on_search_path()
 
@@ -51,7 +51,7 @@ def say(text: str) -> None:
 
 def failed(code: int, error: Exception) -> None:
     """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
-    if os.getpid() != MAIN_PROCESS:
+    if os.getpid() not in MAIN_PROCESS:
         raise error
     FAILURES.append(code)
 
@@ -61,6 +61,7 @@ def main() -> int:
     if sys.argv[1:] == ["--version"]:
         print(f"massdpo {massdpo.__version__}")
         return 0
+    MAIN_PROCESS.append(os.getpid())
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # for a `_target_` of one's own, wherever the command is installed

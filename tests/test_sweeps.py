@@ -161,9 +161,9 @@ def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     for path in second.glob("*/metrics.json"):
         assert path.read_bytes() == (tmp_path / "runs" / "first" / path.parent.name / "metrics.json").read_bytes()
     lines, sentence = sweep_status(second)
-    assert sentence.startswith("2 finished, 2 missing, 0 failed, 0 running; about ")
-    (missing, _) = (line["note"] for line in lines if line["state"] == "missing")
-    assert "k=9" in missing and "seed=" in missing  # what to give to run it alone
+    assert sentence.startswith("2 finished, 0 missing, 2 failed, 0 running; about "), sentence
+    (failed, _) = (line["note"] for line in lines if line["state"] == "failed")
+    assert "k=9" in failed, failed
 
 
 def test_a_run_of_another_key_or_unfinished_is_not_taken_over(tmp_path: Path) -> None:

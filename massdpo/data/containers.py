@@ -116,6 +116,7 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
     begun = [next(lines)]
     while not begun[-1].strip():
         begun.append(next(lines))
+    csv.field_size_limit(1 << 24)  # a cell may be long; Python's own limit is 131,072 characters
     separator = reading.separator or separator_of(begun[-1])
     if not reading.separator:
         reading.found.add(separator)
@@ -124,7 +125,6 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
             if line.strip():
                 yield number, line.rstrip("\r\n").split(separator)
         return
-    csv.field_size_limit(1 << 24)  # a cell may be long; Python's own limit is 131,072 characters
     quoting: Literal[0, 3] = csv.QUOTE_NONE if reading.header or suffix_of(path) in RECBOLE else csv.QUOTE_MINIMAL
     rows = csv.reader(chain(begun, lines), delimiter=separator, strict=True, quoting=quoting)
     while True:
@@ -141,7 +141,8 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
 
 def separator_of(header: str) -> str:
     """The separator that divides a header into the most columns, of the usual ones."""
-    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([header], delimiter=separator))))
+    line = header.replace("\r", " ")  # a bare carriage return is no end of line, and csv refuses it within one
+    return max(SEPARATORS, key=lambda separator: len(next(csv.reader([line], delimiter=separator))))
 
 
 def _parquet_batches(path: Path) -> Iterator[Any]:
