@@ -77,7 +77,7 @@ def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Pr
         if not lines or len(set(ids)) < len(ids):
             raise ValueError("a prompt twice" if lines else "no prompt")
         there = [name for name in FIELDS if all(isinstance(line.get(name), int | float) for line in lines)]
-        prompts = {name: np.array([line[name] for line in lines], FIELDS[name]) for name in there}
+        prompts: Prompts = {name: np.array([line[name] for line in lines], FIELDS[name]) for name in there}
         for name, values in ranking_values(torch.tensor(prompts["rank"].astype(np.int64))).items():
             mean = float(values.mean())
             if abs(metrics.get(name, mean) - mean) > 1e-6:
@@ -115,7 +115,7 @@ def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
     """`rows.csv`, a row per run; those that name a set of `prompts` are as many as the arrays of that set have rows."""
     with reading(csv if isinstance(csv, Path) else Path("rows.csv")):
         frame = pd.read_csv(csv, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
-        _only_numbers(frame, [name for name in frame if name not in TEXTS and not name.startswith("option/")])
+        _only_numbers(frame, [name for name in frame.columns if name not in TEXTS and not name.startswith("option/")])
         run = frame.loc[frame["label"].notna(), [*IDENTITY, "seed", "prompts"]]
         if run[["name", "dataset", "model", "k", "beta", "refresh", "seed"]].isna().any(axis=None):
             raise ValueError("a run without name, data, model, k, beta, refresh or seed")
