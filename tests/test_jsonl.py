@@ -370,12 +370,3 @@ def test_too_few_prompts_and_impossible_options(path):
     ]:
         with pytest.raises(UserError, match=told):
             Preferences(write(path, lines(9)), **options).load()
-
-
-@pytest.mark.parametrize(("separator", "told"), [(None, ["separator ';' found (dataset.separator)"]), (";", [])])
-def test_a_separator_that_was_found_is_told_once(tmp_path, separator, told):
-    for split in ("train", "val", "test"):
-        rows = [f"question {row};right {row};wrong {row}" for row in range(9)]
-        (tmp_path / f"{split}.csv").write_text("\n".join(["prompt;chosen;rejected", *rows]))
-    notes = Preferences(path=str(tmp_path), separator=separator).load().report["notes"]
-    assert [note for note in notes if "separator" in note] == told

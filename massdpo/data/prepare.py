@@ -12,6 +12,7 @@ import hydra.utils
 import numpy as np
 from omegaconf import OmegaConf
 
+from massdpo.data.containers import unusual_separators
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import Splits
@@ -19,7 +20,11 @@ from massdpo.data.stored import StoredExamples, Subset
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
-TOLD = {"equal_times": "equal times", "rating_is_ignored": "a column of ratings is ignored"}  # of the report, each time
+TOLD = {
+    "equal_times": "equal times",
+    "rating_is_ignored": "a column of ratings is ignored",
+    "separator": "columns are separated (dataset.separator) by",
+}  # of the report, each time
 
 T = TypeVar("T")
 
@@ -39,7 +44,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     def build(folder: Path) -> None:
         if terms:
             print(f"{name or node['_target_']}: {terms}", file=sys.stderr)
-        splits = source.load()
+        splits = _loaded(source, node)
         for split in SPLITS:
             StoredExamples.written(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
@@ -58,7 +63,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     """What `prepare` gives, for a look at it: read anew, rows made when they are asked for, nothing kept, no digest."""
     source, node, limits, name, _ = _source_of(dataset, cache)
-    splits: Splits = source.load()
+    splits = _loaded(source, node)
     for line in _notes(name, splits.report):
         print(line, file=sys.stderr)
     return _limit(splits, limits, node)
@@ -76,6 +81,14 @@ def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str,
         return hydra.utils.instantiate(node, _convert_="all"), node, limits, name, terms
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+
+
+def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
+    splits: Splits = source.load()
+    is_open = node.get("separator", "") is None  # an option that the dataset has, and nobody gave
+    if is_open and (found := unusual_separators(source.files(), node.get("encoding", "utf-8"))):
+        splits.report["separator"] = ", ".join(map(repr, found))
+    return splits
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:

@@ -128,7 +128,6 @@ class Preferences:
     def _notes(self, layout: Layout) -> list[str]:
         """A line for each kind of thing that is not used as it was given."""
         notes = [text.format(layout.told[name]) for name, text in TOLD.items() if layout.told[name]]
-        notes += [f"separator {separator!r} found (dataset.separator)" for separator in sorted(self.reading.found)]
         columns = layout.columns.report()
         if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
             notes.append(f"columns that were ignored: {', '.join(ignored)}; read were {columns['columns']}")
