@@ -19,7 +19,7 @@ NOT_IDENTITY = (
 )
 
 # Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
-ADDED = {"trainer.generate": False}
+ADDED = {"trainer.generate": False, "selector.screen": None}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 

@@ -88,6 +88,7 @@ def compute(run: Run, model: nn.Module) -> None:
         val=run.data.val,
         reference=reference,
         score=run.score,
+        screen=config.selector.get("screen"),
     )
     stage = Stage(
         name="preference",

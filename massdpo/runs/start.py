@@ -231,7 +231,8 @@ def checkpointing(policy: Any) -> None:
 
 def instantiate(node: DictConfig) -> Any:
     """The part a config node describes; a UserError of its own stays one."""
+    given = {key: value for key, value in node.items() if key != "screen"} if "screen" in node else node
     try:
-        return hydra.utils.instantiate(node)
+        return hydra.utils.instantiate(given)
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None

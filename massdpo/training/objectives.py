@@ -4,6 +4,7 @@ Suffixes: S prompts of the training split, B prompts of a batch, C = 1 + N candi
 K picked negatives.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.data.tokens import TokenizedExample
+from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
+from massdpo.training.remembered import Remembered
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of rewards, mean log-probs and a mask, as in losses.py
 
 # At a margin of 16 the loss and its gradient are exp(-16), a ten-millionth of what they were: nothing more is learned.
 RUNAWAY = 16.0
@@ -60,7 +63,8 @@ class Preference:
     """The preference objective: select negatives (at this step, or as last refreshed), score them, compare.
 
     `refresh`: `step` selects with the current policy in the same pass that trains on it; `epoch` and `once` select for
-    the whole split beforehand. A selector that needs no scores picks without a pass over the pool.
+    the whole split beforehand. A selector that needs no scores picks without a pass over the pool; with `screen` the
+    others see a shortlist of as many negatives, and only those are scored.
     """
 
     selector: Selector
@@ -72,38 +76,34 @@ class Preference:
     val: Sequence[TokenizedExample]
     reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
     score: SplitScorer
+    screen: int | None = None
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
-    _own: list[tuple[Tensor, Picks]] = field(default_factory=list)  # of rows that this process alone knows, till shared
 
     def __post_init__(self) -> None:
-        widest = max(len(example.response_ids) for example in self.rows) - 1
-        shape = len(self.rows), min(getattr(self.selector, "k", widest), widest)
-        self.state = {
-            "index_SK": torch.zeros(shape, dtype=torch.int64),
-            "mask_SK": torch.zeros(shape, dtype=torch.bool),
-            "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
-        }
+        self._remembered = Remembered(self.rows, getattr(self.selector, "k", None), self.screen)
+        self.state = self._remembered.state
+        self._corrected = "log_inclusion_BK" in inspect.signature(self.compare).parameters
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each prompt `(B,)` and what is logged of it; `observe` asks for what costs an extra pass."""
         started = time.perf_counter()
         if self.refresh != "step":
-            picks, pool = self._stored(batch), None
+            picks, pool = self._remembered.picks(batch), None
             scored: Scored = scorer(batch.take(picks))
         elif self.selector.needs_scores:
-            scored = scorer(batch, lambda scores: self.selector(self._statistics(batch, scores, epoch, observe)))
+            batch = self._remembered.shortlist(batch, self._reference(batch))
+            scored = scorer(batch, lambda scores: self._select(self._statistics(batch, scores, epoch, observe)))
             assert scored.picks is not None and scored.pool is not None
             picks, pool = scored.picks, scored.pool
             self.seconds["select"] += scored.select_seconds
         else:
-            picks, pool = self.selector(self._statistics(batch, unscored(batch), epoch)), None
+            picks, pool = self._select(self._statistics(batch, unscored(batch), epoch)), None
             self.seconds["select"] += time.perf_counter() - started
             scored = scorer(batch.take(picks))
         scores = scored.scores
-        reference_BC = picked(self._reference(batch), picks)
-        rewards_BC = self.beta * (scores.logp_BC - reference_BC)
-        loss_B = self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
+        rewards_BC = self.beta * (scores.logp_BC - picked(self._reference(batch), picks))
+        loss_B = self._compare(rewards_BC, scores, picks)
         logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
         with torch.no_grad():
             logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
@@ -123,19 +123,21 @@ class Preference:
         parts, accelerator = [], self.score.accelerator
         for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
             number = place * accelerator.num_processes + accelerator.process_index
+            batch = self._remembered.shortlist(batch, self._reference(batch))
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
             pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
-            picks = self.selector(pool)
+            picks = self._select(pool)
+            self._remembered.saw(batch, pool)
             logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
+            picks = batch.whole(picks)
             if done >= 0:
-                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-            on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
-            parts.append((batch.index_B, on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), picks)
+            parts.append((batch.index_B, picks.to("cpu"), {name: value_B.cpu() for name, value_B in logs.items()}))
         values: dict[str, Tensor] = {}
         for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
-            self._store(index_B, picks)
+            self._remembered.store(index_B, picks)
             for name, value_B in logs.items():
                 values.setdefault(name, torch.full((len(self.rows),), torch.nan))[index_B] = value_B.float()
         self.state["selected_in"].fill_(epoch)
@@ -146,14 +148,7 @@ class Preference:
         return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
-        """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
-        for rows_B, picks in self._own:  # only now, as each look at the device's picks waits for it
-            self._store(rows_B, picks)
-        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *(rows_B for rows_B, _ in self._own)])
-        own = rows_S, self.state["index_SK"][rows_S], self.state["mask_SK"][rows_S]
-        for rows_B, index_BK, mask_BK in gather_object([own]):
-            self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
-        self._own.clear()
+        self._remembered.share()
 
     @staticmethod
     def alarms(row: Mapping[str, float]) -> dict[str, str]:
@@ -174,23 +169,24 @@ class Preference:
 
     def _reference(self, batch: Batch) -> Tensor:
         """Reference log-probs of the batch's candidates, `(B, C)`."""
-        width = batch.response_ids_BCT.shape[1]
-        return self.reference["train"].logp_SC[batch.index_B, :width].to(batch.prompt_ids_BP.device)
+        return self.reference["train"].logp_SC[batch.index_B].to(batch.place_BC.device).gather(1, batch.place_BC)
 
     def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
-        draw = 0 if self.refresh == "once" else epoch
-        noise_BN = noise(batch, self.seed, draw)
+        noise_BN = noise(batch, self.seed, 0 if self.refresh == "once" else epoch)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
-    def _stored(self, batch: Batch) -> Picks:
-        rows_B, device = batch.index_B, batch.prompt_ids_BP.device
-        return Picks(self.state["index_SK"][rows_B].to(device), self.state["mask_SK"][rows_B].to(device))
+    def _select(self, pool: PoolStatistics) -> Picks:
+        if (picks := self.selector(pool)).log_inclusion_BK is None and self._corrected:  # of ours the config has told
+            raise UserError(f"{type(self.selector).__name__} picks without log_inclusion_BK: use loss=pl, not is_pl")
+        return picks
 
-    def _store(self, rows_B: Tensor, picks: Picks) -> None:
-        width = picks.index_BK.shape[1]
-        self.state["index_SK"][rows_B, :width] = picks.index_BK.cpu()
-        self.state["mask_SK"][rows_B] = False
-        self.state["mask_SK"][rows_B, :width] = picks.mask_BK.cpu()
+    def _compare(self, rewards_BC: Tensor, scores: Scores, picks: Picks) -> Tensor:
+        if picks.beta_scale_BK is not None:
+            apart_BK = picks.beta_scale_BK.to(rewards_BC) * (rewards_BC[:, 1:] - rewards_BC[:, :1])
+            rewards_BC = torch.cat([rewards_BC[:, :1], rewards_BC[:, :1] + apart_BK], dim=1)
+        inclusion_BK = picks.log_inclusion_BK if self._corrected else None
+        given = {} if inclusion_BK is None else {"log_inclusion_BK": inclusion_BK.to(rewards_BC)}
+        return self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC, **given)
 
     def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
         count_B = picks.mask_BK.sum(-1)
@@ -212,15 +208,18 @@ class Preference:
         self, scorer: nn.Module, batch: Batch, picks: Picks, pool: Scores | None, epoch: int, observe: bool
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
-        if self.refresh == "step":
-            if epoch and observe:
-                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-            self._own.append((batch.index_B, picks))
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
             logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
             self.seconds["observe"] += time.perf_counter() - started
+        if self.refresh == "step":
+            picks = batch.whole(picks)
+            if epoch and observe:
+                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), picks)
+            self._remembered.note(batch, picks)
+            if self.screen is not None and pool is not None:
+                self._remembered.saw(batch, self._statistics(batch, pool, epoch))
         return logs
 
 
@@ -231,7 +230,6 @@ def tokens_of(scored: Scored) -> dict[str, Tensor]:
 
 
 def picked(value_BC: Tensor, picks: Picks) -> Tensor:
-    """The columns of the chosen response and the picks, `(B, 1 + K)`."""
     return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
 
 
@@ -244,7 +242,9 @@ def unscored(batch: Batch) -> Scores:
 def noise(batch: Batch, seed: int, draw: int) -> Tensor:
     """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
     sizes = (batch.mask_BC.sum(-1) - 1).tolist()
-    noise_BN = np.zeros((len(sizes), batch.mask_BC.shape[1] - 1))
+    place_BN = batch.place_BC[:, 1:].cpu().numpy() - 1
+    noise_BN = np.zeros(place_BN.shape)
     for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
-        noise_BN[row, :size] = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(size)
+        drawn_N = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(1 + place_BN.max())
+        noise_BN[row, :size] = drawn_N[place_BN[row, :size]]
     return torch.from_numpy(noise_BN).to(batch.mask_BC.device)
