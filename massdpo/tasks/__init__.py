@@ -9,6 +9,7 @@ from massdpo.evaluation.metrics import check_keep_metric
 from massdpo.runs import pipeline
 from massdpo.runs.folder import note_failed
 from massdpo.tasks.evaluate import evaluate
+from massdpo.tasks.explain import explain
 from massdpo.tasks.inspect import inspect
 from massdpo.tasks.rank import rank
 from massdpo.tasks.select import select
@@ -33,6 +34,7 @@ def run(config: DictConfig) -> None:
 
 TASKS = {
     "train": pipeline.train,
+    "explain": explain,
     "evaluate": evaluate,
     "select": select,
     "rank": rank,
