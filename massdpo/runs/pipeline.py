@@ -16,9 +16,10 @@ from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
-from massdpo.runs.folder import CHECKPOINTS, claim, draw_history, holding, show, take_over, telling
+from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
 from massdpo.runs.provenance import run_parts
 from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
+from massdpo.runs.shown import draw_history, show
 from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection

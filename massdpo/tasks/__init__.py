@@ -13,6 +13,7 @@ from massdpo.tasks.explain import explain
 from massdpo.tasks.inspect import inspect
 from massdpo.tasks.rank import rank
 from massdpo.tasks.select import select
+from massdpo.tasks.show import show
 from massdpo.tasks.study import study
 
 
@@ -34,6 +35,7 @@ def run(config: DictConfig) -> None:
 
 TASKS = {
     "train": pipeline.train,
+    "show": show,
     "explain": explain,
     "evaluate": evaluate,
     "select": select,
