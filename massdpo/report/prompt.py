@@ -48,8 +48,9 @@ def _ranks(axes: Axes, prompt: Prompt) -> None:
     for place, name in enumerate(prompt.names):
         picked = place - 1 in prompt.trained_on
         colour = BLUE if place == 0 else ORANGE if picked else GREY
-        looks = {"color": colour, "linewidth": 2.2 if place == 0 or picked else 0.9}
-        axes.plot([0, 1], [prompt.before_C[place], prompt.after_C[place]], marker="o", markersize=4, **looks)
+        width = 2.2 if place == 0 or picked else 0.9
+        heights = [prompt.before_C[place], prompt.after_C[place]]
+        axes.plot([0, 1], heights, marker="o", markersize=4, color=colour, linewidth=width)
         text = name.replace("$", r"\$")
         axes.text(1.04, prompt.after_C[place], text, va="center", fontsize=8, color=colour)
     axes.set_xlim(-0.1, 2.2)

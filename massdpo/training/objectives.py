@@ -156,7 +156,7 @@ class Preference:
         """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
         own = [made.on_cpu() for made in self._own]  # only now, as each look at the device's picks waits for it
         self._own.clear()
-        places = {}  # of each row once: a filler that keeps processes in step is one that another has too
+        places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
         for made in gather_object(own):
             self._store(made.rows_B, made.picks)
             places |= {row: (made, place) for place, row in enumerate(made.rows_B.tolist())}
