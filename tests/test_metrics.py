@@ -167,11 +167,11 @@ def test_a_metric_of_another_split_is_described_by_its_entry() -> None:
     assert described("my_own").label == "my own"
 
 
-def test_the_readme_explains_every_metric_in_the_words_of_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_explain_every_metric_in_the_words_of_the_table() -> None:
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
     for metric in METRICS.values():
         if metric.column != "rank_sum":
             name, _, cutoff = metric.name.partition("@")
             number = "@N" if name in ("recall", "ndcg") else f"@{cutoff}" if cutoff else ""
             meaning = re.sub(r"first \d+$", "first N", metric.meaning)
-            assert f"| `{name}{number}` | {meaning} |" in readme, metric.name
+            assert f"| `{name}{number}` | {meaning} |" in page, metric.name

@@ -1,9 +1,10 @@
-"""What the README says is so: its commands run, and its tables name what is in conf/."""
+"""What README.md and the pages of docs/ say is so: their commands run, and their tables name what is in conf/."""
 
 import csv
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,16 +14,21 @@ import pytest
 import yaml
 
 from massdpo.config import compose, validate
+from massdpo.config.rules import RULES
+from massdpo.errors import UserError
 from massdpo.runs.folder import GENERATED
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 from tests.test_impressions import mind
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
 LINES = [line.split("  #")[0].strip() for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
-COMMANDS = [line for line in LINES if re.match(r"python run\.py|torchrun .*run\.py", line)]
+COMMANDS = [
+    line for line in dict.fromkeys(LINES) if re.match(r"python run\.py|(torchrun|accelerate launch) .*run\.py", line)
+]
 # What needs a GPU, weights from the hub or an account is composed and checked, not run.
-COMPOSED = [line for line in COMMANDS if re.search(r"torchrun|trainer=(gpu|lora)|logger\.mode=online", line)]
+COMPOSED = [line for line in COMMANDS if re.search(r"torchrun|accelerate|trainer=(gpu|lora)|logger\.mode=online", line)]
 RUN = [line for line in COMMANDS if line not in COMPOSED]
 QUICK = "python run.py selector=mass k=4"  # the first thing that anyone runs stays among the fast tests
 SMALL = (
@@ -33,7 +39,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a reader would stand: the files that the README's commands name, and its own blocks as files."""
+    """Where a reader would stand: the files that the pages' commands name, and their own blocks as files."""
     desk = tmp_path_factory.mktemp("readme")
     preference, question = blocks("json", 2)
     row = json.loads(preference)
@@ -64,7 +70,7 @@ def blocks(kind: str, count: int) -> list[str]:
 
 
 def run(command: str, desk: Path) -> list[Path]:
-    """Run a command of the README small, from the reader's desk; returns the folders of the runs that it made."""
+    """Run a command of the pages small, from the reader's desk; returns the folders of the runs that it made."""
     before = set(desk.glob("results/runs/*/*/metrics.json"))
     arguments = shlex.split(command)[2:]
     extra = [*SMALL, f"hydra.searchpath=[file://{ROOT},file://{desk / 'conf'}]"]
@@ -86,7 +92,7 @@ def run(command: str, desk: Path) -> list[Path]:
 
 
 def test_the_first_command(desk: Path) -> None:
-    """It runs, leaves the files that the README lists, and measures what the README explains."""
+    """It runs, leaves the files that the pages list, and measures what they explain."""
     assert QUICK in RUN
     (folder,) = run(QUICK, desk)
     files = first_column(section("What a run leaves"))
@@ -106,7 +112,7 @@ def test_a_command_runs(command: str, desk: Path) -> None:
         for argument in shlex.split(command)[3:]:
             jobs *= len(argument.split("=")[1].split(","))
     assert len(folders) == jobs
-    if "sweep=mine" in command:  # the line below it in the README
+    if "sweep=mine" in command:  # the line below it on the page
         report = [sys.executable, "-m", "massdpo.report", "mine"]
         subprocess.run(report, cwd=desk, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
         assert (
@@ -138,7 +144,8 @@ def test_a_command_for_other_machines_is_valid(command: str) -> None:
 
 def test_the_commands_are_found() -> None:
     """A typo in a block's fence would take its commands out of every test above."""
-    assert len(COMMANDS) == len(re.findall(r"^(?:python run\.py|torchrun)\b", README, flags=re.MULTILINE)) >= 12
+    lines = re.findall(r"^(?:python run\.py|torchrun|accelerate launch)\b.*", TEXT, flags=re.MULTILINE)
+    assert len(COMMANDS) == len({line.split("  #")[0].strip() for line in lines}) >= 12
 
 
 def test_the_tables_name_every_option() -> None:
@@ -163,6 +170,32 @@ def test_the_terms_are_those_of_the_datasets() -> None:
     assert table == stated
 
 
+def test_every_page_is_on_the_site_and_has_a_door() -> None:
+    named = re.findall(r"^  - .+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    readme = PAGES[0].read_text(encoding="utf-8")
+    pages = {page.name for page in PAGES[1:]}
+    assert set(named) == pages == set(re.findall(r"\]\(docs/([\w-]+\.md)\)", readme))
+    assert len(readme.splitlines()) <= 250
+
+
+def test_the_generated_tables_have_every_message_and_key() -> None:
+    """Messages without fillings as they stand in the source, and those that a user is really shown; keys of conf/."""
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    messages = [message for room in made["ROOMS"] for message in made["messages"](room)]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "massdpo").rglob("*.py")))
+    plain = re.findall(r'UserError\(\s*"([^"]+)"\s*\)', source)
+    assert len(plain) > 20 and set(plain) <= set(messages)
+    patterns = [re.compile(re.sub("…|[A-Z_]{2,}", ".*", re.escape(message)), re.DOTALL) for message in messages]
+    for wrong in (["loss=dpo"], ["k=0"], ["model.nosuch=1"], ["trainer.adapter=3"], ["task=rank"], ["k=99"]):
+        with pytest.raises(UserError) as shown:
+            validate(compose(wrong))
+        assert any(pattern.fullmatch(str(shown.value)) for pattern in patterns), shown.value
+    listed = set(re.findall(r"^\| `([\w.]+)` \|", made["keys"]("trainer/cpu.yaml", "trainer."), flags=re.MULTILINE))
+    known = {key for key in RULES if key.startswith("trainer.") and not key.startswith("trainer.adapter.")}
+    assert listed == known
+    assert "| `mass` | the subset with the largest log-det" in made["choices"]("selector")
+
+
 def test_the_make_commands_exist() -> None:
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
     used = {word for line in LINES if line.startswith("make ") for word in line.split()[1:]}
@@ -177,8 +210,8 @@ def shipped(folder: str) -> list[Path]:
 
 def section(title: str) -> str:
     """The text below a heading that begins so, down to the next heading of its rank or a higher one."""
-    marks, rest = re.search(rf"^(##+) {title}[^\n]*\n(.*)", README, flags=re.DOTALL | re.MULTILINE).groups()  # type: ignore[union-attr]
-    return re.split(rf"^#{{2,{len(marks)}}} ", rest, flags=re.MULTILINE)[0]
+    marks, rest = re.search(rf"^(#+) {title}[^\n]*\n(.*)", TEXT, flags=re.DOTALL | re.MULTILINE).groups()  # type: ignore[union-attr]
+    return re.split(rf"^#{{1,{len(marks)}}} ", rest, flags=re.MULTILINE)[0]
 
 
 def first_column(text: str) -> set[str]:

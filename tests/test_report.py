@@ -796,7 +796,7 @@ def test_reports_add_to_the_rows_that_are_there(demo: Path, tmp_path: Path, caps
     shutil.move(tmp_path / "away", demo)
     capsys.readouterr()
     assert main([*arguments, "--replace"]) == 0
-    assert "1 rows of" in capsys.readouterr().err and tree(out / "demo") == everything
+    assert "1 rows deleted" in capsys.readouterr().err and tree(out / "demo") == everything
 
 
 def test_a_report_of_ones_own_stays_beside_its_runs(

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationKeyError
 from massdpo.config.options import known_keys, options_of, options_with
 
 OF_YOUR_OWN = {  # what takes more than a group's names say
-    "dataset": "; data of your own: dataset=jsonl dataset.path=FILE",
+    "dataset": "; data of your own: dataset=preferences dataset.path=FILE",
     "model": "; any other: model=pretrained with model.path=DIR | FILE.gguf or model.hub_id=OWNER/NAME",
 }
 

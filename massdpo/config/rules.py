@@ -120,6 +120,8 @@ RULES: dict[str, Rule] = {
     "dataset.terms": text("the data's terms of use"),
     "dataset.seed": whole(0),
     "dataset.num_negatives": whole(1) | one_of("own"),  # own where its class takes text
+    "dataset.min_history": whole(1),
+    "dataset.max_history": whole(1),
     "dataset.num_train": whole(1),
     "dataset.num_val": whole(1),
     "dataset.num_test": whole(1),

@@ -40,6 +40,12 @@ def validate(config: DictConfig) -> None:
     _check_machine(values["trainer"])
 
 
+def check_dataset(node: Mapping[str, Any]) -> None:
+    """Refuse a dataset's node, resolved, with options that its reader does not take or values that they cannot have."""
+    _check_values({"dataset": node})
+    check_part("dataset", node)
+
+
 def _check_keys(values: Mapping[str, Any]) -> None:
     """Every top-level and trainer key is one of ours, and none was removed."""
     top = {key.split(".")[0] for key in RULES} | set(PARTS) | {"choices"}
@@ -118,8 +124,6 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
-    if dataset.get("val_fraction", 0) + dataset.get("test_fraction", 0) >= 1:
-        raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
     if task == "select" or (task == "train" and trainer["preference"]["epochs"] > 0):
         _check_slate(values["k"], values["loss"], selector, dataset)
 

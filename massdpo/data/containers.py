@@ -5,7 +5,7 @@ Only formats that hold nothing but data are read, piece by piece: memory does no
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +39,6 @@ class Reading:
     encoding: str = "utf-8"
     rows: str | None = None
     header: tuple[str, ...] | None = None
-    found: set[str] = field(default_factory=set, compare=False)  # separators that files turned out to have
 
     def __post_init__(self) -> None:
         if self.separator == "":
@@ -66,15 +65,16 @@ def placed_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterato
     reading, suffix = reading or Reading(), suffix_of(path)
     if suffix in PARQUET + ARROW:
         return _table_rows(path, _parquet_batches(path) if suffix in PARQUET else _arrow_batches(path))
-    if suffix in JSON or (suffix not in COLUMNS and _first_character(path) in "{["):
+    if not _has_columns(path):
         return _json_rows(path, bad, reading)
     return _column_rows(path, bad, reading)
 
 
-def _first_character(path: Path) -> str:
-    for _, line in read_lines(path, lambda error: None, "latin-1"):
-        return line.lstrip()[:1]
-    return ""
+def _has_columns(path: Path) -> bool:
+    """Whether a file of text holds separated columns: told by its name, else by its first character."""
+    if (suffix := suffix_of(path)) in JSON + COLUMNS:
+        return suffix in COLUMNS
+    return next((line.lstrip()[:1] not in "{[" for _, line in read_lines(path, None, "latin-1")), False)
 
 
 def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
@@ -118,8 +118,6 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
         begun.append(next(lines))
     csv.field_size_limit(1 << 24)  # a cell may be long; Python's own limit is 131,072 characters
     separator = reading.separator or separator_of(begun[-1])
-    if not reading.separator:
-        reading.found.add(separator)
     if len(separator) > 1:
         for number, line in enumerate(chain(begun, lines), start=1):
             if line.strip():
@@ -137,6 +135,17 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
             return
         if cells:
             yield number, cells
+
+
+def unusual_separators(files: list[Path], encoding: str) -> list[str]:
+    """What was found to separate columns where the files' names say otherwise, such as `;` in a .csv."""
+    found = {}
+    for path in files:
+        if suffix_of(path) in COLUMNS:
+            lines = (line for _, line in read_lines(path, None, encoding, whole=True))
+            header = next(line for line in lines if line.strip())
+            found[separator_of(header)] = "," if suffix_of(path) == ".csv" else "\t"
+    return [separator for separator, usual in found.items() if separator != usual]
 
 
 def separator_of(header: str) -> str:

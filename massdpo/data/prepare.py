@@ -12,6 +12,8 @@ import hydra.utils
 import numpy as np
 from omegaconf import OmegaConf
 
+from massdpo.config import check_dataset
+from massdpo.data.containers import unusual_separators
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import Splits
@@ -19,7 +21,11 @@ from massdpo.data.stored import StoredExamples, Subset
 from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
-TOLD = {"equal_times": "equal times", "rating_is_ignored": "a column of ratings is ignored"}  # of the report, each time
+TOLD = {
+    "equal_times": "equal times",
+    "rating_is_ignored": "a column of ratings is ignored",
+    "separator": "columns are separated (dataset.separator) by",
+}  # of the report, each time
 
 T = TypeVar("T")
 
@@ -30,7 +36,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     The class it names has `files()`, the raw files that it reads, and `load()`, which makes the splits.
 
     Raises:
-        UserError: from the dataset's own reader, the download, or a limit that is no count.
+        UserError: from the dataset's own reader, the download, or an option that is not possible.
     """
     source, node, limits, name, terms = _source_of(dataset, cache)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
@@ -39,7 +45,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     def build(folder: Path) -> None:
         if terms:
             print(f"{name or node['_target_']}: {terms}", file=sys.stderr)
-        splits = source.load()
+        splits = _loaded(source, node)
         for split in SPLITS:
             StoredExamples.written(getattr(splits, split), folder, split)
         write_json(folder / "report.json", splits.report)
@@ -58,7 +64,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     """What `prepare` gives, for a look at it: read anew, rows made when they are asked for, nothing kept, no digest."""
     source, node, limits, name, _ = _source_of(dataset, cache)
-    splits: Splits = source.load()
+    splits = _loaded(source, node)
     for line in _notes(name, splits.report):
         print(line, file=sys.stderr)
     return _limit(splits, limits, node)
@@ -67,6 +73,7 @@ def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str, Any], dict[str, Any], str, str | None]:
     """The reader that a dataset node describes, its own options, the limits, the name and the terms."""
     node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
+    check_dataset(node)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
     node.pop("long_rows", None)  # which decides what becomes of its tokens
@@ -76,6 +83,14 @@ def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str,
         return hydra.utils.instantiate(node, _convert_="all"), node, limits, name, terms
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+
+
+def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
+    splits: Splits = source.load()
+    is_open = node.get("separator", "") is None  # an option that the dataset has, and nobody gave
+    if is_open and (found := unusual_separators(source.files(), node.get("encoding", "utf-8"))):
+        splits.report["separator"] = ", ".join(map(repr, found))
+    return splits
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
@@ -97,7 +112,5 @@ def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> 
     """A seeded subset of at most `limit` examples, in their order; a smaller subset is part of a larger one."""
     if limit is None:
         return examples
-    if type(limit) is not int or limit < 1:
-        raise UserError(f"dataset.limit_{split} must be a whole number of at least 1, or null; not {limit!r}")
     order = np.random.default_rng(keyed_seed("limit", seed, split)).permutation(len(examples))
     return Subset(examples, np.sort(order[:limit]))

@@ -1,7 +1,7 @@
 """`METRICS`, the table of all metrics: what each is called, means, is measured in, and how it is computed.
 
 `metrics.json`, `predictions.jsonl`, the table at a run's end, `trainer.keep_metric`, the report with its paired
-differences, and the README all read this table: a new metric is one entry.
+differences, and the page docs/runs.md all follow this table: a new metric is one entry.
 
 Suffixes: B prompts, C = 1 + N candidates (column 0 is the chosen one, the target of the ranking).
 Masks are boolean, True where a candidate exists.
@@ -48,7 +48,7 @@ class Metric:
 
     name: str
     label: str  # in tables and figures
-    meaning: str  # in the README and the page
+    meaning: str  # in docs/runs.md and the report's page
     unit: str = ""  # none: a share or the like, from 0 to 1
     better: int = 1  # 1: higher is better, -1: lower is, 0: a diagnosis
     of_rank: Callable[[Tensor], Tensor] | None = None  # (B,) ranks -> (B,) values

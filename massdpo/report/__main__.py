@@ -26,12 +26,10 @@ PRINTED = 60  # lines; a longer table is only written
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m massdpo.report", description=__doc__)
     parser.add_argument("sweeps", nargs="*", help="sweeps to report; none: all that have rows or runs")
-    parser.add_argument("--status", action="store_true", help="only tell which runs are finished, failed or missing")
+    parser.add_argument("--status", action="store_true", help="only list which runs are finished, failed or missing")
+    parser.add_argument("--render", action="store_true", help="from the existing rows; do not look at run folders")
     parser.add_argument(
-        "--render", action="store_true", help="from the rows that are there; do not look at run folders"
-    )
-    parser.add_argument(
-        "--replace", action="store_true", help="rows without a run folder here leave (else new rows are added to them)"
+        "--replace", action="store_true", help="delete rows whose run folders are not here (else they are kept)"
     )
     parser.add_argument("--x", default="", help="the option that curves go over (default: as the sweep suggests)")
     parser.add_argument("--group", default="", help="the option whose values are coloured (default: methods)")
@@ -111,10 +109,8 @@ def _plain(cell: tables.Cell) -> str:
 
 
 def _collect(runs: Path, out: Path, only_these: bool) -> None:
-    """Rows of one sweep's runs, where there are any, and the histories for every view of them that shows curves.
-
-    They are added to the rows that are there, and stand for those of the same name.
-    """
+    """Add the rows of one sweep's runs, if any, to the existing ones, replacing those of the same name; write the
+    histories for every view of them that shows curves."""
     if not runs.is_dir():
         return
     rows, folder = collect(runs), out / runs.name
@@ -122,10 +118,13 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
         before = RunRows.read(folder)
         gone = len(set(before.frame["name"]) - set(rows.frame["name"]))
         if gone and only_these:
-            print(f"warning: {gone} rows of {folder / 'rows.csv'} have no run folder here and leave", file=sys.stderr)
+            print(
+                f"warning: {gone} rows deleted from {folder / 'rows.csv'}: their run folders are not here",
+                file=sys.stderr,
+            )
         elif gone:
             rows = before.merged(rows)
-            print(f"{folder / 'rows.csv'}: {gone} rows of before stay (--replace: they leave)")
+            print(f"{folder / 'rows.csv'}: {gone} rows kept whose run folders are not here (--replace deletes them)")
     rows.write(folder)
     for name, view in VIEWS.items():
         if view.curves and (view.rows_of or name) == runs.name:

@@ -80,29 +80,26 @@ class RunRows:
 def collect(folder: Path) -> RunRows:
     """The rows of all runs below `results/runs/<sweep>`; a run that has not finished is there without numbers."""
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
-    expected = expected_runs(folder)
-    for row, _, _ in runs:
-        if "command" in row:
-            row["command"] = shlex.join(part for part in shlex.split(row["command"]) if not part.startswith(PLACES))
     started = {row["name"] for row, _, _ in runs}
-    for name, noted in expected.items():
+    for name, noted in expected_runs(folder).items():
         if name not in started:
             early = (folder / name / "status.json").exists()  # it failed before its config was written
             state, why = run_status(folder / name) if early else ("missing", "")
-            runs.append((_row(name, noted["config"], state, why), _flatten(noted["config"]), None))
+            with reading.reading(folder / EXPECTED):
+                runs.append((_row(name, noted["config"], state, why), _flatten(noted["config"]), {}))
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
     records: list[dict[str, Any]] = []
-    by_set: dict[str, list[dict[str, list[Any]]]] = {}
+    by_set: dict[str, list[Prompts]] = {}
     for row, options, predictions in runs:
-        if predictions is not None:
+        if predictions:
             by_set.setdefault(row["prompts"], []).append(predictions)
         records.append(row | {f"option/{name}": options.get(path) for name, path in axes.items()})
     prompts: Prompts = {
-        f"{key}/{name}": np.array([run[name] for run in runs_of_set], dtype=dtype)
+        f"{key}/{name}": np.stack([run[name] for run in runs_of_set])
         for key, runs_of_set in by_set.items()
-        for name, dtype in FIELDS.items()
+        for name in FIELDS
         if all(name in run for run in runs_of_set)
     }
     frame = pd.DataFrame(records)
@@ -119,18 +116,21 @@ def _axes(frame: pd.DataFrame) -> list[str]:
     return [name for name in candidates if (values[name] > 1).any()]
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[Any]] | None]:
-    """One run's row, its config flattened, and its per-prompt results (None: not finished)."""
-    config = reading.read_config(folder / "config.yaml")
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
+    """One run's row, its config flattened, and its per-prompt results (none: not finished)."""
     status, why = run_status(folder)
-    row = _row(folder.name, config, status, why)
-    predictions = None
-    if status == "finished":
-        metrics = reading.read_metrics(folder / "metrics.json")
-        row |= {name: value for name, value in metrics.items() if name not in row}
-        ids, predictions = reading.read_predictions(folder / "predictions.jsonl", metrics)
-        row["prompts"] = store.digest(ids)
-    return row, _flatten(config), predictions
+    with reading.reading(folder / "config.yaml"):
+        config = reading.read_config(folder / "config.yaml")
+        row, options = _row(folder.name, config, status, why), _flatten(config)
+    if status != "finished":
+        return row, options, {}
+    metrics = reading.read_metrics(folder / "metrics.json")
+    with reading.reading(folder / "metrics.json"):
+        parts = shlex.split(metrics.get("command", ""))
+        metrics |= {"command": shlex.join(part for part in parts if not part.startswith(PLACES))} if parts else {}
+    ids, predictions = reading.read_predictions(folder / "predictions.jsonl", metrics)
+    row |= {name: value for name, value in metrics.items() if name not in row}
+    return row | {"prompts": store.digest(ids)}, options, predictions
 
 
 def _row(name: str, config: dict[str, Any], status: str, why: str = "") -> dict[str, Any]:
@@ -145,7 +145,8 @@ def _row(name: str, config: dict[str, Any], status: str, why: str = "") -> dict[
 def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"job", "command", "config"} of the runs that multiruns into this folder were started for."""
     path = folder / EXPECTED
-    return reading.read_expected(path) if path.exists() else {}
+    with reading.reading(path):
+        return dict(reading.read_json(path)) if path.exists() else {}
 
 
 def run_status(folder: Path) -> tuple[str, str]:
@@ -172,7 +173,7 @@ def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
     """
     seen: dict[tuple[Any, ...], dict[str, set[Any]]] = {}
     for options in runs:
-        group = seen.setdefault(tuple(options[f"choices.{name}"] for name in GROUPS), {})
+        group = seen.setdefault(tuple(options.get(f"choices.{name}") for name in GROUPS), {})
         for path, value in options.items():
             group.setdefault(path, set()).add(value)
     paths = sorted({path for group in seen.values() for path, values in group.items() if len(values) > 1})
