@@ -23,7 +23,14 @@ ITEMS = 26
 def options(folder: Path) -> list[str]:
     data = ["dataset=sequences", f"dataset.raw_dir={folder}", "dataset.num_negatives=5"]
     data += ["dataset.candidates=all", "dataset.list_candidates=false", "dataset.limit_test=6"]
-    return [*MODEL, *data, "trainer.eval_batch_size=4", f"cache_dir={folder / 'cache'}", f"runs_dir={folder / 'runs'}"]
+    return [
+        *MODEL,
+        *data,
+        "logger=none",
+        "trainer.eval_batch_size=4",
+        f"cache_dir={folder / 'cache'}",
+        f"runs_dir={folder / 'runs'}",
+    ]
 
 
 def test_ranks_are_those_of_each_title_alone_among_what_the_user_has_not_met(tmp_path: Path) -> None:
