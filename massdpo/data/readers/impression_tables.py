@@ -58,7 +58,7 @@ class ImpressionTables:
         self._about_items(Path(), None)
         Columns(USUAL | {part: USUAL_TABLES[part] for part in ABOUT_ITEMS}, self.columns)
         if self.item_separator == "":
-            raise UserError("dataset.item_separator is empty: give what stands between two items, or null for spaces")
+            raise UserError("dataset.item_separator is empty: set it to the text between two items, or null for spaces")
 
     def titles(self, files: list[Path], bad: BadRows) -> dict[str, str]:
         """The titles by item, of all files together."""
@@ -133,7 +133,7 @@ class ImpressionTables:
         if self.missing_titles == "error" and "" in found:
             raise UserError(
                 f"{where}: item {items[found.index('')]!r:.60} has no title in the file of titles: "
-                "dataset.missing_titles=skip or id says what to do"
+                "dataset.missing_titles=skip leaves it out, id shows its id"
             )
         told["without_title"] += found.count("")
         return [title for title in found if title]

@@ -1,7 +1,7 @@
 """Recommendation: a user's items so far are the prompt, the next one is the chosen response, others are the pool.
 
-One class a data set, all with the same options; rows are made when they are read (`histories.py`), so that memory does
-not grow with their number.
+One class per data set, all with the same options; rows are made when they are read (`histories.py`), so memory does not
+grow with their number.
 
 Shapes: E (user, item) pairs.
 """

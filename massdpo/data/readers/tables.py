@@ -127,14 +127,16 @@ class Tables:
                 parts = needed(columns, where, row, ("item",))
                 item = cell(where, "item", parts["item"])
                 if item in titles:
-                    raise UserError(f"{where}: item {item!r:.60} has a line already")
+                    raise UserError(f"{where}: item {item!r:.60} is listed twice")
                 if "title" not in columns.mapped:
                     raise columns.missing(where, row, "title", ABOUT_ITEMS)
                 title = str(parts.get("title") or "").strip()
                 if title or self.missing_titles == "id":
                     titles[item] = self.worded(title or item)
                 elif self.missing_titles == "error":
-                    raise UserError(f"{where}: 'title' is empty: dataset.missing_titles=skip or id says what to do")
+                    raise UserError(
+                        f"{where}: 'title' is empty: dataset.missing_titles=skip leaves it out, id shows its id"
+                    )
             except UserError as error:
                 bad(error)
         return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
@@ -164,7 +166,7 @@ class Tables:
                 if item not in titles and self.missing_titles == "error":
                     raise UserError(
                         f"{where}: item {item!r:.60} has no title in the file of titles: dataset.missing_titles=skip "
-                        "or id says what to do"
+                        "leaves it out, id shows its id"
                     )
             except UserError as error:
                 bad(error)
