@@ -81,6 +81,7 @@ class Place:
 
     def result(self) -> dict[str, Any]:
         """Everything the run computed, and the names of everything that it left."""
+        names = [str(path.relative_to(self.run)) for path in self.run.rglob("*")]
         cached = (path for path in (self.root / "cache").rglob("*") if path.suffix != ".lock")
         return {
             "metrics": timeless(self.run),
@@ -88,7 +89,7 @@ class Place:
             "predictions": (self.run / "predictions.jsonl").read_bytes(),
             "policy": (self.run / "policy" / "model.safetensors").read_bytes(),
             "status": self.status()["status"],
-            "left": sorted(str(path.relative_to(self.run)) for path in self.run.rglob("*")),
+            "left": sorted(name for name in names if not name.startswith("wandb")),
             "cached": sorted(str(path.relative_to(self.root / "cache")) for path in cached),
         }
 
@@ -314,7 +315,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_not_used(
     capsys.readouterr()
     place.train("trainer.keep=best")
     said = capsys.readouterr()
-    assert "checkpoints" in said.err and "is damaged; it was set aside" in said.err
+    assert "checkpoints" in said.err and "is damaged: moved aside" in said.err
     assert "preference: going on" not in said.out
     same(place.result(), best)
 
@@ -326,7 +327,7 @@ def test_checkpoints_without_a_status_are_not_used(
     place = copied(begun, tmp_path / "run")
     (place.run / "status.json").write_text('{"status": "runn')
     place.train("trainer.keep=best", "beta=0.1")
-    assert "checkpoints is damaged; it was set aside" in capsys.readouterr().err
+    assert "checkpoints is damaged: moved aside" in capsys.readouterr().err
     assert place.result()["metrics"] != best["metrics"]
 
 
@@ -345,7 +346,7 @@ def test_damaged_caches_are_told_set_aside_and_computed_again(
         damage(file, how)
     capsys.readouterr()
     place.train("trainer.keep=best")
-    assert capsys.readouterr().err.count("is damaged; it was set aside") == len(damages)
+    assert capsys.readouterr().err.count("is damaged: moved aside") == len(damages)
     for kind in damages:
         folders = sorted(path for path in (place.root / "cache" / kind).iterdir() if path.is_dir())
         assert [is_whole(folder) for folder in folders] == [True, False]  # KEY, and KEY.damaged.SOMETHING
@@ -357,10 +358,10 @@ def test_damaged_caches_are_told_set_aside_and_computed_again(
 
 @pytest.mark.slow
 def test_a_full_disk_stops_with_one_error_and_leaves_the_last_checkpoint_good(
-    whole: dict[str, Any], place: Place
+    whole: dict[str, Any], place: Place, logger: str
 ) -> None:
     """From then on no file may grow beyond 30 kB: weights no longer fit, status.json does."""
-    process = place.start()
+    process = place.start(logger)
     place.until(lambda: list(place.run.glob("checkpoints/0*")), process)
     resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (30_000, 30_000))
     assert wait(process) == 2
@@ -412,11 +413,11 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(
     assert "cannot be written (Not a directory)" in line and f"set {option}" in line
 
 
-def test_a_checkpoint_that_cannot_be_written(place: Place) -> None:
+def test_a_checkpoint_that_cannot_be_written(place: Place, logger: str) -> None:
     place.run.mkdir(parents=True)
     (place.run / "checkpoints").write_text("a file stands in the folder's place")
     with pytest.raises(UserError, match=r"checkpoints cannot be written \((File exists|Not a directory)\)"):
-        place.train()
+        place.train(logger)
     assert place.status()["status"] == "failed"
 
 

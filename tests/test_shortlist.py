@@ -70,7 +70,7 @@ def test_a_shortlist_of_the_whole_pool_changes_nothing() -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(float(loss_B.mean().detach()))
-        objective._remembered.store(*objective._remembered._unread[-1])
+        objective._remembered.store(batch.index_B, objective._own[-1].picks)
         sets = [set(row.tolist()) for row in objective.state["index_SK"]]
         found.append((losses[1:], sets))
     assert found[0][1] == found[1][1]
@@ -97,9 +97,7 @@ def test_what_a_shortlist_costs_in_log_det(screen: int, least: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         gram_BNN, ridge_B = mass_design(pool)
-        best_B, ours_B = (
-            value_of(gram_BNN, ridge_B, picks) for picks in (Mass(3)(pool), objective._remembered._unread[-1][1])
-        )
+        best_B, ours_B = (value_of(gram_BNN, ridge_B, picks) for picks in (Mass(3)(pool), objective._own[-1].picks))
         shares.append(float((ours_B / best_B).mean()))
-        objective.share()
+        objective._remembered.saw(batch.index_B, *objective._own[-1].seen)
     assert sum(shares) / 24 > least

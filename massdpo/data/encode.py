@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from massdpo.data import chat
 from massdpo.data.ragged import Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, joint
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 
 Ids = NDArray[np.int32]
-CHUNK = 2048  # texts a call to the tokenizer: its Python lists are turned into arrays before they grow large
+CHUNK = 2048  # texts per call to the tokenizer: its Python lists are turned into arrays before they grow large
 BOUNDARY = 48  # characters on each side of the joint between prompt and response that are looked at
 
 
@@ -135,9 +135,14 @@ class Encoder:
                 yield from last.result()
 
     def _encode(self, texts: list[str]) -> list[Ids]:
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
+        try:
+            encoded = self.tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )
+        except (
+            Exception
+        ) as error:  # all that tokenizers raise, as where a text needs an unknown token that there is not
+            raise UserError(f"the tokenizer fails on a text of the data ({one_line(error)}): fix it") from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 

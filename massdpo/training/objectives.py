@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
-from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
+from massdpo.training.picks import Made, PickLog, noise, picked, reasons, unscored
 from massdpo.training.remembered import Remembered
 
 Loss = Callable[..., Tensor]  # of rewards, mean log-probs and a mask, as in losses.py
@@ -77,8 +76,11 @@ class Preference:
     reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
     score: SplitScorer
     screen: int | None = None
+    log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
+    _own: list[Made] = field(default_factory=list)  # of an epoch's rows that this process alone knows, till shared
+    _epoch: int = 0  # theirs
 
     def __post_init__(self) -> None:
         self._remembered = Remembered(self.rows, getattr(self.selector, "k", None), self.screen)
@@ -93,16 +95,20 @@ class Preference:
             scored: Scored = scorer(batch.take(picks))
         elif self.selector.needs_scores:
             batch = self._remembered.shortlist(batch, self._reference(batch))
-            scored = scorer(batch, lambda scores: self._select(self._statistics(batch, scores, epoch, observe)))
+            scored = scorer(
+                batch, lambda scores: self._pick(self._statistics(batch, scores, epoch, observe), batch, epoch)
+            )
             assert scored.picks is not None and scored.pool is not None
             picks, pool = scored.picks, scored.pool
             self.seconds["select"] += scored.select_seconds
         else:
-            picks, pool = self._select(self._statistics(batch, unscored(batch), epoch)), None
+            picks, pool = self._pick(self._statistics(batch, unscored(batch), epoch), batch, epoch), None
             self.seconds["select"] += time.perf_counter() - started
             scored = scorer(batch.take(picks))
         scores = scored.scores
         rewards_BC = self.beta * (scores.logp_BC - picked(self._reference(batch), picks))
+        if self.refresh == "step" and not self.selector.needs_scores:  # nobody knew them when it picked
+            self._own[-1].known["reward"] = rewards_BC[:, 1:].detach()
         loss_B = self._compare(rewards_BC, scores, picks)
         logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
         with torch.no_grad():
@@ -126,18 +132,16 @@ class Preference:
             batch = self._remembered.shortlist(batch, self._reference(batch))
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
             pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
-            picks = self._select(pool)
-            self._remembered.saw(batch, pool)
+            picks = self._pick(pool, batch, epoch)
             logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
-            picks = batch.whole(picks)
             if done >= 0:
-                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), picks)
-            parts.append((batch.index_B, picks.to("cpu"), {name: value_B.cpu() for name, value_B in logs.items()}))
+                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), batch.whole(picks))
+            parts.append((batch.index_B, {name: value_B.cpu() for name, value_B in logs.items()}))
+        self.share()
         values: dict[str, Tensor] = {}
-        for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
-            self._remembered.store(index_B, picks)
+        for index_B, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
             for name, value_B in logs.items():
                 values.setdefault(name, torch.full((len(self.rows),), torch.nan))[index_B] = value_B.float()
         self.state["selected_in"].fill_(epoch)
@@ -148,7 +152,17 @@ class Preference:
         return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
-        self._remembered.share()
+        """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
+        own = [made.on_cpu() for made in self._own]  # only now, as each look at the device's picks waits for it
+        self._own.clear()
+        places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
+        for made in gather_object(own):
+            self._remembered.store(made.rows_B, made.picks)
+            if made.seen is not None:
+                self._remembered.saw(made.rows_B, *made.seen)
+            places |= {row: (made, place) for place, row in enumerate(made.rows_B.tolist())}
+        if self.log and places and self.score.accelerator.is_main_process:
+            self.log.write(self._epoch, places, self.state["written"])
 
     @staticmethod
     def alarms(row: Mapping[str, float]) -> dict[str, str]:
@@ -175,9 +189,13 @@ class Preference:
         noise_BN = noise(batch, self.seed, 0 if self.refresh == "once" else epoch)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
-    def _select(self, pool: PoolStatistics) -> Picks:
+    def _pick(self, pool: PoolStatistics, batch: Batch, epoch: int) -> Picks:
         if (picks := self.selector(pool)).log_inclusion_BK is None and self._corrected:  # of ours the config has told
             raise UserError(f"{type(self.selector).__name__} picks without log_inclusion_BK: use loss=pl, not is_pl")
+        known = reasons(pool, picks) if self.log and self.selector.needs_scores else {}
+        seen = None if self.screen is None else (batch.place_BC[:, 1:] - 1, pool.advantage_BN)
+        self._own.append(Made(batch.index_B, batch.whole(picks), known, seen))
+        self._epoch = epoch
         return picks
 
     def _compare(self, rewards_BC: Tensor, scores: Scores, picks: Picks) -> Tensor:
@@ -208,18 +226,13 @@ class Preference:
         self, scorer: nn.Module, batch: Batch, picks: Picks, pool: Scores | None, epoch: int, observe: bool
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
+        if self.refresh == "step" and epoch and observe:
+            logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), batch.whole(picks))
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
             logs["selection/hardest_overlap"] = hardest_overlap(self._statistics(batch, scores, epoch), picks)
             self.seconds["observe"] += time.perf_counter() - started
-        if self.refresh == "step":
-            picks = batch.whole(picks)
-            if epoch and observe:
-                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), picks)
-            self._remembered.note(batch, picks)
-            if self.screen is not None and pool is not None:
-                self._remembered.saw(batch, self._statistics(batch, pool, epoch))
         return logs
 
 
@@ -227,24 +240,3 @@ def tokens_of(scored: Scored) -> dict[str, Tensor]:
     """What the training loop adds up of the tokens that went through the model."""
     counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
     return {name: count_B for name, count_B in counts.items() if count_B is not None}
-
-
-def picked(value_BC: Tensor, picks: Picks) -> Tensor:
-    return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
-
-
-def unscored(batch: Batch) -> Scores:
-    """What a selector that needs no scores is given: which candidates there are, and zeros."""
-    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
-    return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
-
-
-def noise(batch: Batch, seed: int, draw: int) -> Tensor:
-    """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
-    sizes = (batch.mask_BC.sum(-1) - 1).tolist()
-    place_BN = batch.place_BC[:, 1:].cpu().numpy() - 1
-    noise_BN = np.zeros(place_BN.shape)
-    for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
-        drawn_N = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(1 + place_BN.max())
-        noise_BN[row, :size] = drawn_N[place_BN[row, :size]]
-    return torch.from_numpy(noise_BN).to(batch.mask_BC.device)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from massdpo.data.tokens import TokenizedExample
-from massdpo.tensors import Batch, Picks, PoolStatistics
+from massdpo.tensors import Batch, Picks
 
 CARRIED = ("log_inclusion", "beta_scale")  # of picks, for the loss that they will meet
 
@@ -27,11 +26,10 @@ class Remembered:
             "index_SK": torch.zeros(shape, dtype=torch.int64),
             "mask_SK": torch.zeros(shape, dtype=torch.bool),
             "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
+            "written": torch.tensor([-1, 0]),  # how far the log of picks is good: its newest epoch, and its bytes
         }
         if screen is not None:
             self.state["advantage_SN"] = torch.zeros(len(rows), widest)  # s = r - r_0, as last seen
-        self._unread: list[tuple[Tensor, Picks]] = []
-        self._own: list[Tensor] = []  # rows that this process alone knows, till shared
 
     def picks(self, batch: Batch) -> Picks:
         """The batch's picks as they were stored, on its device."""
@@ -52,11 +50,6 @@ class Remembered:
                 kept_SK = self.state.setdefault(f"{name}_SK", torch.zeros(shape, dtype=torch.float64))
                 kept_SK[rows_B, :width] = value_BK.double()
 
-    def note(self, batch: Batch, picks: Picks) -> None:
-        """Picks of this process's prompts, read only when they are shared: each look at them waits for the device."""
-        self._unread.append((batch.index_B, picks))
-        self._own.append(batch.index_B)
-
     def shortlist(self, batch: Batch, ref_logp_BC: Tensor) -> Batch:
         """The batch with the `screen` negatives of each prompt whose s was last the largest; by default, with all.
 
@@ -73,24 +66,6 @@ class Remembered:
         index_BM = order_BN[:, : self.screen]
         return batch.take(Picks(index_BM, mask_BN.gather(1, index_BM)))
 
-    def saw(self, batch: Batch, pool: PoolStatistics) -> None:
+    def saw(self, rows_B: Tensor, index_BM: Tensor, advantage_BM: Tensor) -> None:
         """Remember how the negatives of a shortlist were scored."""
-        if batch.column_BC is None:  # there is none
-            return
-        self._own.append(batch.index_B)
-        mask_BM = pool.mask_BN.cpu()
-        rows_BM = batch.index_B[:, None].expand_as(mask_BM)
-        index_BM = batch.column_BC[:, 1:].cpu() - 1
-        self.state["advantage_SN"][rows_BM[mask_BM], index_BM[mask_BM]] = pool.advantage_BN.float().cpu()[mask_BM]
-
-    def share(self) -> None:
-        """Bring what all processes know together: done before it is saved, at an epoch's end too."""
-        for rows_B, picks in self._unread:
-            self.store(rows_B, picks)
-        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *self._own])
-        keys = [key for key in ("index_SK", "mask_SK", "advantage_SN") if key in self.state]
-        for others_S, values in gather_object([(rows_S, [self.state[key][rows_S] for key in keys])]):
-            for key, value in zip(keys, values, strict=True):
-                self.state[key][others_S] = value
-        self._unread.clear()
-        self._own.clear()
+        self.state["advantage_SN"][rows_B[:, None], index_BM] = advantage_BM.float()

@@ -6,7 +6,7 @@ Columns are found by their usual names or told; times are numbers of any unit, I
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from massdpo.data.columns import Columns
 from massdpo.data.containers import RECBOLE, SUFFIXES, PlacedRow, Reading, placed_rows, suffix_of
@@ -64,12 +64,9 @@ ITEMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tables:
-    """Where the tables are and how they are to be read; `conf/dataset/sequences.yaml` says what each option does."""
+class TableOptions:
+    """How tables are to be read; `conf/dataset/sequences.yaml` says what each option does."""
 
-    raw_dir: str | None
-    interactions_file: str | None = None
-    items_file: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     header: list[str] | None = None
     items_header: list[str] | None = None
@@ -77,19 +74,28 @@ class Tables:
     encoding: str = "utf-8"
     rows: str | None = None
     time_format: str | None = None
+    missing_titles: Literal["error", "skip", "id"] = "error"
+
+    def reading(self, header: list[str] | None = None) -> Reading:
+        return Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
+
+    def columns_given(self, parts: tuple[str, ...]) -> dict[str, Any]:
+        return {part: column for part, column in self.columns.items() if part in parts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables(TableOptions):
+    """Where the tables of interactions and of titles are."""
+
+    raw_dir: str | None = None
+    interactions_file: str | None = None
+    items_file: str | None = None
     min_rating: float | None = None
-    missing_titles: str = "error"
     article_first: bool = False
 
     def __post_init__(self) -> None:
-        if self.missing_titles not in ("error", "skip", "id"):
-            raise UserError(f"dataset.missing_titles is error or skip or id, not {self.missing_titles!r}")
-        if self.min_rating is not None and (
-            isinstance(self.min_rating, bool) or not isinstance(self.min_rating, int | float)
-        ):
-            raise UserError(f"dataset.min_rating is a number or null, not {self.min_rating!r}")
         Columns(USUAL, self.columns)
-        Reading(self.separator, self.encoding, self.rows)
+        self.reading()
 
     def interactions_path(self) -> Path:
         path = Path(self.raw_dir or "").expanduser()
@@ -105,21 +111,18 @@ class Tables:
             return raw_file(self.raw_dir, self.items_file, "item, title")
         return _found(self.raw_dir, None, ITEMS, ".item")
 
-    def paths(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The files that are read: their content, with the options, decides the outcome."""
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
     def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
-        reading = Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
-        for where, row in placed_rows(path, bad, reading):
+        for where, row in placed_rows(path, bad, self.reading(header)):
             typed = header is None and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
             yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
 
     def columns_of(self, parts: tuple[str, ...]) -> Columns:
         """The columns of one of two files: of the columns named, the other file's may be missing here."""
-        return Columns({part: USUAL[part] for part in parts}, self._given(parts), optional=tuple(self.columns))
-
-    def _given(self, parts: tuple[str, ...]) -> dict[str, Any]:
-        return {part: column for part, column in self.columns.items() if part in parts}
+        return Columns({part: USUAL[part] for part in parts}, self.columns_given(parts), optional=tuple(self.columns))
 
     def titles(self, bad: BadRows) -> tuple[dict[str, str], dict[str, Any]]:
         """The titles by item, and which columns they stand in; none where there is no file of them."""
@@ -132,14 +135,16 @@ class Tables:
                 parts = needed(columns, where, row, ("item",))
                 item = cell(where, "item", parts["item"])
                 if item in titles:
-                    raise UserError(f"{where}: item {item!r:.60} has a line already")
+                    raise UserError(f"{where}: item {item!r:.60} is listed twice")
                 if "title" not in columns.mapped:
                     raise columns.missing(where, row, "title", ABOUT_ITEMS)
                 title = str(parts.get("title") or "").strip()
                 if title or self.missing_titles == "id":
                     titles[item] = self.worded(title or item)
                 elif self.missing_titles == "error":
-                    raise UserError(f"{where}: 'title' is empty: dataset.missing_titles=skip or id says what to do")
+                    raise UserError(
+                        f"{where}: 'title' is empty: dataset.missing_titles=skip leaves it out, id shows its id"
+                    )
             except UserError as error:
                 bad(error)
         return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
@@ -169,7 +174,7 @@ class Tables:
                 if item not in titles and self.missing_titles == "error":
                     raise UserError(
                         f"{where}: item {item!r:.60} has no title in the file of titles: dataset.missing_titles=skip "
-                        "or id says what to do"
+                        "leaves it out, id shows its id"
                     )
             except UserError as error:
                 bad(error)
