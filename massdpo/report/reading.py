@@ -93,7 +93,9 @@ def read_histories(path: Path) -> pd.DataFrame:
     with reading(path):
         frame = pd.read_csv(path, dtype={"dataset": str, "model": str, "label": str})
         _only_numbers(frame, [name for name in frame.columns if name not in ("dataset", "model", "label")])
-        return frame.dropna(subset=["dataset", "model", "label", "seed", "step"])
+        if frame[["dataset", "model", "label", "seed", "step"]].isna().any(axis=None):
+            raise ValueError("a row without dataset, model, label, seed or step")
+        return frame
 
 
 def read_prompts(path: Path) -> Prompts:
