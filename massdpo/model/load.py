@@ -156,6 +156,12 @@ def attention(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else None
 
 
+def short_positions(config: PreTrainedConfig) -> float:
+    """Tokens up to which a family turns positions alike in every batch: Phi-3's long rope goes by the longest row."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return float("inf") if rope.get("rope_type") != "longrope" else rope["original_max_position_embeddings"]
+
+
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:
     """The causal language model that the folder holds, without the adapter that may lie beside it."""
     _check_folder(folder)

@@ -23,6 +23,7 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
+from massdpo.model.load import short_positions
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
@@ -78,6 +79,12 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    if config.trainer.max_length > (near := short_positions(model.config)):
+        print(
+            f"warning: a row of more than {near} tokens changes how this model turns the positions of its whole batch, "
+            f"so that log-probs depend on what else is in it: trainer.max_length={near} avoids that",
+            file=sys.stderr,
+        )
     if config.trainer.chat_template:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:
