@@ -151,7 +151,7 @@ def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], d
 
 
 def _check_draws(loss: Mapping[str, Any], selector: Mapping[str, Any]) -> None:
-    """What a loss corrects for, the selector knows."""
+    """A loss that corrects for how negatives were drawn needs a selector that draws them, from the whole pool."""
     room, _, name = str(selector["_target_"]).rpartition(".")
     if loss["_target_"] != "massdpo.training.losses.is_pl" or not room.startswith("massdpo."):
         return
