@@ -193,8 +193,9 @@ def test_a_family_without_sdpa_is_loaded_with_eager_attention(tmp_path: Path) ->
 
 def test_long_rope_goes_by_the_longest_row_of_a_batch() -> None:
     """What `short_positions` warns of: beyond it a row's log-probs depend on its neighbours, below it they do not."""
-    scales = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 16}
-    config = Phi3Config(**GROUPED, rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **scales})
+    scales = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **scales}
+    config = Phi3Config(**GROUPED, original_max_position_embeddings=16, rope_parameters=rope)
     assert short_positions(config) == 16 and short_positions(FAMILIES["phi3"]) == float("inf")
     scorer = PreferenceScorer(tiny(config))
     for longest, alike in ((10, True), (20, False)):
