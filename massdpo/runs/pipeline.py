@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo.config import resolved, run_name, without_secrets
+from massdpo.console import screen, show_as, shows, warn
 from massdpo.data.prepare import limited
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
@@ -17,17 +18,19 @@ from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
+from massdpo.runs.plan import doubts, is_kept, plan
 from massdpo.runs.provenance import run_parts
 from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
 from massdpo.runs.shown import draw_history, show
-from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
+from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start, trainable
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
 from massdpo.store import write_text
 from massdpo.training.history import History, Tracker
-from massdpo.training.loop import Stage, fit
+from massdpo.training.loop import fit
 from massdpo.training.objectives import Preference
 from massdpo.training.picks import PickLog
+from massdpo.training.stage import Stage
 
 
 def train(config: DictConfig) -> Path:
@@ -70,8 +73,17 @@ def compute(run: Run, model: nn.Module) -> None:
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     announce(run)
 
-    start_folder = sft_start(config, run.data, model, features, run.cache, run.score, run.tracker)
-    model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
+    policy = trainable(config, model)
+    kept = is_kept(config, run.data, run.cache, run.accelerator)
+    if screen.level != "sweep":
+        for doubt in doubts(config, run.data, rows, run.accelerator.num_processes):
+            warn(doubt)
+    if shows("normal"):
+        planned = plan(config, run.data, policy, rows, selector, run.score, kept)
+        planned.tell(stderr=True)
+        show_as(screen.level, planned.seconds)
+    start_folder = sft_start(config, run.data, policy, features, run.cache, run.score, run.tracker)
+    policy.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
 
@@ -123,7 +135,10 @@ def compute(run: Run, model: nn.Module) -> None:
         with decorating("the table of picks"):
             run.tracker.table("picks", picks_table(run.folder / PICKS))
     sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
-    show(run.folder, metrics, sync)
+    if shows("normal"):
+        show(run.folder, metrics, sync)
+    elif not launch.in_multirun():  # there the sweep has a line per job
+        print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
 
 
 def announce(run: Run) -> None:
