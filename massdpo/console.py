@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +146,9 @@ def _bar(total: int, description: str) -> Iterator[Callable[..., None]]:
     task = bars.add_task(description, total=total, note="", left="")
 
     def tell(done: float, seconds: float, note: str, left: str) -> None:
-        bars.update(task, completed=done, left=left, **({"note": note} if note else {}))
+        bars.update(task, completed=done, left=left)
+        if note:
+            bars.update(task, note=note)
 
     try:
         yield tell
@@ -186,6 +188,11 @@ def summary_table(title: str, rows: Rows, console: Console | None = None, whole:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     # Where no terminal says how wide it is, lines stay whole for whoever reads the log.
     (console or Console(width=None if sys.stdout.isatty() else 240)).print(table)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; cells are put in as they are."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def _cell(value: Any) -> str:

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -35,8 +36,8 @@ def end_with_launcher() -> None:
 
 
 def in_multirun() -> bool:
-    mode = OmegaConf.select(HydraConfig.instance().cfg, "hydra.mode") if HydraConfig.initialized() else None
-    return mode == RunMode.MULTIRUN
+    config: Any = HydraConfig.instance().cfg  # None in a notebook
+    return config is not None and OmegaConf.select(config, "hydra.mode") == RunMode.MULTIRUN
 
 
 def start(config: DictConfig) -> Accelerator:

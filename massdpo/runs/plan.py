@@ -73,6 +73,7 @@ def plan(
         made.seconds["test"] = timing.scoring(data.test)
         scoring = sum(seconds for name, seconds in made.seconds.items() if name not in trainer)
         prompts = len(rows) + len(data.val) + 2 * len(data.test)
+        timing.end()
         made.stages.append(dict(zip(made.stages[0], ["scoring", prompts, "", "", "", spell(scoring)], strict=True)))
     state = training_bytes(policy, score.accelerator)
     needed = peak_memory_mb() * 1e6 if timing else state

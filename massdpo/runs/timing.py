@@ -42,7 +42,9 @@ class Timing:
         weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)
         self.scorer.train()
-        paces, updates, fed = [], [], []  # seconds per token, seconds of an update, tokens fed per token
+        paces: list[float] = []  # seconds per token
+        updates: list[float] = []  # seconds
+        fed: list[float] = []  # tokens that went through the model, per token
         while len(paces) < 3 or (sum(paces[1:]) < ENOUGH and len(paces) <= MOST):
             start = len(paces) * size % (-(-len(some) // size) * size)
             part = list(enumerate(some))[start : start + size]
@@ -87,6 +89,10 @@ class Timing:
         found.state["index_SK"] += torch.arange(found.state["index_SK"].shape[1])  # where nothing is selected anew
         found.state["mask_SK"].fill_(True)
         return found
+
+    def end(self) -> None:
+        """Accelerate forgets the scorer, which checkpoints would hold beside the one that is trained."""
+        self.score.accelerator.free_memory()
 
     def _now(self) -> float:
         if torch.cuda.is_available():
