@@ -194,7 +194,7 @@ def test_a_start_of_other_threads_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    config = compose([*TINY, *places, "seed=7"])
+    config = compose([*TINY, *places, "seed=7", "verbosity=normal"])
     train(*places, "seed=7", "name=one")
     data = start.load(config, Cache(Path(config.cache_dir)))[0]
     capsys.readouterr()

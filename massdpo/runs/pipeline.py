@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo.config import resolved, run_name, without_secrets
-from massdpo.console import screen, show_as, shows, warn
+from massdpo.console import patiently, screen, show_as, shows, warn
 from massdpo.data.prepare import limited
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
@@ -75,7 +75,7 @@ def compute(run: Run, model: nn.Module) -> None:
 
     policy = trainable(config, model)
     kept = is_kept(config, run.data, run.cache, run.accelerator)
-    if screen.level != "sweep":
+    if screen.level != "sweep" and run.accelerator.is_main_process:
         for doubt in doubts(config, run.data, rows, run.accelerator.num_processes):
             warn(doubt)
     if shows("normal"):
@@ -87,7 +87,8 @@ def compute(run: Run, model: nn.Module) -> None:
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
 
-    scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
+    with patiently("loading the SFT start"):
+        scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
     reference = reference_scores(config, run.data, rows, start_folder, scorer, run.cache, run.score)
@@ -128,13 +129,15 @@ def compute(run: Run, model: nn.Module) -> None:
     metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
     write_results(run, metrics, final, reference["test"], answers, against)
     if trainer.save_policy:
-        save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
+        with patiently("writing the policy"):
+            save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
     with decorating("history.png"):
         draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
     if trainer.preference.epochs:
         with decorating("the table of picks"):
             run.tracker.table("picks", picks_table(run.folder / PICKS))
-    sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
+    with patiently("handing over to the logger"):
+        sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
     if shows("normal"):
         show(run.folder, metrics, sync)
     elif not launch.in_multirun():  # there the sweep has a line per job

@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
-from massdpo.console import say, spell, summary_table
+from massdpo.console import patiently, say, spell, summary_table
 from massdpo.evaluation.scores import SplitScorer
-from massdpo.runs.machine import free_bytes, peak_memory_mb, training_bytes
+from massdpo.runs.machine import check_memory, free_bytes, peak_memory_mb, training_bytes
 from massdpo.runs.provenance import start_key
 from massdpo.runs.start import Data
 from massdpo.runs.timing import LOOKED_AT, Rows, Timing
@@ -48,8 +48,13 @@ class Plan:
 def plan(
     config: DictConfig, data: Data, policy: nn.Module, rows: Rows, selector: Selector, score: SplitScorer, kept: bool
 ) -> Plan:
-    """The plan of a run on these rows; `kept`: its SFT start is there already. Several processes time nothing."""
+    """The plan of a run on these rows; `kept`: its SFT start is there already. Several processes time nothing.
+
+    Raises:
+        UserError: more memory is needed than is free.
+    """
     trainer, processes = config.trainer, score.accelerator.num_processes
+    check_memory(policy, score.accelerator)
     timing = Timing(config, policy, selector, score) if processes == 1 else None
     size = sum(weight.numel() for weight in policy.parameters())
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
@@ -115,8 +120,10 @@ def doubts(config: DictConfig, data: Data, rows: Rows, processes: int) -> Iterat
 def is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Accelerator) -> bool:
     """Is the SFT start there already? Where it is for another number of threads alone, that is told."""
     key = start_key(config, data.key, data.model_key, accelerator)
-    if cache.believes("sft", key) or cache.path("sft", f"{key}.checkpoints").is_dir():
-        return cache.believes("sft", key)
+    with patiently("checking the SFT start"):
+        kept = cache.believes("sft", key)
+    if kept or cache.path("sft", f"{key}.checkpoints").is_dir():
+        return kept
     for other in range(1, (os.cpu_count() or 1) + 1):
         place = cache.path("sft", start_key(config, data.key, data.model_key, accelerator, other))
         if place.is_dir() or place.with_name(f"{place.name}.checkpoints").is_dir():
