@@ -13,8 +13,8 @@ class Columns:
     """The parts that a row is made of, by the columns that hold them.
 
     `usual` has, for each part, the names that its column usually has, the most usual first; `given` says which column
-    (or which of several) it is, and goes before. What one of `several` is may also stand in numbered columns, as
-    rejected_1, rejected_2. A part of `optional` may be given without being there. `mapped` says what was found,
+    (or which of several) it is, and takes precedence. A part in `several` may also be spread over numbered columns, as
+    rejected_1, rejected_2. A part in `optional` may be given and yet be missing. `mapped` says what was found,
     `ignored` counts the columns that mean nothing here.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The rows of one file, whatever holds them: JSON in its forms, columns of text, Parquet or Arrow; each with its place.
+"""The rows of one file, each with its place: JSON in its forms, columns of text, Parquet or Arrow.
 
 Only formats that hold nothing but data are read, piece by piece: memory does not grow with the file.
 """
