@@ -1,4 +1,4 @@
-"""Which column is which: told by a mapping, or found by the names that people give them."""
+"""Which column is which: given by a mapping, or found by the names that people use."""
 
 import re
 from collections import Counter
@@ -68,7 +68,7 @@ class Columns:
         )
 
     def report(self) -> dict[str, Any]:
-        """What was mapped to what and what was ignored, to be told."""
+        """What was mapped to what and what was ignored, for the report."""
         found = {"columns": ", ".join(f"{part} = {names}" for part, names in self.mapped.items())}
         return found | {f"ignored_column_{safe(name)}": count for name, count in self.ignored.most_common(20)}
 
