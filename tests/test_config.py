@@ -157,6 +157,9 @@ BAD = [
     ("method=dpo k=2", r"loss=dpo .*k=2"),
     ("task=evaluate", r"task=evaluate needs in="),
     ("task=rank", r"task=rank needs in="),
+    ("task=show", r"task=show needs in=a run's folder"),
+    ("task=explain in=run", r"task=explain needs id=a prompt's id"),
+    ("id=train/3", r"for task=explain, not for task=train"),
     ("task=select", r"task=select needs out="),
     ("task=study", r"needs study=optimality \| features \| refresh \| loglinear"),
     ("task=study study=optimal", r"did you mean 'optimality'"),
@@ -333,12 +336,12 @@ def test_option_names_are_frozen() -> None:
     config = OmegaConf.to_container(compose(["trainer=lora"]))
     assert isinstance(config, dict)
     assert " ".join(sorted(set(config) - {"choices"})) == (
-        "beta cache_dir data_dir dataset debug force in k logger loss model name out policy refresh runs_dir seed"
+        "beta cache_dir data_dir dataset debug force id in k logger loss model name out policy refresh runs_dir seed"
         " selector size split study sweep task trainer"
     )
     assert " ".join(sorted(config["trainer"])) == (
         "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size generate"
-        " gradient_checkpointing keep keep_metric layout log_every max_grad_norm max_length precision preference"
+        " gradient_checkpointing keep keep_metric layout log_every max_grad_norm max_length picks precision preference"
         " save_policy sft threads warmup weight_decay workers"
     )
     assert set(config["trainer"]["sft"]) == {"epochs", "learning_rate"}

@@ -152,6 +152,7 @@ def test_pools_below_k_are_one_line(tmp_path: Path, places: list[str], main: Mai
 
 def test_a_run_leaves_its_files_and_no_others(finished: Path) -> None:
     names = {"config.yaml", "metrics.json", "history.csv", "predictions.jsonl", "history.png", "status.json", "policy"}
+    names |= {"picks.jsonl"}
     assert {path.name for path in finished.iterdir()} - {".lock"} == names
     assert json.loads((finished / "status.json").read_text())["status"] == "finished"
     assert (finished / "history.png").read_bytes().startswith(b"\x89PNG")

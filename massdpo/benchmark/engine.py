@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES, draw_growth, markdown, show
+from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, GROWN, SIDES, draw_growth, markdown, show
 from massdpo.benchmark.sides import BETA, CPU, GPU, Setting, autocast, build_batch, build_model, build_sides
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
@@ -55,7 +55,7 @@ def grow(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         for value in values:
             changed: dict[str, Any] = {axis: value}
             sides = build_sides(replace(setting, **changed), model)
-            ours = {name: sides[name] for name in ("full_packed", "mass", "random_packed", "random_lean")}
+            ours = {name: sides[name] for name in GROWN}
             rows.append({"axis": axis, "value": value, **measure.medians(measure.alternate(ours, rounds))})
     return rows
 
@@ -121,7 +121,7 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
 def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     """Share of the card's measured bfloat16 matrix rate that each side reaches, by the operations that it cannot avoid.
 
-    Six operations a weight and token, forward and backward: the layers for each token fed, the output matrix for each
+    Six operations per weight and token, forward and backward: the layers for each token fed, the output matrix for each
     token scored.
     """
     size = 8192 if setting.device == "cuda" else 512

@@ -13,13 +13,27 @@ from massdpo.config.secrets import without_secrets
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
 NOT_IDENTITY = (
-    *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "policy", "out", "size", "logger"),
+    *(
+        "sweep",
+        "name",
+        "runs_dir",
+        "cache_dir",
+        "data_dir",
+        "force",
+        "debug",
+        "verbosity",
+        "id",
+        "policy",
+        "out",
+        "size",
+        "logger",
+    ),
     *("choices", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
 # Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
-ADDED = {"trainer.generate": False}
+ADDED = {"trainer.generate": False, "trainer.picks": "last"}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 

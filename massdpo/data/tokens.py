@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from massdpo.data.ragged import Ragged, Texts
-from massdpo.data.stored import Subset
+from massdpo.data.stored import Lazy, Subset
 from massdpo.store import write_json
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class TokenizedExample:
     response_ids: list[list[int]]
 
 
-class TokenizedSplit(Sequence[TokenizedExample]):
+class TokenizedSplit(Lazy[TokenizedExample]):
     """A tokenised split: each distinct response is held once, everything in files that are mapped.
 
     `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
@@ -54,16 +54,9 @@ class TokenizedSplit(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, row: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[TokenizedExample]: ...
-    def __getitem__(self, row: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        number = range(len(self))[row]
-        responses = [self._response(text) for text in self._candidates[number].tolist()]
-        return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
+    def _at(self, row: int) -> TokenizedExample:
+        responses = [self._response(text) for text in self._candidates[row].tolist()]
+        return TokenizedExample(self.ids[row], self._prompts[row].tolist(), responses)
 
     def rows_of(self, examples: Sequence[T]) -> Sequence[T]:
         """Those of the examples that were not left out."""
@@ -75,13 +68,13 @@ class TokenizedSplit(Sequence[TokenizedExample]):
         texts = {
             "prompts_truncated": "of {examples} prompts lost the oldest part of their history to fit max_length "
             "({history_items_cut} items in all)",
-            "boundary_differences": "of {examples} prompts have a response that would be tokenised otherwise together "
-            "with its prompt: the model sees a joint it did not see in plain text",
-            "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
-            "it cannot be told from the chosen one",
-            "prompts_with_markup": "of {examples} prompts carry the tokenizer's own markup, which is read as such",
-            "prompts_with_markup_twice": "of {examples} prompts carry the tokenizer's own markup inside what the chat "
-            "template puts around them: leave one of the two out (trainer.chat_template=false)",
+            "boundary_differences": "of {examples} prompts have a response that is tokenised differently when joined "
+            "to its prompt: the model sees a boundary that plain text does not have",
+            "chosen_tokens_in_pool": "of {examples} prompts have a negative with exactly the chosen response's tokens: "
+            "the two cannot be told apart",
+            "prompts_with_markup": "of {examples} prompts contain the tokenizer's special tokens, read as such",
+            "prompts_with_markup_twice": "of {examples} prompts contain special tokens of their own inside those of "
+            "the chat template: drop one of the two (trainer.chat_template=false)",
         }
         return [
             *self.notes,

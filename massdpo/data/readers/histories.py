@@ -5,9 +5,9 @@ Users or times are split; then every position from `min_history` on of a sequenc
 Shapes: R rows, C = 1 + N candidates, E interactions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from massdpo.data.raw import SPLITS
 from massdpo.data.readers.interactions import Ints, Log
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.slates import CleanSlates, legacy_slate
+from massdpo.data.stored import Lazy
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
@@ -45,22 +46,25 @@ WORDINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How a row is put into words: which wordings (`several`: one per row by the seed), with or without candidates."""
+    """The options that every data set of histories has; `conf/dataset/lastfm.yaml` says what each does."""
 
-    noun: str
-    seed: int
-    several: bool
-    list_candidates: bool
-    max_history: int
+    noun: Literal["item", "film", "artist"] = "item"
+    seed: int = 0
+    prompts: Literal["one", "several"] = "one"
+    list_candidates: bool = True
+    min_history: int = 3
+    max_history: int = 10
+    bad_rows: Literal["error", "skip"] = "error"
 
     def example(
         self, id: str, history: list[str], chosen: str, candidates: list[str], meta: dict[str, Any]
     ) -> PreferenceExample:
         """The pool is the other candidates in slate order; only the latest `max_history` items are shown."""
         wordings = WORDINGS[self.noun]
-        before, question = wordings[keyed_seed("wording", self.seed, id) % len(wordings) if self.several else 0]
+        place = keyed_seed("wording", self.seed, id) % len(wordings) if self.prompts == "several" else 0
+        before, question = wordings[place]
         history = history[-self.max_history :]
         listed = f" Choices: {'; '.join(candidates)}." if self.list_candidates else ""
         return PreferenceExample(
@@ -134,7 +138,7 @@ def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
     return np.bincount(target_R, minlength=len(log.titles)).astype(np.float64) + 1
 
 
-class RecommendationSplit(Sequence[PreferenceExample]):
+class RecommendationSplit(Lazy[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
     Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` has the items that the
@@ -160,14 +164,7 @@ class RecommendationSplit(Sequence[PreferenceExample]):
     def __len__(self) -> int:
         return len(self.rows.user_R)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferenceExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
-    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+    def _at(self, row: int) -> PreferenceExample:
         return next(self._examples(row, row + 1))
 
     def __iter__(self) -> Iterator[PreferenceExample]:
@@ -186,7 +183,7 @@ class RecommendationSplit(Sequence[PreferenceExample]):
                 meta["met"] = self.log.sequences[user][:position].tolist()
             yield self.prompting.example(
                 f"{self.name}/{row}",
-                [titles[item] for item in self._history(user, position)],
+                [titles[item] for item in self.log.sequences[user][:position][-self.prompting.max_history :].tolist()],
                 titles[self.log.sequences[user][position]],
                 [titles[item] for item in slate],
                 meta,
@@ -200,11 +197,6 @@ class RecommendationSplit(Sequence[PreferenceExample]):
             legacy_slate(len(self.log.titles), self.log.sequences[user][: position + 1].tolist())
             for user, position in zip(user_R.tolist(), position_R.tolist(), strict=True)
         ]
-
-    def _history(self, user: int, position: int) -> list[int]:
-        oldest = max(0, position - self.prompting.max_history)
-        history: list[int] = self.log.sequences[user][oldest:position].tolist()
-        return history
 
 
 def targets(log: Log, user_R: Ints, position_R: Ints) -> Ints:
