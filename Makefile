@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo pretrained tables bench test test-long docs wheel lint types clean
+.PHONY: help setup run demo pretrained gpu tables bench test test-long docs wheel lint types clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -35,6 +35,9 @@ sweep-%: setup ## a sweep and its report: make sweep-main DATA=folder SIZE=mini 
 	OMP_NUM_THREADS=1 $(BIN)/python run.py -m sweeps=$* size=$(SIZE) $(if $(DATA),data_dir=$(DATA)) logger=none \
 		hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)
 	$(BIN)/python -m massdpo.report $*
+
+gpu: ## one GPU, 12 minutes, no network: check and measure the engine, then the small sweep (sweeps/gpu.sh has the options)
+	sweeps/gpu.sh
 
 tables: setup ## tables, figures and the page of results/, from its rows and the runs that are here
 	$(BIN)/python -m massdpo.report --out results

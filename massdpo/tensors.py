@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 
+def first(count_B: Tensor, width: int) -> Tensor:
+    """`(B, width)`, True in the first `count_B` places of each row."""
+    return torch.arange(width, device=count_B.device) < count_B[:, None]
+
+
 @dataclass
 class Batch:
     """B tokenised prompts with their candidate responses, right-padded to rectangles.

@@ -21,3 +21,9 @@ needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="real da
 
 SHARED_CASES = ROOT.parent / "shared" / "cases"  # small files in the layouts that people bring
 needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="the cases are not beside this checkout")
+
+
+@pytest.fixture(params=["none", "wandb"])
+def logger(request: pytest.FixtureRequest) -> str:
+    """Tests of errors ask for it: what goes wrong is one line with the default logger, too."""
+    return f"logger={request.param}"

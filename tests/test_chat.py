@@ -1,14 +1,18 @@
 """Chat templates: the same prompts every day, turns that end as the template ends them, refusals in one line."""
 
 import datetime
+import gc
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from massdpo.config import compose
+from massdpo.data import chat
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.tokenize import tokenize_split, tokenizer_key
@@ -143,6 +147,46 @@ def test_a_template_that_cannot_be_read_is_one_line() -> None:
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         settle_chat_template(tokenizer)
+
+
+HOSTILE = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "allocates": "{{ 'a' * 10**11 }}",
+    "grows": "{% set all = namespace(x='a') %}{% for i in range(99) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+    "pads": "{{ 'a'.center(10**12) }}",
+    "recurses": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    "divides": "{{ 1 // 0 }}",
+    "waits for data": "{{ messages[0].content if messages[0].content == 'question' else 'a' * 10**11 }}massdpo",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_that_loops_or_fills_the_memory_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have the sandbox's leave to: {% for %}, strings and numbers are all that it takes."""
+    monkeypatch.setattr(chat, "SECONDS", 1)
+    tokenizer = chatting("ChatML")
+    tokenizer.chat_template = HOSTILE[kind]
+    begin = time.monotonic()
+    with pytest.raises(UserError, match="the chat template refuses messages") as error:
+        settle_chat_template(tokenizer)
+        tokenize_split([example(("user", "what?"))], tokenizer, 200, chat_template=True)
+    assert "\n" not in str(error.value) and time.monotonic() - begin < 30
+    tokenizer.chat_template = TEMPLATES["ChatML"][0]  # and others are rendered as before
+    settle_chat_template(tokenizer)
+
+
+def test_what_renders_goes_with_its_tokenizer() -> None:
+    before = children()
+    tokenizer = chatting("ChatML")
+    settle_chat_template(tokenizer)
+    (child,) = children() - before
+    del tokenizer
+    gc.collect()
+    assert child not in children()
+
+
+def children() -> set[psutil.Process]:
+    return set(psutil.Process().children())
 
 
 def test_a_saved_policy_keeps_the_date_and_the_end_and_a_hint_tells_of_its_template(

@@ -1,6 +1,7 @@
 """Two CPU processes train as one process with twice the batch does, with whole weights and with sharded ones."""
 
 import csv
+import datetime
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -21,7 +23,10 @@ from transformers import AutoModelForCausalLM
 
 from massdpo.errors import UserError
 from massdpo.runs import launch
+from massdpo.runs.folder import alone
+from massdpo.store import Cache
 from tests.conftest import ROOT
+from tests.processes import CONTEXT
 
 SMALL = (
     *("dataset.num_train=60", "dataset.num_val=16", "dataset.num_test=32", "selector=full", "logger=none"),
@@ -82,14 +87,21 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(
 ) -> None:
     two = losses(train(TORCHRUN, tmp_path, batch_size=8), tmp_path)
     assert two == pytest.approx(one[0], abs=1e-4)  # sums in another order differ by about 1e-6
-    assert json.loads((tmp_path / "single" / "run" / "metrics.json").read_text())["processes"] == 2
+    found, expected = costs(tmp_path / "single" / "run"), costs(one[1].parent)
+    assert (found.pop("processes"), expected.pop("processes")) == (2, 1)
+    assert found == expected  # tokens are counted over all processes
     check_policy(tmp_path / "single" / "run" / "policy", one[1])
+
+
+def costs(run: Path) -> dict[str, int]:
+    found = json.loads((run / "metrics.json").read_text())
+    return {name: found[name] for name in ("fed_tokens", "train_tokens", "processes")}
 
 
 @pytest.mark.slow
 def test_two_processes_pick_what_one_picks(tmp_path: Path) -> None:
     """At the first step, where all rewards are equal but for rounding, and at those after it."""
-    picks = []
+    picks, tokens = [], []
     for launcher, size in ([sys.executable], 16), (TORCHRUN[:-1], 8):
         where = tmp_path / str(size)
         where.mkdir()
@@ -98,7 +110,9 @@ def test_two_processes_pick_what_one_picks(tmp_path: Path) -> None:
         noted = [json.loads(line) for file in where.glob("*.jsonl") for line in file.read_text().splitlines()]
         picks.append({(call, name): index_K for call, name, index_K in noted})
         assert len(noted) == len(picks[-1]) == 60
+        tokens.append(costs(where / "single" / "run"))
     assert picks[0] == picks[1]
+    assert tokens[0]["fed_tokens"] == tokens[1]["fed_tokens"] > tokens[0]["train_tokens"] == tokens[1]["train_tokens"]
 
 
 @pytest.mark.slow
@@ -167,3 +181,39 @@ def test_workers_go_when_their_launcher_is_killed(tmp_path: Path, seconds: int) 
 
 def running(pid: str) -> bool:
     return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+
+
+LIMIT = 7  # seconds that a collective waits for its mates; the main process looks for its lock every 5
+
+
+def in_turn(rank: int, root: Path) -> None:
+    """A process of two: it waits for another job's lock, and then for its own mate's."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    told = os.open(root / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(told, 2)
+    meeting, limit = f"file://{root / 'meeting'}", datetime.timedelta(seconds=LIMIT)
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=limit)
+    accelerator, cache = Accelerator(cpu=True), Cache(root)
+    with alone(accelerator, lambda meanwhile: cache.lock("theirs", "key", meanwhile)):
+        (root / f"had it {rank}").touch()
+    cache.folder("ours", "key", lambda folder: time.sleep(3))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_wait_for_another_jobs_lock_longer_than_a_collective_does(tmp_path: Path) -> None:
+    with Cache(tmp_path).lock("theirs", "key"):
+        mates = [CONTEXT.Process(target=in_turn, args=(rank, tmp_path)) for rank in range(2)]
+        for mate in mates:
+            mate.start()
+        begin = time.monotonic()
+        while not (tmp_path / "told").exists() or not (tmp_path / "told").read_text():
+            assert time.monotonic() - begin < 60
+            time.sleep(0.1)
+        time.sleep(LIMIT + 3)
+        assert all(mate.is_alive() for mate in mates) and not list(tmp_path.glob("had it*"))
+    for mate in mates:
+        mate.join(60)
+    assert [mate.exitcode for mate in mates] == [0, 0], (tmp_path / "told").read_text()
+    assert (tmp_path / "told").read_text().count("another job computes") == 1  # not each other: they are one job

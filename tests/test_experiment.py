@@ -43,12 +43,12 @@ def places(tmp_path: Path, cache: Path) -> list[str]:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Main:
+def main(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, logger: str) -> Main:
     """`python run.py ...` as it stands, without the seconds of a new interpreter: (exit code, stdout, stderr)."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, logger])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
@@ -139,21 +139,19 @@ def test_what_a_field_is_called_does_nothing_to_a_terminal(tmp_path: Path, place
     assert code == 2 and not {"\x1b", "\x07"} & set(error)
 
 
-@pytest.mark.parametrize("logger", ["none", "wandb"])
-def test_pools_below_k_are_one_line_whatever_the_logger(
-    logger: str, tmp_path: Path, places: list[str], main: Main
-) -> None:
+def test_pools_below_k_are_one_line(tmp_path: Path, places: list[str], main: Main) -> None:
     rows = [{"prompt": f"Say {n}", "chosen": f"{n}", "rejected": [f"not {n}"]} for n in range(30)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [name for name in TINY if not name.startswith(("dataset.", "logger"))]
+    options = [name for name in TINY if not name.startswith("dataset.")]
     data = ["dataset=jsonl", f"dataset.path={tmp_path / 'rows.jsonl'}", "k=2"]
-    code, _, error = main(*options, *places, *data, f"logger={logger}")
+    code, _, error = main(*options, *places, *data)
     (line,) = error.strip().splitlines()
     assert code == 2 and line.startswith("error: ") and "k=2" in line
 
 
 def test_a_run_leaves_its_files_and_no_others(finished: Path) -> None:
     names = {"config.yaml", "metrics.json", "history.csv", "predictions.jsonl", "history.png", "status.json", "policy"}
+    names |= {"picks.jsonl"}
     assert {path.name for path in finished.iterdir()} - {".lock"} == names
     assert json.loads((finished / "status.json").read_text())["status"] == "finished"
     assert (finished / "history.png").read_bytes().startswith(b"\x89PNG")
@@ -266,7 +264,7 @@ def test_another_seed_gives_other_numbers(finished: Path, places: list[str]) -> 
 # Reference ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_stored_reference_of_another_policy_stops_the_run(tmp_path: Path) -> None:
+def test_a_stored_reference_of_another_policy_stops_the_run(tmp_path: Path, logger: str) -> None:
     places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}"]
     train(*places)
     (file,) = (tmp_path / "cache" / "reference").glob("*/train.safetensors")
@@ -276,7 +274,7 @@ def test_a_stored_reference_of_another_policy_stops_the_run(tmp_path: Path) -> N
     manifest = json.loads((file.parent / MANIFEST).read_text())
     write_json(file.parent / MANIFEST, manifest | {file.name: file_digest(file)})
     with pytest.raises(UserError, match="stored reference log-probs do not belong to this policy"):
-        train(*places, "name=other", "selector=random")
+        train(*places, "name=other", "selector=random", logger)
     folder = tmp_path / "runs" / "single" / "other"
     assert json.loads((folder / "status.json").read_text())["status"] == "failed"
     assert not (folder / "metrics.json").exists()
@@ -351,23 +349,22 @@ def test_bad_data_is_one_line_and_exit_code_2(
     ],
     ids=["splits", "one split", "pool", "length", "context", "share"],
 )
-@pytest.mark.parametrize("logger", ["none", "wandb"])
 def test_what_the_data_does_not_allow_is_told_before_anything_is_trained(
-    options: list[str], said: str, logger: str, tmp_path: Path, places: list[str], main: Main
+    options: list[str], said: str, tmp_path: Path, places: list[str], main: Main
 ) -> None:
-    code, _, err = main(*TINY, *places, *options, f"logger={logger}")
+    code, _, err = main(*TINY, *places, *options)
     assert code == 2
     (line,) = err.strip().splitlines()
     assert line.startswith("error: ") and said in line
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_pretrained_models_context_is_kept_to(finished: Path, places: list[str], tmp_path: Path) -> None:
+def test_a_pretrained_models_context_is_kept_to(finished: Path, places: list[str], tmp_path: Path, logger: str) -> None:
     shutil.copytree(finished / "policy", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
     with pytest.raises(UserError, match=r"trainer.max_length=1024: the model's context holds 64 tokens"):
-        train(*places, "model=qwen3_0_6b", f"model.path={tmp_path / 'model'}")
+        train(*places, "model=qwen3_0_6b", f"model.path={tmp_path / 'model'}", logger)
     assert not (tmp_path / "runs").exists()
 
 

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from massdpo.config import compose
+from massdpo.data.containers import Reading, placed_rows
 from massdpo.data.prepare import read as look_at
-from massdpo.data.raw import BadRows
+from massdpo.data.raw import BadRows, Source
 from massdpo.data.readers.preferences import Preferences
+from massdpo.data.schema import PreferenceExample
+from massdpo.errors import UserError
 from massdpo.store import Cache
 from tests.conftest import ROOT, SHARED_CASES, needs_shared_cases
 
@@ -171,7 +175,249 @@ TEXTS = {
     "wrapped.json": lambda path, plain: path.write_text(json.dumps({"version": [1], "data": plain, "n": 1})),
     "keyed.json": lambda path, plain: path.write_text(json.dumps({"data": [1], "mine": plain})),
 }
-TABLES = {  # a dataset's reader, the option that names its file, and columns that it reads
+TABLES = {
+    "own.parquet": lambda path, plain: pq.write_table(pa.Table.from_pylist(plain), path),
+    "own.arrow": as_arrow,
+    "saved": saved,
+}
+
+
+@pytest.mark.parametrize("name", [*SEPARATED, *TEXTS, *TABLES, "folder"])
+@settings(deadline=None, max_examples=15)
+@given(rows=table)
+def test_a_container_reads_as_it_was_written(tmp_path_factory, name, rows):
+    path = tmp_path_factory.mktemp("container") / name
+    plain = [LAYOUTS["plain"](prompt, *texts) for prompt, texts in rows]
+    in_container(path, plain, rows)
+    assert read(path, rows="mine" if name == "keyed.json" else None) == expected(rows)
+
+
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(2, 40))
+@settings(deadline=None, max_examples=20)
+def test_an_array_larger_than_a_block_is_read_with_the_line_of_each_element(tmp_path_factory, size, blank, block):
+    rows = [{"n": row, "text": "x\n" * size, "list": [[], {}]} for row in range(20)]
+    content = "\n" * blank + json.dumps(rows, indent=1)
+    path = tmp_path_factory.mktemp("array") / "own.json"
+    path.write_text(content)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("massdpo.data.json_text.BLOCK", block)
+        found = list(placed_rows(path, STRICT))
+    assert [row for _, row in found] == rows
+    lines = [number for number, line in enumerate(content.split("\n"), start=1) if line == " {"]
+    assert [int(where.split(":")[-1].split()[0]) for where, _ in found] == lines
+
+
+def test_latin_1_is_read_where_it_is_named_and_told_otherwise(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_bytes("prompt,chosen,rejected\nCafé?,oui,non\nThé?,oui,non\nA?,oui,non\n".encode("latin-1"))
+    assert ("Café?", "oui", ("non",)) in read(path, encoding="latin-1")
+    with pytest.raises(UserError, match=r"own.csv:2: not UTF-8 .*name its encoding"):
+        read(path)
+
+
+@pytest.mark.parametrize("cell", ["NA", "None", "null", "1", "007", "1.50", "True", "nan", "-inf", " x "])
+def test_a_cell_is_a_text_alone_or_in_a_folder(tmp_path, cell):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "own.csv", tmp_path / "folder" / "train.csv"):
+        path.write_text("prompt,chosen,rejected\n" + "".join(f"q{row},{cell},other\n" for row in range(3)))
+    assert {chosen for _, chosen, _ in read(tmp_path / "own.csv") | read(tmp_path / "folder")} == {cell}
+
+
+TIES = [{"text": "a", "score": 3}, {"text": "b", "score": 3}, {"text": "c", "score": 2.5}, {"text": "d", "score": 1}]
+
+
+@pytest.mark.parametrize(
+    ("options", "pool"),
+    [({}, "cd"), ({"ties": "keep"}, "bcd"), ({"min_margin": 1.0}, "d"), ({"min_margin": 0.5}, "cd")],
+)
+def test_ties_and_margins(tmp_path, options, pool):
+    (tmp_path / "own.jsonl").write_text(lines_of({"prompt": f"q{row}", "answers": TIES} for row in range(3)))
+    assert read(tmp_path / "own.jsonl", **options) == {(f"q{row}", "a", tuple(pool)) for row in range(3)}
+
+
+def test_several_chosen_are_an_example_each_or_refused(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(
+        lines_of({"prompt": f"q{row}", "chosen": ["a", "b"], "rejected": "c", "id": row} for row in range(4))
+    )
+    splits = Preferences(str(path)).load()
+    examples = [*splits.train, *splits.val, *splits.test]
+    assert sorted((row.id, row.chosen, row.pool) for row in examples) == [
+        (f"{row}/{place}", text, ("c",)) for row in range(4) for place, text in enumerate("ab")
+    ]
+    assert "4 rows have several chosen" in splits.report["notes"][0]
+    with pytest.raises(UserError, match=r"own.jsonl:1: 2 chosen responses; dataset.several_chosen=each"):
+        Preferences(str(path), several_chosen="error").load()
+
+
+def test_dialogues_in_one_text_are_cut_at_the_assistants_last_turn(tmp_path):
+    start = "\n\nHuman: Hi, {}!\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    rows = [
+        {name: f"{start.format(row)} {answer}" for name, answer in (("chosen", "So."), ("rejected", "Sad."))}
+        for row in range(4)
+    ]
+    (tmp_path / "own.jsonl").write_text(lines_of(rows))
+    splits = Preferences(str(tmp_path / "own.jsonl")).load()
+    row = splits.test[0]
+    assert (row.prompt[: -len(start)] in start or row.prompt.endswith("Assistant:")) and (row.chosen, row.pool) == (
+        "So.",
+        ("Sad.",),
+    )
+    assert [message["role"] for message in row.meta["messages"]] == ["user", "assistant", "user"]
+    assert row.meta["messages"][1:] == [said("Hello."), said("Why?", "user")]
+
+
+def test_splits_by_their_names(tmp_path):
+    parts = {"train_sft": 3, "train_prefs": 5, "test_prefs": 2, "extra": 1}
+    for name, count in parts.items():
+        rows = [{"prompt": f"{name} {row}", "chosen": "a", "rejected": "b"} for row in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text(lines_of(rows))
+    splits = Preferences(str(tmp_path)).load()
+    assert {row.prompt.split()[0] for row in splits.train} == {"train_prefs"} and len(splits.test) == 2
+    assert "train_sft" in splits.report["notes"][-1]
+    other = Preferences(str(tmp_path), splits={"train": "train_sft", "val": "test_prefs"}).load()
+    assert {row.prompt.split()[0] for row in other.train} == {"train_sft"} and len(other.val) == 2
+    with pytest.raises(UserError, match=r"dataset.splits.train=nothing: .* has .*train_prefs"):
+        Preferences(str(tmp_path), splits={"train": "nothing"}).load()
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "told"),
+    [
+        ({"ask": "q", "good": "a", "bad": "b"}, {}, r'no "chosen" in the columns ask, good, bad; .*dataset.columns=\{'),
+        ({"question": "q", "best_answer": "a", "wrong": "b"}, {}, r"chosen: best_answer, rejected: wrong"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"columns": {"chosen": "x"}},
+            "no column x .*among prompt, chosen",
+        ),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b"},
+            {"columns": {"odd": "x"}},
+            "dataset.columns.odd is not possible",
+        ),
+        ({"prompt": "q", "answers": [{"text": "a", "model": "m"}]}, {}, "text, model, but no score or rank"),
+        ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, {}, '"scores" must be a list of 2 numbers'),
+        ({"prompt": "q", "chosen": [said(None)], "rejected": "b"}, {}, "content is not a text: null"),
+        ({"prompt": "q", "chosen": [said(None) | {"tool_calls": [1]}], "rejected": "b"}, {}, "only calls a tool"),
+        ({"prompt": [said([{"type": "image_url"}], "user")], "chosen": "a", "rejected": "b"}, {}, "type image_url"),
+        (
+            {"prompt": [said("q", "user"), said("r")], "chosen": "a", "rejected": "b"},
+            {},
+            "ends with a message of the assistant",
+        ),
+        (
+            {"prompt": "x", "chosen": [said("q", "user"), said("a")], "rejected": [said("q", "user"), said("b")]},
+            {},
+            "not among",
+        ),
+        ({"a\x1b[2Jb": 1, "chosen": "a"}, {}, r"a\\x1b\[2Jb"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_a_line_that_helps(tmp_path, row, options, told):
+    path = tmp_path / "own.jsonl"
+    path.write_text(lines_of([row] * 3))
+    with pytest.raises(UserError, match=told) as error:
+        Preferences(str(path), **options).load()
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
+
+
+DEEP = "[" * 100_000
+ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("own.json", f'[{{"prompt": {DEEP}', "nested too deeply|not JSON"),
+        ("own.jsonl", f'{{"prompt": {DEEP}', "not JSON"),
+        ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: dataset.rows=KEY"),
+        ("own.json", f"[{ROW} {ROW}]", r"own.json:1: not JSON \(a comma"),
+        ("own.json", f'[{ROW},\n\n{{"prompt": }}]', "own.json:3: not JSON"),
+        ("own.csv", "prompt,chosen,prompt\na,b,c\n", "two columns have one name"),
+        ("own.csv", "prompt,chosen,rejected\na,b\n", r"own.csv:2: 2 fields, but the header has 3"),
+        ("own.csv", 'prompt,chosen,rejected\na,"b"c,d\n', r"own.csv:2: not CSV"),
+        ("own.gz", "no gzip", "cannot be read"),
+        ("own.jsonl.zst", "no zstd", "cannot be read"),
+        ("own.feather", "no arrow", "cannot be read"),
+        ("a\0b", None, r"a\\x00b' cannot be read: No such file"),
+        ("x" * 300, None, "cannot be read: File name too long"),
+    ],
+)
+def test_damaged_files_are_refused_in_a_line(tmp_path, name, content, told):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    for path in [tmp_path / name] + [tmp_path] * (content is not None and name != "own.gz"):
+        with pytest.raises(UserError, match=told) as error:
+            Preferences(str(path)).load()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("named", ["../outside.arrow", "/etc/hostname", "http://127.0.0.1:9/a.arrow", "absent.arrow"])
+def test_a_folder_reads_nothing_outside_itself(tmp_path, named):
+    saved(tmp_path / "saved", PLAIN)
+    (tmp_path / "outside.arrow").write_bytes((tmp_path / "saved" / "data-00000-of-00001.arrow").read_bytes())
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": named}]}))
+    with pytest.raises(UserError, match=r"lies outside .*dataset.outside=true|is missing"):
+        Preferences(str(tmp_path / "saved")).load()
+    if named == "../outside.arrow":
+        assert len(read(tmp_path / "saved", outside=True)) == 3
+
+
+def test_links_and_cards_do_not_lead_outside_either(tmp_path):
+    (tmp_path / "own.jsonl").write_text(lines_of(PLAIN))
+    for name in ("linked", "carded"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "train.jsonl").symlink_to(tmp_path / "own.jsonl")
+    (tmp_path / "carded" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: ../own.jsonl\n---\n"
+    )
+    for name in ("linked", "carded"):
+        with pytest.raises(UserError, match=r"lies outside .*dataset.outside=true"):
+            Preferences(str(tmp_path / name)).files()
+        assert len(read(tmp_path / name, outside=True)) == 3
+
+
+def test_every_file_that_decides_the_rows_is_named(tmp_path):
+    """The card too, and compressed ones: a change in any of them makes the data anew."""
+    (tmp_path / "a[1].jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'))
+    (tmp_path / "b.jsonl").write_text("not read")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: 'a[1].jsonl.gz'\n---\n")
+    assert [file.name for file in Preferences(str(tmp_path)).files()] == ["README.md", "a[1].jsonl.gz"]
+    assert len(list(Source(tmp_path).rows("train", STRICT))) == 1
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.jsonl").write_text(lines_of(PLAIN))
+    assert len(read("~/own.jsonl")) == 3
+
+
+def test_an_example_whose_slate_is_another_is_refused_where_it_is_made():
+    with pytest.raises(UserError, match=r"own.jsonl:3: candidates must be the chosen response and the pool"):
+        PreferenceExample("0", "q", "a", ("b",), ("b", "c"), where="own.jsonl:3")
+
+
+def test_unknown_encodings_and_empty_separators():
+    for options in ({"encoding": "utf-9"}, {"encoding": "rot13"}, {"separator": ""}):
+        with pytest.raises(UserError, match=r"dataset\.(encoding|separator)"):
+            Reading(**options)
+
+
+@pytest.mark.parametrize(
+    "header", ["prompt\rtext,chosen,rejected", "prompt,chosen,rejected," + 200_000 * "x", '"prompt,"x']
+)
+def test_an_odd_header_is_read_or_refused_in_one_line(tmp_path, header):
+    file = tmp_path / "odd.csv"
+    file.write_text(f"{header}\na,b,c\n", newline="")
+    try:
+        list(placed_rows(file, lambda error: None))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+SEPARABLE = {  # a dataset's reader, the option that names its file, and columns that it reads
     "preferences": (
         "path",
         [("prompt", "chosen", "rejected"), *((f"q {n}", f"r {n}", f"w {n}") for n in range(9))],
@@ -189,9 +435,9 @@ TABLES = {  # a dataset's reader, the option that names its file, and columns th
 
 
 @pytest.mark.parametrize(("separator", "given", "told"), [(";", None, "';'"), (";", ";", ""), (",", None, "")])
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", SEPARABLE)
 def test_a_separator_that_is_not_the_names_own_is_told_once(tmp_path, capsys, name, separator, given, told):
-    option, rows = TABLES[name]
+    option, rows = SEPARABLE[name]
     (tmp_path / "interactions.csv").write_text("".join(separator.join(row) + "\n" for row in rows))
     node = OmegaConf.to_container(compose([f"dataset={name}", f"dataset.{option}={tmp_path}"]).dataset, resolve=True)
     fewer = {"num_negatives": 1} if "num_negatives" in node else {}

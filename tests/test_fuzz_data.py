@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
@@ -70,6 +70,39 @@ def mutated(content: bytes, seed: int) -> bytes:
     return bytes(changed)
 
 
+ODD_VALUES: list[Any] = [
+    *(None, True, -1, 0, 7, 2**31, 10**12, 2**70, 0.5, -0.0, 1e308, float("nan"), float("inf")),
+    *("", "wide", "é\n\0", "../../etc/passwd", [], [1], ["a", None], {}, {"a": {}}, [[[]]]),
+]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in plain values."""
+    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(value[key])
+
+
+def restructured(value: Any, chance: random.Random) -> Any:
+    """One to three values of another kind or size, missing, or added."""
+    for _ in range(chance.randint(1, 3)):
+        holder, key = chance.choice([*places(value), (None, None)])
+        if holder is None:
+            return chance.choice(ODD_VALUES)
+        kind = chance.choice(("other", "other", "missing", "nested", "many"))
+        if kind == "other":
+            holder[key] = chance.choice(ODD_VALUES)
+        elif kind == "missing":
+            del holder[key]
+        elif kind == "nested":
+            holder[key] = {str(key): [holder[key]]}
+        elif isinstance(holder[key], int | float):
+            holder[key] = holder[key] * chance.choice((-1, 2, 1000, 10**9))
+        if not isinstance(value, dict | list):
+            break
+    return value
+
+
 def survives(load: Callable[[], Any]) -> None:
     try:
         check(load())  # slates are drawn as a split is read: what they lack is told then
@@ -82,12 +115,18 @@ def tried(folder: Path, files: list[Path], load: Callable[..., Any], seed: int) 
     chance = random.Random(seed)
     file = chance.choice(files)
     before = file.read_bytes()
-    file.write_bytes(mutated(before, seed))
+    if file.name in JSON and chance.random() < 0.7:
+        file.write_text(json.dumps(restructured(json.loads(before), chance)))
+    else:
+        file.write_bytes(mutated(before, seed))
     try:
         for policy in ("error", "skip"):
             survives(partial(load, folder, bad_rows=policy))
     finally:
         file.write_bytes(before)
+
+
+JSON = ("state.json", "dataset_info.json", "dataset_dict.json")  # whose keys have a meaning
 
 
 def limits(examples: int) -> settings:
@@ -107,7 +146,7 @@ def write_jsonl(folder: Path) -> None:
 def write_saved(folder: Path) -> None:
     rows = [ROW | {"prompt": f"Which bird sings at {hour}?"} for hour in range(30)]
     datasets.disable_progress_bars()
-    datasets.Dataset.from_list(rows).save_to_disk(folder / "saved")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(folder / "saved")
 
 
 OWN: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, ...]]] = {
@@ -119,7 +158,10 @@ OWN: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, ...]
     "saved": (
         write_saved,
         lambda folder, **options: Preferences(str(folder / "saved"), **options).load(),
-        ("saved/data-00000-of-00001.arrow", "saved/state.json", "saved/dataset_info.json"),
+        (
+            *(f"saved/train/{name}" for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json")),
+            "saved/dataset_dict.json",
+        ),
     ),
 }
 

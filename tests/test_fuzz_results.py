@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from massdpo.report.__main__ import main, tables_of
 from massdpo.report.reading import read_histories, read_history
 from massdpo.report.rows import RunRows, collect
 from massdpo.report.status import sweep_status
-from tests.test_fuzz_data import limits, mutated
+from tests.test_fuzz_data import limits, mutated, places
 from tests.test_report import make_run
 
 ODD: list[Any] = [
@@ -99,13 +98,6 @@ def damaged_bytes(root: Path, seed: int) -> None:
         survives(root)
     finally:
         file.write_bytes(before)
-
-
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every (container, key) in plain values."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-        yield value, key
-        yield from places(value[key])
 
 
 def damaged_values(root: Path, seed: int) -> None:

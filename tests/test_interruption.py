@@ -81,6 +81,7 @@ class Place:
 
     def result(self) -> dict[str, Any]:
         """Everything the run computed, and the names of everything that it left."""
+        names = [str(path.relative_to(self.run)) for path in self.run.rglob("*")]
         cached = (path for path in (self.root / "cache").rglob("*") if path.suffix != ".lock")
         return {
             "metrics": timeless(self.run),
@@ -88,7 +89,7 @@ class Place:
             "predictions": (self.run / "predictions.jsonl").read_bytes(),
             "policy": (self.run / "policy" / "model.safetensors").read_bytes(),
             "status": self.status()["status"],
-            "left": sorted(str(path.relative_to(self.run)) for path in self.run.rglob("*")),
+            "left": sorted(name for name in names if not name.startswith("wandb")),
             "cached": sorted(str(path.relative_to(self.root / "cache")) for path in cached),
         }
 
@@ -357,10 +358,10 @@ def test_damaged_caches_are_told_set_aside_and_computed_again(
 
 @pytest.mark.slow
 def test_a_full_disk_stops_with_one_error_and_leaves_the_last_checkpoint_good(
-    whole: dict[str, Any], place: Place
+    whole: dict[str, Any], place: Place, logger: str
 ) -> None:
     """From then on no file may grow beyond 30 kB: weights no longer fit, status.json does."""
-    process = place.start()
+    process = place.start(logger)
     place.until(lambda: list(place.run.glob("checkpoints/0*")), process)
     resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (30_000, 30_000))
     assert wait(process) == 2
@@ -412,11 +413,11 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(
     assert "cannot be written (Not a directory)" in line and f"set {option}" in line
 
 
-def test_a_checkpoint_that_cannot_be_written(place: Place) -> None:
+def test_a_checkpoint_that_cannot_be_written(place: Place, logger: str) -> None:
     place.run.mkdir(parents=True)
     (place.run / "checkpoints").write_text("a file stands in the folder's place")
     with pytest.raises(UserError, match=r"checkpoints cannot be written \((File exists|Not a directory)\)"):
-        place.train()
+        place.train(logger)
     assert place.status()["status"] == "failed"
 
 

@@ -147,8 +147,6 @@ def test_medmcqa_counts_and_the_base_of_cop() -> None:
         MEDMCQA(answer="index1").load()
     with pytest.raises(UserError, match=r"test.jsonl:1: the answer '-1' is none of the 4 options"):
         MEDMCQA(test_file="test.jsonl").load()
-    with pytest.raises(UserError, match=r"dataset.answer is letter, index0, index1, text or null, not 1"):
-        MEDMCQA(answer=1)
 
 
 def test_the_authors_own_medmcqa_counts_from_one(tmp_path: Path) -> None:
@@ -255,16 +253,6 @@ def test_held_out_questions(tmp_path: Path) -> None:
     assert len(splits.val) == 10 and len(splits.train) == 30  # two questions a stem
     with pytest.raises(UserError, match="val_size=40 leaves none"):
         make(val_size=40).load()
-    for options in (
-        {"val_size": 0},
-        {"num_negatives": 0},
-        {"num_negatives": "all"},
-        {"prompts": "two"},
-        {"list_options": 2},
-        {"seed": None},
-    ):
-        with pytest.raises(UserError, match=next(iter(options))):
-            make(**options)
 
 
 def test_a_missing_file_names_what_is_there(tmp_path: Path) -> None:

@@ -121,9 +121,48 @@ def test_limits_are_seeded_subsets_in_order_one_within_another() -> None:
     assert rows(small) != rows(limited(examples, 10, 1, "train")) != rows(limited(examples, 10, 1, "val"))
     assert rows(limited(examples, 1000, 0, "train")) == list(range(100))
     assert limited(examples, None, 0, "train") is examples
-    for wrong in (0, -1, 2.5, True, "ten"):
-        with pytest.raises(UserError, match=r"dataset.limit_train must be a whole number"):
-            limited(examples, wrong, 0, "train")
+
+
+READERS = "massdpo.data.readers"
+
+
+@pytest.mark.parametrize(
+    ("reader", "options", "allowed"),
+    [
+        *(
+            ("recommendation.UserSequences", {"limit_train": wrong}, "a whole number of at least 1, or null")
+            for wrong in (0, -1, 2.5, True, "ten")
+        ),
+        ("recommendation.UserSequences", {"negatives": 3}, "uniform | popularity"),
+        ("recommendation.UserSequences", {"num_negatives": 0}, "a whole number of at least 1, or own"),
+        ("recommendation.UserSequences", {"num_negatives": "own"}, "a whole number"),
+        ("recommendation.UserSequences", {"max_history": 0}, "a whole number of at least 1"),
+        ("recommendation.UserSequences", {"bad_rows": "ignore"}, "error | skip"),
+        ("recommendation.UserSequences", {"seed": "x"}, "a whole number of at least 0"),
+        ("recommendation.UserSequences", {"list_candidates": "maybe"}, "true | false"),
+        ("recommendation.UserSequences", {"split": "first"}, "user | first_seen | time"),
+        ("recommendation.UserSequences", {"candidates": "some"}, "sampled | all"),
+        ("recommendation.UserSequences", {"min_rating": True}, "a number, or null"),
+        ("recommendation.LastFM", {"slate": "dirty"}, "clean | legacy"),
+        ("impressions.Impressions", {"split": "first_seen"}, "user | time"),
+        ("impressions.Impressions", {"noun": "song"}, "item | film | artist"),
+        ("impressions.Impressions", {"min_history": 0}, "a whole number of at least 1"),
+        ("impressions.Impressions", {"missing_titles": "drop"}, "error | skip | id"),
+        ("mcqa.MultipleChoice", {"answer": 1}, "letter | index0 | index1 | text, or null"),
+        ("mcqa.MultipleChoice", {"num_negatives": "some"}, "a whole number of at least 1, or own"),
+        ("mcqa.MultipleChoice", {"val_size": 1.5}, "a whole number of at least 1, or a number between 0 and 1"),
+        ("preferences.Preferences", {"ties": "lose"}, "drop | keep"),
+        ("preferences.Preferences", {"val_fraction": 1}, "a number between 0 and 1"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_a_file_is_opened(
+    reader: str, options: dict[str, Any], allowed: str, cache: Cache
+) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(UserError) as caught:
+        prepare({"_target_": f"{READERS}.{reader}", "name": "own", **options}, cache)
+    shown = json.dumps(value) if not isinstance(value, str) else repr(value)
+    assert str(caught.value) == f"dataset.{name}={shown} is not possible: {allowed}"
 
 
 def test_a_dataset_without_raw_files_is_made_once_and_limited_too(
@@ -224,8 +263,6 @@ def test_two_million_rows_of_distinct_responses_would_fit_in_two_gigabytes(tmp_p
 
 
 def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
-    with pytest.raises(UserError, match=r"dataset.negatives is uniform or popularity"):
-        prepare(node("sequences", raw_dir=raw, negatives="dirty"), cache)
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")

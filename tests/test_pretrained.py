@@ -31,7 +31,7 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.scratch import TinyModel
 from massdpo.runs import launch, pipeline
 from massdpo.runs.card import model_card
-from massdpo.runs.folder import SHOWN
+from massdpo.runs.shown import SHOWN
 from massdpo.selection import Full
 from massdpo.store import Cache
 from massdpo.training.losses import pl

@@ -126,10 +126,19 @@ def test_the_packages_own_classes_have_no_key_of_their_own() -> None:
 # What decides nothing: where files are, what is told, and how quickly the same comes about.
 NOTHING = {
     *("task", "size", "sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "in", "policy", "out"),
-    *("split", "study", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
+    *(
+        "split",
+        "study",
+        "id",
+        "verbosity",
+        "trainer.workers",
+        "trainer.checkpoint_every",
+        "dataset.name",
+        "dataset.terms",
+    ),
 }
 # What comes after the SFT start.
-LATER = {"k", "beta", "refresh", "trainer.generate", "trainer.save_policy"}
+LATER = {"k", "beta", "refresh", "trainer.picks", "trainer.generate", "trainer.save_policy"}
 OTHER = {  # a value that is not the default, where counting up would not do
     "refresh": "once",
     "trainer.device": "auto",
@@ -195,7 +204,8 @@ def test_data_weights_and_machine_are_in_the_keys() -> None:
 def test_an_option_that_came_later_orphans_nothing() -> None:
     config = compose([])
     older = OmegaConf.to_container(config)
-    del older["trainer"]["generate"]  # type: ignore[union-attr, call-overload, index]
+    for name in ("generate", "picks"):
+        del older["trainer"][name]  # type: ignore[union-attr, call-overload, index]
     assert keys(OmegaConf.create(older)) == keys(config)  # type: ignore[arg-type]
 
 

@@ -300,24 +300,6 @@ def test_reading_a_split_takes_no_more_memory_for_more_rows(tmp_path: Path) -> N
 # what users can cause
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"negatives": 3}, "dataset.negatives is uniform or popularity, not 3"),
-        ({"num_negatives": 0}, "dataset.num_negatives must be a whole number of at least 1, not 0"),
-        ({"num_negatives": "own"}, "dataset.num_negatives must be a whole number"),
-        ({"max_history": 0}, "dataset.max_history must be a whole number"),
-        ({"bad_rows": "ignore"}, "dataset.bad_rows is error or skip"),
-        ({"seed": "x"}, "dataset.seed must be a whole number of at least 0, not 'x'"),
-        ({"list_candidates": "maybe"}, "dataset.list_candidates is true or false, not 'maybe'"),
-        ({"split": "first"}, "dataset.split is user or first_seen or time"),
-    ],
-)
-def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        UserSequences(raw_dir="x", **options)
-
-
 def test_missing_and_empty_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"raw_dir is not set"):
         UserSequences().load()
@@ -348,7 +330,6 @@ def test_time_needs_times(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"slate": "dirty"}, "dataset.slate is clean or legacy, not 'dirty'"),
         ({"slate": "legacy", "num_negatives": 5}, "legacy has 19 negatives"),
         ({"slate": "legacy"}, "legacy needs 30 titles or more that differ"),
     ],

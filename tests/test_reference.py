@@ -109,13 +109,13 @@ def test_what_a_cache_keeps_under_a_wrong_key_is_found(tmp_path: Path, monkeypat
 
 
 def test_what_the_preference_stage_needs_is_asked_before_the_sft(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
 ) -> None:
     """Gradients at the output matrix, where an adapter lies on it."""
     sizes = ["dataset.num_train=16", "dataset.num_val=4", "dataset.num_test=4", "trainer.threads=1"]
     adapter = "trainer.adapter={r: 2, alpha: 4, targets: [lm_head], stages: one}"
     config = compose([*sizes, adapter, "model.config.tie_word_embeddings=false", f"runs_dir={tmp_path / 'runs'}"])
-    config.cache_dir, config.selector.features, config.logger = str(tmp_path), "head", compose(["logger=none"]).logger
+    config.cache_dir, config.selector.features, config.logger = str(tmp_path), "head", compose([logger]).logger
 
     def began(*_: Any) -> Any:
         pytest.fail("the SFT began")
@@ -125,10 +125,12 @@ def test_what_the_preference_stage_needs_is_asked_before_the_sft(
         pipeline.train(config)
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_fit_is_refused_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logger: str
+) -> None:
     """A machine with less memory free than gradients and moments take."""
     free = psutil.virtual_memory()._replace(available=1_000_000)
     monkeypatch.setattr("massdpo.runs.machine.psutil.virtual_memory", lambda: free)
     monkeypatch.setattr("massdpo.runs.start.fit", lambda *_: pytest.fail("training began"))
     with pytest.raises(UserError, match=r"needs .* GB more \(gradients and AdamW\).*trainer=lora"):
-        pipeline.train(compose(["logger=none", f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]))
+        pipeline.train(compose([logger, f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]))

@@ -123,7 +123,7 @@ def plain_logp(model: torch.nn.Module, batch: Batch) -> Tensor:
 
 def pl_loss(logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(
-        logp_BC.masked_fill(~mask_BC, -torch.inf), torch.zeros(len(logp_BC), dtype=torch.int64)
+        logp_BC.masked_fill(~mask_BC, -torch.inf), torch.zeros(len(logp_BC), dtype=torch.int64, device=logp_BC.device)
     )
 
 
@@ -134,7 +134,7 @@ def gradient_of(model: torch.nn.Module, loss: Tensor) -> Tensor:
 
 def pick_all(pool: Scores) -> Picks:
     mask_BN = pool.mask_BC[:, 1:]
-    return Picks(torch.arange(mask_BN.shape[1]).expand(mask_BN.shape), mask_BN)
+    return Picks(torch.arange(mask_BN.shape[1], device=mask_BN.device).expand(mask_BN.shape), mask_BN)
 
 
 def assert_all_ways_agree(model: torch.nn.Module, batch: Batch, tolerance: float) -> None:

@@ -33,7 +33,7 @@ from tests.test_mcqa import question
 
 MODEL = [
     *("model.config.hidden_size=16", "model.config.intermediate_size=16", "model.config.num_hidden_layers=1"),
-    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.eval_batch_size=7", "logger=none"),
+    *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.eval_batch_size=7"),
 ]
 DATA = ["dataset.num_train=40", "dataset.num_val=8", "dataset.num_test=30", "dataset.num_negatives=8"]
 MINE = "choices: {dataset: mine}\n"
@@ -67,7 +67,7 @@ def call(home: Path) -> Call:
 
 @pytest.fixture(scope="module")
 def trained(call: Call, home: Path) -> Path:
-    assert call("name=trained") == 0
+    assert call("name=trained", "logger=none") == 0
     return home / "runs" / "single" / "trained"
 
 
@@ -144,7 +144,7 @@ def test_evaluate_takes_the_runs_own_data_unless_told_otherwise(
     call: Call, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     elsewhere = f"cache_dir={tmp_path / 'cache'}"
-    assert call("name=recommends", "dataset=synthetic_rec", elsewhere) == 0
+    assert call("name=recommends", "dataset=synthetic_rec", "logger=none", elsewhere) == 0
     run, out = trained.parent / "recommends", tmp_path / "found.json"
     assert call("task=evaluate", f"in={run}", f"out={out}") == 0
     found, own = json.loads(out.read_text()), json.loads((run / "metrics.json").read_text())

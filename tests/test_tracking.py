@@ -1,5 +1,6 @@
-"""The history comes back as written; W&B's offline file holds what was logged; a W&B that fails stops nothing."""
+"""The history keeps every digit; W&B's offline file holds what was logged; a W&B that fails stops nothing."""
 
+import csv
 import io
 import json
 import math
@@ -20,18 +21,16 @@ from massdpo.training.history import History
 from tests.conftest import ROOT
 
 
-def test_history_comes_back_to_the_last_digit(tmp_path: Path) -> None:
+def test_history_is_written_to_the_last_digit(tmp_path: Path) -> None:
     history = History(tmp_path / "history.csv")
     history.append({"step": 1, "loss": 0.1 + 0.2})
     history.append({"step": 2, "loss": math.nan, "val/accuracy": 1e-17})
     history.append({"step": 3, "lr": math.inf})
     history.write()
     assert (tmp_path / "history.csv").read_text().splitlines()[0] == "step,loss,val/accuracy,lr"
-    again = History.load(tmp_path / "history.csv")
-    assert repr(again.rows) == repr(history.rows)  # repr: NaN equals itself there, and 1 differs from 1.0
-    again.append({"step": 4})
-    again.write()
-    assert len(History.load(tmp_path / "history.csv").rows) == 4
+    with open(tmp_path / "history.csv", newline="") as file:
+        cells = [{name: cell for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    assert cells == [{name: repr(value) for name, value in row.items()} for row in history.rows]
 
 
 def test_history_is_written_while_rows_are_added(tmp_path: Path) -> None:

@@ -70,6 +70,7 @@ def test_two_small_batches_are_one_large(places: list[str]) -> None:  # noqa: F8
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     places: list[str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    logger: str,
 ) -> None:
     """The fifth micro-batch is the first of step 3; one of its prompts is bad, and the message names that one alone."""
     seen: list[str] = []
@@ -85,13 +86,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     monkeypatch.setattr(losses, "pl", breaks)
     monkeypatch.setattr(Preference, "loss", spy)
     with pytest.raises(UserError) as caught:
-        train(*places, "name=broken", "trainer.batch_size=8", "trainer.accumulate=2")
+        train(*places, "name=broken", "trainer.batch_size=8", "trainer.accumulate=2", logger)
     assert f"the loss is not finite at step 3 of preference (examples {seen[4]}): lower" in str(caught.value)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run_and_names_step_and_examples(
     places: list[str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    logger: str,
 ) -> None:
     """The loss is 0 and its gradient is not: sqrt at 0. The checkpoint before that step stays, and is gone on from."""
     calls = []
@@ -102,7 +104,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_step_and_examples
 
     monkeypatch.setattr(losses, "pl", breaks)
     examples = r"\(examples (train/\d+, ){15}train/\d+\)"  # all 16 of the step: no one knows which it was
-    options = ["name=broken", "trainer.checkpoint_every=1"]
+    options = ["name=broken", "trainer.checkpoint_every=1", logger]
     with pytest.raises(UserError, match=rf"the gradient is not finite at step 3 of preference {examples}"):
         train(*places, *options)
     runs = Path(places[0].removeprefix("runs_dir="))
@@ -113,10 +115,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_and_names_step_and_examples
 
 def test_log_probs_that_are_not_finite_are_told_with_the_step(
     places: list[str],  # noqa: F811
+    logger: str,
 ) -> None:
     """A learning rate that throws the weights out of float32's range."""
     with pytest.raises(UserError, match=r"step \d+ of preference: log-probabilities that are not finite .*\(train/\d+"):
-        train(*places, "trainer.preference.learning_rate=1e38", "name=thrown")
+        train(*places, "trainer.preference.learning_rate=1e38", "name=thrown", logger)
 
 
 def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(

@@ -4,10 +4,9 @@ from massdpo.config.composition import as_composed, compose
 from massdpo.config.messages import explain
 from massdpo.config.naming import EXPECTED, NOT_IDENTITY, identity, resolved, run_name
 from massdpo.config.options import root
-from massdpo.config.parts import check_part
 from massdpo.config.rules import RULES, Rule
 from massdpo.config.secrets import without_secrets
-from massdpo.config.validation import validate
+from massdpo.config.validation import check_dataset, validate
 
 __all__ = [
     "EXPECTED",
@@ -15,7 +14,7 @@ __all__ = [
     "RULES",
     "Rule",
     "as_composed",
-    "check_part",
+    "check_dataset",
     "compose",
     "explain",
     "identity",

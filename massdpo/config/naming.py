@@ -13,22 +13,33 @@ from massdpo.config.secrets import without_secrets
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
 NOT_IDENTITY = (
-    *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "policy", "out", "size", "logger"),
+    *(
+        "sweep",
+        "name",
+        "runs_dir",
+        "cache_dir",
+        "data_dir",
+        "force",
+        "debug",
+        "verbosity",
+        "id",
+        "policy",
+        "out",
+        "size",
+        "logger",
+    ),
     *("choices", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
 # Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
-ADDED = {"trainer.generate": False}
+ADDED = {"trainer.generate": False, "trainer.picks": "last"}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
-    """The resolved options that can change what a run computes or writes, as plain values for json.
-
-    Data and package version belong to a run's identity too, but are not options: pass them to `run_name` beside this.
-    """
+    """The resolved options that can change what a run computes or writes, as plain values for json."""
     values = plain(config)
     for key in NOT_IDENTITY:
         node, last = _above(values, key)
@@ -50,13 +61,10 @@ def _above(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     return values, last
 
 
-def run_name(config: DictConfig, *content: str) -> str:
-    """A folder name: `<dataset>-<model>-<selector>-<loss>-k<k>-b<beta>-s<seed>-<hash>`.
-
-    The hash is of the identity and of `content`: what else the numbers depend on (the data's digest, the version).
-    """
+def run_name(config: DictConfig) -> str:
+    """A folder name: `<dataset>-<model>-<selector>-<loss>-k<k>-b<beta>-s<seed>-<hash of the identity>`."""
     values, choices = plain(config), plain(config)["choices"]
-    key = json.dumps([identity(config), *content], sort_keys=True)
+    key = json.dumps([identity(config)], sort_keys=True)
     parts = [choices[group] for group in ("dataset", "model", "selector", "loss")]
     parts += [f"k{values['k']}", f"b{values['beta']:g}", f"s{values['seed']}"]
     name = "-".join([*parts, hashlib.blake2b(key.encode(), digest_size=4).hexdigest()])

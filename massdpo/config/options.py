@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from massdpo.config.rules import PARTS, RULES
 
@@ -27,6 +28,14 @@ def options_of(group: str) -> list[str]:
     """The options of a group: files in conf/, the package's and the working folder's, or beside it (sweeps/)."""
     places = {root() / "conf", Path.cwd() / "conf", root()}
     return sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
+
+
+def read_option(group: str, name: str) -> DictConfig:
+    """The file of an option, as it stands."""
+    places = [folder / group / f"{name}.yaml" for folder in (Path.cwd() / "conf", root() / "conf")]
+    node = OmegaConf.load(next(file for file in places if file.is_file()))
+    assert isinstance(node, DictConfig)
+    return node
 
 
 def known_keys() -> list[str]:

@@ -68,7 +68,7 @@ wandb_name = Rule(  # never an address, which may hold a password
 null = Rule("null", lambda value: value is None)
 
 RULES: dict[str, Rule] = {
-    "task": one_of("train", "evaluate", "select", "rank", "inspect", "study"),
+    "task": one_of("train", "show", "explain", "evaluate", "select", "rank", "inspect", "study"),
     "k": whole(1),
     "beta": positive,
     "refresh": one_of("step", "epoch", "once"),
@@ -82,6 +82,7 @@ RULES: dict[str, Rule] = {
     "force": flag(),
     "debug": flag(),
     "in": path | null,
+    "id": text("a prompt's id") | whole(0) | null,
     "policy": path | null,
     "out": path | null,
     "split": one_of("train", "val", "test") | null,
@@ -114,12 +115,15 @@ RULES: dict[str, Rule] = {
     "trainer.checkpoint_every": whole(1),
     "trainer.keep": one_of("last", "best"),
     "trainer.keep_metric": text("a metric of the validation split"),  # which, the evaluation knows
+    "trainer.picks": one_of("last", "all"),
     "trainer.generate": flag(),
     "trainer.save_policy": flag(),
     "dataset.name": folder_name,
     "dataset.terms": text("the data's terms of use"),
     "dataset.seed": whole(0),
     "dataset.num_negatives": whole(1) | one_of("own"),  # own where its class takes text
+    "dataset.min_history": whole(1),
+    "dataset.max_history": whole(1),
     "dataset.num_train": whole(1),
     "dataset.num_val": whole(1),
     "dataset.num_test": whole(1),

@@ -18,7 +18,10 @@ from massdpo.config.parts import check_part
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
 
-TASKS_OF = {"study": ("study",), "split": ("inspect",), "in": ("evaluate", "rank"), "policy": ("rank",)}
+OF_RUNS = ("evaluate", "explain", "show")  # tasks whose `in` is a run's folder
+TASKS_OF = {
+    **{"study": ("study",), "split": ("inspect",), "policy": ("rank",), "id": ("explain",), "in": (*OF_RUNS, "rank")},
+}
 
 
 def validate(config: DictConfig) -> None:
@@ -38,6 +41,12 @@ def validate(config: DictConfig) -> None:
     _check_together(values)
     _check_model(values["model"], values["trainer"]["max_length"])
     _check_machine(values["trainer"])
+
+
+def check_dataset(node: Mapping[str, Any]) -> None:
+    """Refuse a dataset's node, resolved, with options that its reader does not take or values that they cannot have."""
+    _check_values({"dataset": node})
+    check_part("dataset", node)
 
 
 def _check_keys(values: Mapping[str, Any]) -> None:
@@ -105,8 +114,10 @@ def _check_together(values: Mapping[str, Any]) -> None:
     """What is meaningless in combination."""
     task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
     needed = {"evaluate": ("in",), "rank": ("in", "policy", "out"), "select": ("out",), "study": ("study",)}
+    needed |= {"show": ("in",), "explain": ("in", "id")}
     meaning = {
-        "in": "a run's folder" if task == "evaluate" else "a file",
+        "in": "a run's folder" if task in OF_RUNS else "a file",
+        "id": "a prompt's id, as picks.jsonl and predictions.jsonl have it",
         "policy": "the folder of a trained policy",
         "out": "a folder" if task == "select" else "a file",
         "study": RULES["study"].names,
@@ -118,8 +129,6 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
-    if dataset.get("val_fraction", 0) + dataset.get("test_fraction", 0) >= 1:
-        raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
     if task == "select" or (task == "train" and trainer["preference"]["epochs"] > 0):
         _check_slate(values["k"], values["loss"], selector, dataset)
 

@@ -1,15 +1,29 @@
-"""A tokenizer's chat template: read the same every day, and its end of a turn is the end of every response."""
+"""A tokenizer's chat template: read the same every day, and its end of a turn is the end of every response.
 
+A template is a program of whoever made the model. Jinja's sandbox, as `transformers` uses it, keeps it from files and
+from Python's insides, but not from looping or filling the memory: so it runs in a process that the system ends.
+"""
+
+import json
+import os
 import re
+import resource
+import signal
 import sys
+import weakref
+from contextlib import suppress
 from datetime import date
-from typing import Any
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+import psutil
 from transformers import PreTrainedTokenizerBase
 
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 
+SECONDS, MEGABYTES = 10, 256  # of one rendering, which takes some microseconds and kilobytes
+TOO_MUCH = f"it takes more than {SECONDS} s or {MEGABYTES} MB"
 TODAY = date(2024, 7, 26)  # for templates that print the date: what Llama 3's prints where it has no clock
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -25,7 +39,10 @@ def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if tokenizer.chat_template is None:
         raise UserError("trainer.chat_template=true, but the tokenizer has no chat template: set it to false")
-    template = tokenizer.get_chat_template()
+    templates: Any = tokenizer.chat_template
+    template = templates.get("default") if isinstance(templates, dict) else templates
+    if not isinstance(template, str):
+        raise UserError("trainer.chat_template=true, but the tokenizer has several chat templates and no default one")
     tokenizer.chat_template = CLOCK.sub(lambda call: repr(TODAY.strftime(call[2])), template)
     if tokenizer.chat_template != template:
         print(f"note: the chat template prints a date: {TODAY:%d %b %Y}, whatever the day", file=sys.stderr)
@@ -44,13 +61,78 @@ def rendered(
     """The messages as the template writes them, up to where the answer begins, or as they are.
 
     Raises:
-        UserError: the template refuses them (a system message, an order of roles); `where` names them.
+        UserError: the template refuses them (a system message, an order of roles), or takes more than `SECONDS` or
+            `MEGABYTES`; `where` names them.
     """
+    if tokenizer not in _RENDERERS:
+        _RENDERERS[tokenizer] = _Renderer(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer))
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise UserError(
-            f"{where}: the chat template refuses messages of the roles {roles} ({' '.join(str(error).split())[:200]}): "
-            "give them as it wants them, or set trainer.chat_template=false"
-        ) from error
+        found = _RENDERERS[tokenizer](messages, tokenizer.chat_template, answer)
+    except BaseException as error:  # the process has ended, or its answer stays unread
+        del _RENDERERS[tokenizer]
+        if not isinstance(error, EOFError | OSError):
+            raise
+        found = {"why": TOO_MUCH}
+    if "text" in found:
+        return found["text"]
+    roles = ", ".join(message["role"] for message in messages)
+    raise UserError(
+        f"{where}: the chat template refuses messages of the roles {roles} ({found['why'][:200]}): "
+        "give them as it wants them, or set trainer.chat_template=false"
+    )
+
+
+class _Renderer:
+    """A child process that renders what it is asked to, and goes with this object or with this process.
+
+    It is forked: nothing is imported anew, and the tokenizer's own way of applying a template is what runs.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._ours, theirs = Pipe()
+        child = os.fork()
+        if not child:
+            self._ours.close()  # the end of this process is the end of the pipe then
+            _render(tokenizer, theirs)
+        theirs.close()
+        weakref.finalize(self, _end, child, os.getpid())
+
+    def __call__(self, *asked: Any) -> dict[str, str]:
+        self._ours.send_bytes(json.dumps(asked).encode())
+        found: dict[str, str] = json.loads(self._ours.recv_bytes())
+        return found
+
+
+_RENDERERS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Renderer] = weakref.WeakKeyDictionary()
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, pipe: Connection) -> NoReturn:
+    try:
+        for number, what in ((signal.SIGINT, signal.SIG_IGN), (signal.SIGTERM, signal.SIG_DFL)):
+            signal.signal(number, what)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever it is doing
+        with suppress(ValueError, OSError):  # not every system limits it
+            limit = psutil.Process().memory_info().vms + (MEGABYTES << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        while True:
+            messages, template, answer = json.loads(pipe.recv_bytes())
+            signal.alarm(SECONDS)
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=answer
+                )
+                found = json.dumps({"text": str(text)})
+            except MemoryError:
+                found = json.dumps({"why": TOO_MUCH})
+            except Exception as error:  # whatever a template makes of Jinja
+                found = json.dumps({"why": one_line(error) or type(error).__name__})
+            signal.alarm(0)
+            pipe.send_bytes(found.encode())
+    finally:
+        os._exit(0)
+
+
+def _end(child: int, parent: int) -> None:
+    if os.getpid() == parent:  # not a copy of it
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -1,17 +1,13 @@
 """Raw files from their owners' published addresses: fetched once into the cache, checked and unpacked.
 
-Addresses are pinned: files by their SHA-256, hub sets by their revision. Without a network, or with another content
-than the pinned one, a single error says what to put where.
+Addresses are pinned: files by their SHA-256, hub sets by their revision. Without a network, or where the content
+is not the pinned one, a single error says what to put where.
 """
 
 import json
-import stat
-import tarfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 from massdpo.errors import UserError
 from massdpo.store import Cache, digest
@@ -32,12 +28,11 @@ class WebFiles:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Parquet files of a hub data set at a revision, by the name their rows get as JSON Lines in the owners' layout."""
+    """Parquet files of a hub data set at a revision, by the name that their rows get as JSON Lines."""
 
     repo: str
     revision: str
     files: dict[str, str]
-    stem: str = "question"  # the column with the question's text
 
 
 S_DPO = "https://raw.githubusercontent.com/chenyuxin1999/S-DPO/07befa4141239c1ecd8d13b1136d226315d0227b/sample_data/"
@@ -46,19 +41,13 @@ FIRST_PART = "-00000-of-00001.parquet"
 
 SOURCES: dict[str, WebFiles | HubSet] = {
     "lastfm": WebFiles(
-        (
-            (
-                f"{S_DPO}lastfm-sft-cans20/lastfm-train.json",
-                "ecfdf0999aee341da322e5ab4315875cbf01656caeb9321ec3c7d8209e5c03e6",
-            ),
-            (
-                f"{S_DPO}lastfm-sft-cans20/lastfm-val.json",
-                "4fe1044f3c95eb77d402d0fc2d1b513bf3a585225c344b8f84c23b1c3f3007a4",
-            ),
-            (
-                f"{S_DPO}lastfm-sft-cans20/lastfm-test.json",
-                "868fe7570f4fdeea9cbbf3fb85c1fdadc20cf2f375e7a70247dae7d34d867983",
-            ),
+        tuple(
+            (f"{S_DPO}lastfm-sft-cans20/lastfm-{split}.json", sha256)
+            for split, sha256 in {
+                "train": "ecfdf0999aee341da322e5ab4315875cbf01656caeb9321ec3c7d8209e5c03e6",
+                "val": "4fe1044f3c95eb77d402d0fc2d1b513bf3a585225c344b8f84c23b1c3f3007a4",
+                "test": "868fe7570f4fdeea9cbbf3fb85c1fdadc20cf2f375e7a70247dae7d34d867983",
+            }.items()
         )
     ),
     "movielens_100k": WebFiles(
@@ -96,7 +85,6 @@ SOURCES: dict[str, WebFiles | HubSet] = {
             "dev.jsonl": f"main/validation{FIRST_PART}",
             "test.jsonl": f"main/test{FIRST_PART}",
         },
-        stem="question_stem",
     ),
     "medmcqa": HubSet(
         "openlifescienceai/medmcqa",
@@ -142,8 +130,9 @@ def _fetch_files(name: str, source: WebFiles, folder: Path) -> None:
                 f"{address} is not the published file (its SHA-256 is not {sha256}): "
                 "get the right one and set dataset.raw_dir to its folder"
             ) from error
-        if file_name.endswith((".zip", ".tar.gz")):
-            extract(folder / file_name, folder)
+        if file_name.endswith(".zip"):
+            with zipfile.ZipFile(folder / file_name) as archive:  # leaves out the `..` and roots of members' names
+                archive.extractall(folder)
             (folder / file_name).unlink()
 
 
@@ -154,9 +143,7 @@ def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import logging as hub_logging
 
-    hub_logging.set_verbosity_error()  # every retry would be told; the error at the end says it once
-
-    convert = medmcqa_row if name == "medmcqa" else ai2_row(source.stem)
+    hub_logging.set_verbosity_error()  # it reports every retry; the error at the end says it once
     for file_name, remote in source.files.items():
         try:
             local = hf_hub_download(source.repo, remote, repo_type="dataset", revision=source.revision)
@@ -165,22 +152,7 @@ def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
             raise _unreachable(name, from_hub, f"put {', '.join(source.files)} into a folder", str(error)) from error
         with open(folder / file_name, "w", encoding="utf-8", newline="\n") as file:
             for row in pyarrow.parquet.read_table(local).to_pylist():
-                file.write(json.dumps(convert(row), ensure_ascii=False) + "\n")
-
-
-def ai2_row(stem: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A converter from the hub's columns back to the owners' JSON."""
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        pairs = zip(row["choices"]["text"], row["choices"]["label"], strict=True)
-        choices = [{"text": text, "label": label} for text, label in pairs]
-        return {"id": row["id"], "question": {"stem": row[stem], "choices": choices}, "answerKey": row["answerKey"]}
-
-    return convert
-
-
-def medmcqa_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in ("id", "question", "opa", "opb", "opc", "opd", "cop")}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _unreachable(name: str, address: str, remedy: str, reason: str) -> UserError:
@@ -188,33 +160,3 @@ def _unreachable(name: str, address: str, remedy: str, reason: str) -> UserError
     return UserError(
         f"dataset={name} could not be fetched from {address} ({why}): {remedy} and set dataset.raw_dir to it"
     )
-
-
-def extract(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar archive into `folder`.
-
-    Raises:
-        UserError: a member would land outside the folder or is a link or device (then nothing is unpacked), or the
-            archive is damaged.
-    """
-    try:
-        if archive.suffix == ".zip":
-            with zipfile.ZipFile(archive) as zipped:
-                for info in zipped.infolist():
-                    _check(archive, info.filename, is_plain=not stat.S_ISLNK(info.external_attr >> 16))
-                zipped.extractall(folder)
-        else:
-            with tarfile.open(archive) as tarred:
-                for member in tarred.getmembers():
-                    _check(archive, member.name, is_plain=member.isfile() or member.isdir())
-                tarred.extractall(folder, filter="data")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{archive} cannot be unpacked ({reason}): get it again") from error
-
-
-def _check(archive: Path, member: str, is_plain: bool) -> None:
-    path = PurePosixPath(member.replace("\\", "/"))
-    inside = path.parts and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
-    if not (inside and is_plain):
-        raise UserError(f"{archive}: member {member!r} leaves the folder; nothing was unpacked")

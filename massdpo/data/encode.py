@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from massdpo.data import chat
 from massdpo.data.ragged import Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, joint
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 
 Ids = NDArray[np.int32]
 CHUNK = 2048  # texts a call to the tokenizer: its Python lists are turned into arrays before they grow large
@@ -135,9 +135,14 @@ class Encoder:
                 yield from last.result()
 
     def _encode(self, texts: list[str]) -> list[Ids]:
-        encoded = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )
+        try:
+            encoded = self.tokenizer(
+                texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            )
+        except (
+            Exception
+        ) as error:  # all that tokenizers raise, as where a text needs an unknown token that there is not
+            raise UserError(f"the tokenizer fails at a text of the data ({one_line(error)}): mend it") from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 

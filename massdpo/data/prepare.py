@@ -12,6 +12,7 @@ import hydra.utils
 import numpy as np
 from omegaconf import OmegaConf
 
+from massdpo.config import check_dataset
 from massdpo.data.containers import unusual_separators
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
@@ -35,7 +36,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     The class it names has `files()`, the raw files that it reads, and `load()`, which makes the splits.
 
     Raises:
-        UserError: from the dataset's own reader, the download, or a limit that is no count.
+        UserError: from the dataset's own reader, the download, or an option that is not possible.
     """
     source, node, limits, name, terms = _source_of(dataset, cache)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
@@ -72,6 +73,7 @@ def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str, Any], dict[str, Any], str, str | None]:
     """The reader that a dataset node describes, its own options, the limits, the name and the terms."""
     node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
+    check_dataset(node)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
     node.pop("long_rows", None)  # which decides what becomes of its tokens
@@ -110,7 +112,5 @@ def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> 
     """A seeded subset of at most `limit` examples, in their order; a smaller subset is part of a larger one."""
     if limit is None:
         return examples
-    if type(limit) is not int or limit < 1:
-        raise UserError(f"dataset.limit_{split} must be a whole number of at least 1, or null; not {limit!r}")
     order = np.random.default_rng(keyed_seed("limit", seed, split)).permutation(len(examples))
     return Subset(examples, np.sort(order[:limit]))

@@ -34,8 +34,6 @@ class BadRows:
     """What to do with a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
 
     def __init__(self, policy: str):
-        if policy not in ("error", "skip"):
-            raise UserError(f"dataset.bad_rows is error or skip, not {policy!r}")
         self.policy = policy
         self.count = 0
         self.first = ""
@@ -74,6 +72,8 @@ class Source:
         self.reading = reading or Reading()
         self.subset = subset
         self.names = names or {}
+        if unknown := [name for name in self.names if name not in SPLITS]:
+            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
         self.outside = outside
         self.cards: list[Path] = []  # what says which files belong to which split
 

@@ -8,9 +8,10 @@ Masks are boolean, True where a candidate exists.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,6 +183,17 @@ def described(name: str) -> Metric:
         return known if not place else Metric(name, name.replace("_", " "), "")
     column = "catalogue_rank" if place == "catalogue" and known.column == "rank" else ""
     return replace(known, name=name, label=f"{known.label} ({notes[place]})", column=column)
+
+
+def standard_errors(prompts: Mapping[str, Sequence[Any]]) -> dict[str, float]:
+    """Of each metric's mean over prompts: by its column of `predictions.jsonl`, where that is there."""
+    found = {}
+    for name, metric in METRICS.items():
+        if metric.column in prompts and len(prompts[metric.column]) > 1:
+            values = torch.tensor(prompts[metric.column], dtype=torch.float64)
+            values = values if metric.of_rank is None else metric.of_rank(values).double()
+            found[name] = float(values.std() / len(values) ** 0.5)
+    return found
 
 
 def check_keep_metric(name: str) -> None:

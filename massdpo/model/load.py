@@ -185,17 +185,16 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
 def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
     """Raises ValueError for a model that the folder's weights cannot fill: building it would fill memory or time."""
     files = list(folder.glob("*.safetensors"))
-    tensors = 0
+    tensors, size = 0, sum(file.stat().st_size for file in files)
     for file in files:
         with safe_open(file, "pt") as weights:
             tensors += len(list(weights.keys()))
-    text = config.get_text_config()
-    embedding, half_bytes = text.vocab_size * text.hidden_size, 2 * sum(file.stat().st_size for file in files)
-    if text.num_hidden_layers > tensors or embedding > half_bytes:
-        raise ValueError(
-            f"config.json says {text.num_hidden_layers} layers and {text.vocab_size} tokens of {text.hidden_size} "
-            f"numbers, but the weights are {tensors} tensors of {half_bytes // 2} bytes"
-        )
+    if (layers := config.get_text_config().num_hidden_layers) > tensors:
+        raise ValueError(f"config.json says {layers} layers, but the weights are {tensors} tensors")
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if (count := empty.num_parameters()) > 2 * size:  # 4 bits each, where they are quantised
+        raise ValueError(f"config.json says {count} weights, but the files hold {size} bytes")
 
 
 def _check_folder(folder: Path) -> None:
@@ -212,6 +211,7 @@ def _check_folder(folder: Path) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer("")
     except Exception as error:  # as above
         raise UserError(f"{folder} holds no tokenizer that can be loaded: {one_line(error)}") from error
     if tokenizer.pad_token is None:

@@ -8,12 +8,11 @@ M response tokens of a whole batch end to end.
 import inspect
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from massdpo.model.head import spread, target_logp
-from massdpo.tensors import Batch
+from massdpo.tensors import Batch, first
 
 
 def repeated_prompts(
@@ -35,7 +34,7 @@ def repeated_prompts(
     target_M = batch.response_ids_BCT.flatten()[place_M]
     column_M = prompt_length_R[r_M] + t_M
     ids_RL[r_M, column_M] = target_M
-    mask_RL = (torch.arange(longest, device=ids_RL.device) < length_R[:, None]).long()
+    mask_RL = first(length_R, longest).long()
     options: dict[str, Any] = {"use_cache": False, "output_hidden_states": states}
     start = 0
     if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:

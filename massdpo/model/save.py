@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -118,13 +118,21 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
     adapter = _read_json(folder / ADAPTER)
     if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
         raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     base = load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
     try:
+        with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+            sizes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  no dict
+        ranks = adapter["r"], *(adapter.get("rank_pattern") or {}).values()
+        if max(ranks) > max(map(max, sizes.values())):
+            raise ValueError("its rank is higher than its weights have rows")
         adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - sizes.keys()
+    except Exception as error:  # whatever peft makes of a folder that may be damaged or somebody's trap
         raise UserError(f"{folder} holds an adapter that cannot be loaded: {one_line(error)}") from error
+    if missing:
+        raise UserError(f"{folder} holds an adapter that lacks weights: {', '.join(sorted(missing)[:3])}")
     disable_dropout(adapted)
     return adapted, tokenizer
 
@@ -136,11 +144,14 @@ def _load_base(folder: Path) -> PreTrainedModel:
     path = name if Path(name).is_absolute() else None
     if path and not Path(path).is_dir():
         raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
-    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE)["dtype"]).model()
+    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE).get("dtype", "")).model()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} cannot be read: a JSON object is needed")
+    return found

@@ -51,10 +51,6 @@ class TinyModel:
         if unknown := sorted(self.options.keys() - known.keys()):
             raise UserError(f"model.config: {model_type} has no option {', '.join(unknown)}")
 
-    def identity(self) -> dict[str, Any]:
-        """With the seed and the training texts, what determines the start weights."""
-        return {"config": self.options, "vocab_size": self.vocab_size}
-
     def load(
         self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from massdpo.model.packing import PROMPT, Prompt, Row, layer_masks
-from massdpo.tensors import Batch
+from massdpo.tensors import Batch, first
 
 PART_TOKENS = 512  # beginnings of a part: their keys cost little beside the layers, and few are fed twice
 PLAIN = 32  # responses that are fed at once where each repeats its prompt
@@ -93,7 +93,7 @@ class Catalogue:
         """The batch's prompts with all responses as plain candidates, a few at a time: for models that pack nothing."""
         for index_N in torch.arange(len(self.length_I), device=self.length_I.device).split(PLAIN):
             ids_NT = self.ids_IT[index_N]
-            mask_NT = torch.arange(ids_NT.shape[1], device=ids_NT.device) < self.length_I[index_N, None]
+            mask_NT = first(self.length_I[index_N], ids_NT.shape[1])
             size = len(batch.ids)
             yield (
                 index_N,

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 import massdpo
-from massdpo.runs.folder import GENERATED, SHOWN
+from massdpo.runs.shown import GENERATED, SHOWN
 from massdpo.store import plain_yaml
 
 HUB = "https://huggingface.co"

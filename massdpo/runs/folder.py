@@ -1,13 +1,12 @@
-"""A run's folder from outside: who holds it, whether it is done, what it used, and the table at its end."""
+"""A run's folder from outside: who holds it, whether it is done, what it used."""
 
 import glob
 import json
-import math
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,15 +18,11 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from massdpo.config import EXPECTED, run_name, without_secrets
-from massdpo.console import summary_table
 from massdpo.errors import UserError
-from massdpo.evaluation.metrics import GENERATION, METRICS
-from massdpo.store import acquire, digest, remove_unfinished, replacing, set_aside, write_json, writing
+from massdpo.store import acquire, digest, remove_unfinished, set_aside, write_json, writing
 
 Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
-SHOWN = tuple(metric.name for metric in METRICS.values() if metric.summary)  # in the table at the end of a run
-GENERATED = tuple(metric.name for metric in GENERATION)  # below it, with trainer.generate
 
 
 @contextmanager
@@ -174,62 +169,3 @@ def take_over(folder: Path, parts: Parts) -> None:
             other, folder, ignore=shutil.ignore_patterns(".lock", "wandb", "status.json"), dirs_exist_ok=True
         )
         write_json(folder / "status.json", finished)  # last: now all of it is there
-
-
-def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
-    """The table at the end: the SFT start against the trained policy, where the files are, and what to try next."""
-    rows = []
-    for name in SHOWN:
-        before = metrics.get(f"sft/{name}", 0.0)  # rewards, margins and changes are 0 at the start, by definition
-        rows.append({"test metric": name, "SFT start": _number(before), "trained": _number(metrics[name])})
-    summary_table("SFT start against the trained policy, test split", rows)
-    if "hr@1" in metrics:
-        shares = [f"{name} {metrics[name]:.3f}" for name in GENERATED]
-        print(f"greedy decoding: {', '.join(shares)}")
-    seconds = [f"{metrics[f'{name}_seconds']:.0f} s" for name in ("sft", "train", "select")]
-    print(f"time:  SFT {seconds[0]}, preference stage {seconds[1]}, of which selection {seconds[2]}")
-    saved = ", policy/" if (folder / "policy").is_dir() else ""
-    print(f"files: {os.path.relpath(folder)}  (metrics.json, history.csv, predictions.jsonl, history.png{saved})")
-    if sync:
-        print(f"W&B:   {sync}")
-    print("next:  python run.py -m selector=mass,random,hardest,full seed=0,1,2   # compare selectors over seeds")
-
-
-def _number(value: float) -> str:
-    return f"{value:+.3f}" if math.isfinite(value) and value < 0 else f"{value:.3f}"
-
-
-PANELS: dict[str, tuple[str, dict[str, str]]] = {  # title -> stage, column of history.csv -> what the legend says
-    "SFT: loss (nats)": ("sft", {"loss": "training"}),
-    "SFT: validation": ("sft", {"val/accuracy": "accuracy", "val/mrr": "MRR"}),
-    "preferences: log-prob (nats)": ("preference", {"chosen_logp": "chosen", "rejected_logp": "rejected"}),
-    "preferences: loss": ("preference", {"loss": "training"}),
-    "preferences: validation": ("preference", {"val/accuracy": "accuracy", "val/reward_accuracy": "reward accuracy"}),
-    "preferences: margin (β·nats)": (
-        "preference",
-        {"margin": "mean", "margin_max": "max", "val/margin": "mean, validation", "val/margin_max": "max, validation"},
-    ),
-}
-
-
-def draw_history(history: Sequence[dict[str, Any]], file: Path, title: str) -> None:
-    """Both stages of a run over their steps, as a PNG: training as lines, validation as points."""
-    from matplotlib.figure import Figure  # takes half a second to import; no global state
-
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    for axes, (head, (stage, columns)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
-        for name, said in columns.items():
-            points = [(row["step"], row[name]) for row in history if row["stage"] == stage and name in row]
-            looks = (
-                {"marker": "o", "linestyle": "--", "markersize": 4} if name.startswith("val/") else {"linewidth": 1.2}
-            )
-            colour = f"C{list(columns.values()).index(said.removesuffix(', validation'))}"
-            axes.plot([step for step, _ in points], [value for _, value in points], label=said, color=colour, **looks)
-        axes.set_title(head, loc="left", fontsize=9)
-        axes.set_xlabel("optimiser step", fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(color="#e3e3e3", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    with replacing(file) as beside:
-        figure.savefig(beside, format="png", dpi=120)

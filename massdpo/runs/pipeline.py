@@ -16,9 +16,10 @@ from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
-from massdpo.runs.folder import CHECKPOINTS, claim, draw_history, holding, show, take_over, telling
+from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
 from massdpo.runs.provenance import run_parts
-from massdpo.runs.results import Run, about, decorating, measured, picks_table, save, write_results
+from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
+from massdpo.runs.shown import draw_history, show
 from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
@@ -26,6 +27,7 @@ from massdpo.store import write_text
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import Stage, fit
 from massdpo.training.objectives import Preference
+from massdpo.training.picks import PickLog
 
 
 def train(config: DictConfig) -> Path:
@@ -61,7 +63,8 @@ def train(config: DictConfig) -> Path:
 def compute(run: Run, model: nn.Module) -> None:
     """The stages of one run, into its folder."""
     config, trainer = run.config, run.config.trainer
-    rows = limited(run.data.train, trainer.preference.limit, config.dataset.get("seed", 0), "preference")
+    subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"
+    rows, examples = limited(run.data.train, *subset), limited(run.data.splits.train, *subset)
     selector = instantiate(config.selector)
     features = selector.features if selector.needs_scores else None
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
@@ -88,6 +91,7 @@ def compute(run: Run, model: nn.Module) -> None:
         val=run.data.val,
         reference=reference,
         score=run.score,
+        log=PickLog(run.folder / PICKS, examples, reference["train"], trainer.picks),
     )
     stage = Stage(
         name="preference",
@@ -115,8 +119,9 @@ def compute(run: Run, model: nn.Module) -> None:
         save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
     with decorating("history.png"):
         draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
-    with decorating("the table of picks"):
-        run.tracker.table("picks", picks_table(objective, run.data, rows))
+    if trainer.preference.epochs:
+        with decorating("the table of picks"):
+            run.tracker.table("picks", picks_table(run.folder / PICKS))
     sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
     show(run.folder, metrics, sync)
 

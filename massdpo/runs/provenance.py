@@ -18,7 +18,12 @@ from massdpo.config import identity
 from massdpo.model.save import weights_digest
 from massdpo.store import MANIFEST, digest, package_code, target_code
 
-NOT_OF_THE_START = ("preference", "generate", "save_policy")  # options of the trainer that come after the SFT start
+NOT_OF_THE_START = (
+    "preference",
+    "generate",
+    "picks",
+    "save_policy",
+)  # options of the trainer that come after the SFT start
 BY_CONTENT = ("dataset", "model")  # groups whose outcome has a key of its own
 OF_OTHER_TASKS = ("task", "in", "split", "study")
 

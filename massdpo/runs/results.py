@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from massdpo.config import resolved, without_secrets
-from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.baselines import baselines
 from massdpo.evaluation.catalogue import CatalogueRanks
 from massdpo.evaluation.generation import Answer, generation_metrics
@@ -27,7 +27,9 @@ from massdpo.runs.start import Data
 from massdpo.store import Cache, build_folder, write_json, write_text
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
-from massdpo.training.objectives import Preference
+from massdpo.training.picks import candidates_of
+
+PICKS, PREDICTIONS = "picks.jsonl", "predictions.jsonl"  # in a run's folder
 
 
 @dataclass
@@ -96,11 +98,13 @@ def write_results(
     """Everything computed, before anything that decorates it."""
     run.history.write()
     lines = predictions(final, reference, run.config.beta, [example.id for example in run.data.test])
+    for line, example, reference_C in zip(lines, run.data.splits.test, reference.logp_SC, strict=True):
+        line |= candidates_of(example, reference_C)
     for line, answer in zip(lines, answers, strict=False):  # without generation there is none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
     for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
         line["catalogue_rank"] = rank
-    write_text(run.folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(run.folder / PREDICTIONS, "".join(json.dumps(line) + "\n" for line in lines))
     write_json(run.folder / "metrics.json", metrics)
 
 
@@ -130,16 +134,16 @@ def command_line() -> str:
     return str(without_secrets(shlex.join(["python", "run.py", *overrides])))
 
 
-def picks_table(objective: Preference, data: Data, rows: Sequence[TokenizedExample]) -> list[dict[str, str]]:
-    """The newest picks of the first prompts, as text."""
-
-    def text(ids: Sequence[int]) -> str:
-        return str(data.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
-
-    table = []
-    for row, example in enumerate(rows[: min(20, len(rows))]):
-        index_K = objective.state["index_SK"][row][objective.state["mask_SK"][row]]
-        picks = " | ".join(text(example.response_ids[1 + index]) for index in index_K.tolist())
-        chosen = text(example.response_ids[0])
-        table.append({"id": example.id, "prompt": text(example.prompt_ids), "chosen": chosen, "picked": picks})
-    return table
+def picks_table(file: Path) -> list[dict[str, str]]:
+    """The first lines of `picks.jsonl`, as text."""
+    with open(file, encoding="utf-8") as lines:
+        first = [json.loads(line) for line in islice(lines, 20)]
+    return [
+        {
+            "id": line["id"],
+            "prompt": str(line["prompt"]),
+            "chosen": line["candidates"][0],
+            "picked": " | ".join(pick["text"] for pick in line["picks"]),
+        }
+        for line in first
+    ]

@@ -15,7 +15,7 @@ from massdpo.selection.gram import candidate_gram, reorder, reorder_gram, square
 from massdpo.selection.information import Mass
 from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
 from massdpo.store import keyed_seed
-from massdpo.tensors import Picks, PoolStatistics
+from massdpo.tensors import Picks, PoolStatistics, first
 
 APART = 1e-6  # times the noise, added to a kernel whose smallest eigenvalue is 1
 
@@ -74,8 +74,7 @@ class Farthest:
             nearest_BN = torch.minimum(nearest_BN, distance_BCC[rows_B, index_B1[:, 0] + 1, 1:])
             nearest_BN = nearest_BN.scatter(1, index_B1, -math.inf)
         index_BK = torch.cat(picked, dim=1)
-        real_BK = torch.arange(index_BK.shape[1], device=rows_B.device) < pool.mask_BN.sum(-1, keepdim=True)
-        return as_picks(index_BK, real_BK)
+        return as_picks(index_BK, first(pool.mask_BN.sum(-1), index_BK.shape[1]))
 
 
 def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,4 +121,4 @@ def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) ->
         left_BN = (left_BN - factors[-1].square()).clamp(min=0.0)
         left_BN = left_BN.scatter(1, index_B[:, None], 0.0)
     index_BK = torch.stack(picked, dim=1)
-    return index_BK, torch.arange(index_BK.shape[1], device=mask_BN.device) < count_B[:, None]
+    return index_BK, first(count_B, index_BK.shape[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from massdpo.errors import UserError
 from massdpo.selection import logdet
-from massdpo.tensors import Picks, PoolStatistics
+from massdpo.tensors import Picks, PoolStatistics, first
 
 
 class Selector(Protocol):
@@ -80,7 +80,7 @@ def take_best(pool: PoolStatistics, score_BN: Tensor, k: int, short_pool: str = 
     by_noise_BN = noise_order(pool)
     score_BN = score_BN.double().masked_fill(~mask_BN, -math.inf).gather(1, by_noise_BN)
     order_BN = by_noise_BN.gather(1, score_BN.argsort(dim=-1, descending=True, stable=True))
-    return as_picks(order_BN[:, :width], torch.arange(width, device=mask_BN.device) < mask_BN.sum(-1, keepdim=True))
+    return as_picks(order_BN[:, :width], first(mask_BN.sum(-1), width))
 
 
 def noise_order(pool: PoolStatistics) -> Tensor:

@@ -14,7 +14,7 @@ from massdpo.selection import logdet
 from massdpo.selection.diversity import Farthest
 from massdpo.selection.gram import candidate_gram, reorder_gram, square_distances
 from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
-from massdpo.tensors import Picks, PoolStatistics
+from massdpo.tensors import Picks, PoolStatistics, first
 
 
 class Coreset(Farthest):
@@ -85,8 +85,7 @@ class Medoids(Farthest):
             open_BN = open_BN.scatter(1, best_B1, False)
             nearest_BN = torch.minimum(nearest_BN, _column(distance_BNN, best_B1))
         picked_BK = self._exchange(distance_BNN, share_BN, mask_BN, torch.cat(picked, dim=1), unsure_B1)
-        real_BK = torch.arange(picked_BK.shape[1], device=mask_BN.device) < count_B[:, None]
-        return as_picks(order_BN.gather(1, picked_BK), real_BK)
+        return as_picks(order_BN.gather(1, picked_BK), first(count_B, picked_BK.shape[1]))
 
     def _exchange(
         self, distance_BNN: Tensor, share_BN: Tensor, mask_BN: Tensor, picked_BK: Tensor, unsure_B1: Tensor
@@ -158,5 +157,4 @@ class Herding:
             cross_BN = cross_BN + _column(gram_BNN, index_B1)
             open_BN = open_BN.scatter(1, index_B1, False)
         index_BK = torch.cat(picked, dim=1)
-        real_BK = torch.arange(index_BK.shape[1], device=mask_BN.device) < mask_BN.sum(-1, keepdim=True)
-        return as_picks(order_BN.gather(1, index_BK), real_BK)
+        return as_picks(order_BN.gather(1, index_BK), first(mask_BN.sum(-1), index_BK.shape[1]))

@@ -20,7 +20,7 @@ from massdpo.selection.pools import (
     overlap,
     take_best,
 )
-from massdpo.tensors import Picks, PoolStatistics
+from massdpo.tensors import Picks, PoolStatistics, first
 
 
 class ByScore(ABC):
@@ -135,7 +135,7 @@ class Interleaved:
             picked.append(order_BN.gather(1, best_B1))
             scores_BSN = scores_BSN.scatter(2, best_B1[..., None].expand(-1, 3, 1), -math.inf)
         index_BK = torch.cat(picked, dim=1)
-        return as_picks(index_BK, torch.arange(index_BK.shape[1], device=rows_B.device) < mask_BN.sum(-1, keepdim=True))
+        return as_picks(index_BK, first(mask_BN.sum(-1), index_BK.shape[1]))
 
 
 class Dynamic:

@@ -9,9 +9,11 @@ from massdpo.evaluation.metrics import check_keep_metric
 from massdpo.runs import pipeline
 from massdpo.runs.folder import note_failed
 from massdpo.tasks.evaluate import evaluate
+from massdpo.tasks.explain import explain
 from massdpo.tasks.inspect import inspect
 from massdpo.tasks.rank import rank
 from massdpo.tasks.select import select
+from massdpo.tasks.show import show
 from massdpo.tasks.study import study
 
 
@@ -33,6 +35,8 @@ def run(config: DictConfig) -> None:
 
 TASKS = {
     "train": pipeline.train,
+    "show": show,
+    "explain": explain,
     "evaluate": evaluate,
     "select": select,
     "rank": rank,

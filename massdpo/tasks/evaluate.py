@@ -9,7 +9,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from massdpo.config import check_part, root
+from massdpo.config import root
 from massdpo.console import summary_table
 from massdpo.data.prepare import prepare
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
@@ -82,7 +82,6 @@ def with_data_of(run: Path, config: DictConfig) -> DictConfig:
     node |= {
         key: config.dataset[key] for key in (name.removeprefix("dataset.") for name in given) if key in config.dataset
     }
-    check_part("dataset", node)
     whole: Any = OmegaConf.to_container(config, resolve=True)
     whole["dataset"], whole["choices"]["dataset"] = node, choices["dataset"]
     return OmegaConf.create(whole)

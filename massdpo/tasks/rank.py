@@ -49,11 +49,11 @@ def rank(config: DictConfig) -> None:
     scorer = PreferenceScorer(policy, None, config.trainer.layout)
     scorer = accelerator.prepare_model(scorer, evaluation_mode=True).eval()
     trainer = config.trainer
-    lines = _questions(Path(config["in"]))
+    lines = questions(Path(config["in"]))
     differences = 0
     with _output(config.out) as sink:
         while batch := list(islice(lines, trainer.eval_batch_size)):
-            examples = [_example(*line) for line in batch]
+            examples = [example_of(*line) for line in batch]
             rows = tokenize_split(examples, tokenizer, trainer.max_length, trainer.chat_template)
             differences += rows.report["boundary_differences"]
             with torch.no_grad():
@@ -103,7 +103,7 @@ def trained_with(run: Path) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line with where it stands, checked."""
     for number, line in read_jsonl(source):
         where = f"{source}:{number}"
@@ -121,7 +121,7 @@ def _questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, line
 
 
-def _example(where: str, line: dict[str, Any]) -> PreferenceExample:
+def example_of(where: str, line: dict[str, Any]) -> PreferenceExample:
     first, *others = line["candidates"]
     prompt, meta = line["prompt"], {}
     if not isinstance(prompt, str):

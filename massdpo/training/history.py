@@ -24,18 +24,11 @@ class History:
     The file is written whole, at most every `write_every` seconds while rows are added and by `write()`.
     """
 
-    def __init__(self, path: Path, rows: list[dict[str, Number]] | None = None, write_every: float = 10.0):
+    def __init__(self, path: Path, write_every: float = 10.0):
         self.path = path
-        self.rows = rows or []
+        self.rows: list[dict[str, Number]] = []
         self.write_every = write_every
         self._written = time.monotonic()
-
-    @classmethod
-    def load(cls, path: Path) -> "History":
-        """The history as it was written, to go on with; floats come back to the last digit."""
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [{name: _number(cell) for name, cell in row.items() if cell != ""} for row in csv.DictReader(file)]
-        return cls(path, rows)
 
     def append(self, row: Mapping[str, Number]) -> None:
         self.rows.append(dict(row))
@@ -50,13 +43,6 @@ class History:
         writer.writerows(self.rows)
         store.write_text(self.path, text.getvalue())
         self._written = time.monotonic()
-
-
-def _number(cell: str) -> Number:
-    try:
-        return int(cell)
-    except ValueError:
-        return float(cell)
 
 
 class Tracker(Protocol):

@@ -18,6 +18,7 @@ from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, rankin
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
+from massdpo.training.picks import Made, PickLog, picked, reasons, unscored
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -72,9 +73,11 @@ class Preference:
     val: Sequence[TokenizedExample]
     reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
     score: SplitScorer
+    log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
-    _own: list[tuple[Tensor, Picks]] = field(default_factory=list)  # of rows that this process alone knows, till shared
+    _own: list[Made] = field(default_factory=list)  # of an epoch's rows that this process alone knows, till shared
+    _epoch: int = 0  # theirs
 
     def __post_init__(self) -> None:
         widest = max(len(example.response_ids) for example in self.rows) - 1
@@ -83,6 +86,7 @@ class Preference:
             "index_SK": torch.zeros(shape, dtype=torch.int64),
             "mask_SK": torch.zeros(shape, dtype=torch.bool),
             "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
+            "written": torch.tensor([-1, 0]),  # how far `log` is good: the newest epoch in it, and its bytes
         }
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
@@ -92,17 +96,21 @@ class Preference:
             picks, pool = self._stored(batch), None
             scored: Scored = scorer(batch.take(picks))
         elif self.selector.needs_scores:
-            scored = scorer(batch, lambda scores: self.selector(self._statistics(batch, scores, epoch, observe)))
+            scored = scorer(
+                batch, lambda scores: self._pick(self._statistics(batch, scores, epoch, observe), batch, epoch)
+            )
             assert scored.picks is not None and scored.pool is not None
             picks, pool = scored.picks, scored.pool
             self.seconds["select"] += scored.select_seconds
         else:
-            picks, pool = self.selector(self._statistics(batch, unscored(batch), epoch)), None
+            picks, pool = self._pick(self._statistics(batch, unscored(batch), epoch), batch, epoch), None
             self.seconds["select"] += time.perf_counter() - started
             scored = scorer(batch.take(picks))
         scores = scored.scores
         reference_BC = picked(self._reference(batch), picks)
         rewards_BC = self.beta * (scores.logp_BC - reference_BC)
+        if self.refresh == "step" and not self.selector.needs_scores:  # nobody knew them when it picked
+            self._own[-1].known["reward"] = rewards_BC[:, 1:].detach()
         loss_B = self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
         logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
         with torch.no_grad():
@@ -125,17 +133,16 @@ class Preference:
             number = place * accelerator.num_processes + accelerator.process_index
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
             pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
-            picks = self.selector(pool)
+            picks = self._pick(pool, batch, epoch)
             logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
             if done >= 0:
                 logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-            on_cpu = Picks(picks.index_BK.cpu(), picks.mask_BK.cpu())
-            parts.append((batch.index_B, on_cpu, {name: value_B.cpu() for name, value_B in logs.items()}))
+            parts.append((batch.index_B, {name: value_B.cpu() for name, value_B in logs.items()}))
+        self.share()
         values: dict[str, Tensor] = {}
-        for index_B, picks, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
-            self._store(index_B, picks)
+        for index_B, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
             for name, value_B in logs.items():
                 values.setdefault(name, torch.full((len(self.rows),), torch.nan))[index_B] = value_B.float()
         self.state["selected_in"].fill_(epoch)
@@ -147,13 +154,14 @@ class Preference:
 
     def share(self) -> None:
         """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
-        for rows_B, picks in self._own:  # only now, as each look at the device's picks waits for it
-            self._store(rows_B, picks)
-        rows_S = torch.cat([torch.zeros(0, dtype=torch.int64), *(rows_B for rows_B, _ in self._own)])
-        own = rows_S, self.state["index_SK"][rows_S], self.state["mask_SK"][rows_S]
-        for rows_B, index_BK, mask_BK in gather_object([own]):
-            self.state["index_SK"][rows_B], self.state["mask_SK"][rows_B] = index_BK, mask_BK
+        own = [made.on_cpu() for made in self._own]  # only now, as each look at the device's picks waits for it
         self._own.clear()
+        places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
+        for made in gather_object(own):
+            self._store(made.rows_B, made.picks)
+            places |= {row: (made, place) for place, row in enumerate(made.rows_B.tolist())}
+        if self.log and places and self.score.accelerator.is_main_process:
+            self.log.write(self._epoch, places, self.state["written"])
 
     @staticmethod
     def alarms(row: Mapping[str, float]) -> dict[str, str]:
@@ -181,6 +189,13 @@ class Preference:
         draw = 0 if self.refresh == "once" else epoch
         noise_BN = noise(batch, self.seed, draw)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
+
+    def _pick(self, pool: PoolStatistics, batch: Batch, epoch: int) -> Picks:
+        picks = self.selector(pool)
+        known = reasons(pool, picks) if self.log and self.selector.needs_scores else {}
+        self._own.append(Made(batch.index_B, picks, known))
+        self._epoch = epoch
+        return picks
 
     def _stored(self, batch: Batch) -> Picks:
         rows_B, device = batch.index_B, batch.prompt_ids_BP.device
@@ -212,10 +227,8 @@ class Preference:
         self, scorer: nn.Module, batch: Batch, picks: Picks, pool: Scores | None, epoch: int, observe: bool
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
-        if self.refresh == "step":
-            if epoch and observe:
-                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
-            self._own.append((batch.index_B, picks))
+        if self.refresh == "step" and epoch and observe:
+            logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
@@ -228,17 +241,6 @@ def tokens_of(scored: Scored) -> dict[str, Tensor]:
     """What the training loop adds up of the tokens that went through the model."""
     counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
     return {name: count_B for name, count_B in counts.items() if count_B is not None}
-
-
-def picked(value_BC: Tensor, picks: Picks) -> Tensor:
-    """The columns of the chosen response and the picks, `(B, 1 + K)`."""
-    return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
-
-
-def unscored(batch: Batch) -> Scores:
-    """What a selector that needs no scores is given: which candidates there are, and zeros."""
-    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
-    return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
 
 
 def noise(batch: Batch, seed: int, draw: int) -> Tensor:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from massdpo.data.columns import Columns
 from massdpo.data.containers import Reading, placed_rows, suffix_of
@@ -52,7 +52,7 @@ class ImpressionTables:
     encoding: str = "utf-8"
     rows: str | None = None
     time_format: str | None = None
-    missing_titles: str = "error"
+    missing_titles: Literal["error", "skip", "id"] = "error"
 
     def __post_init__(self) -> None:
         self._about_items(Path(), None)

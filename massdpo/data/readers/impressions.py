@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows, Source
-from massdpo.data.readers.histories import WORDINGS, Prompting
+from massdpo.data.readers.histories import Prompting
 from massdpo.data.readers.impression_tables import Impression, ImpressionTables, is_about_items
 from massdpo.data.readers.interactions import Ints
 from massdpo.data.schema import PreferenceExample, Splits
@@ -46,30 +46,14 @@ class Impressions(ImpressionTables):
 
     path: str | None = None
     splits: Mapping[str, str] | None = None
-    noun: str = "item"
-    split: str = "user"
+    noun: Literal["item", "film", "artist"] = "item"
+    split: Literal["user", "time"] = "user"
     min_history: int = 1
     max_history: int = 10
     list_candidates: bool = False
-    prompts: str = "one"
+    prompts: Literal["one", "several"] = "one"
     seed: int = 0
-    bad_rows: str = "error"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        BadRows(self.bad_rows)
-        for name, allowed in {
-            "noun": tuple(WORDINGS),
-            "split": ("user", "time"),
-            "prompts": ("one", "several"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise UserError(f"dataset.{name} is {' or '.join(allowed)}, not {getattr(self, name)!r}")
-        for name in ("min_history", "max_history"):
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise UserError(f"dataset.{name} must be a whole number of at least 1, not {value!r}")
-        if unknown := [name for name in self.splits or {} if name not in SPLITS]:
-            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
+    bad_rows: Literal["error", "skip"] = "error"
 
     @cached_property
     def _files(self) -> tuple[dict[str, list[Path]], list[Path]]:

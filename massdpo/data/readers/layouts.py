@@ -47,8 +47,6 @@ class Layout:
         self, columns: Mapping[str, str | list[str]] | None = None, ties: str = "drop", min_margin: float = 0.0
     ):
         self.columns = Columns(NAMES, columns, several=SEVERAL, optional=("scores", "ranks"))
-        if ties not in ("drop", "keep"):
-            raise UserError(f"dataset.ties is drop or keep, not {ties!r}")
         self.ties, self.min_margin = ties, min_margin
         self.told: Counter[str] = Counter()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from massdpo.data.containers import Reading, placed_rows
 from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
 from massdpo.data.readers.interactions import raw_file
 from massdpo.data.readers.lender import Lender
-from massdpo.data.readers.questions import WAYS, Question, Reader, answered, read_questions
+from massdpo.data.readers.questions import Question, Reader, answered, read_questions
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
@@ -49,36 +49,19 @@ class MultipleChoice:
     val_file: str | None = None
     test_file: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
-    answer: str | None = None
+    answer: Literal["letter", "index0", "index1", "text"] | None = None
     separator: str | None = None
     encoding: str = "utf-8"
     rows: str | None = None
     val_size: int | float = 500
     test_size: int | float = 0.1
     seed: int = 0
-    num_negatives: int | str = 19
+    num_negatives: int | Literal["own"] = 19
     list_options: bool = True
-    prompts: str = "one"
-    bad_rows: str = "error"
+    prompts: Literal["one", "several"] = "one"
+    bad_rows: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
-        if self.num_negatives != "own" and (type(self.num_negatives) is not int or self.num_negatives < 1):
-            raise UserError(
-                f"dataset.num_negatives is a whole number of at least 1, or own; not {self.num_negatives!r}"
-            )
-        if self.prompts not in ("one", "several"):
-            raise UserError(f"dataset.prompts is one or several, not {self.prompts!r}")
-        if self.answer not in (None, *WAYS):
-            raise UserError(f"dataset.answer is {', '.join(WAYS)} or null, not {self.answer!r}")
-        if type(self.seed) is not int or self.seed < 0:
-            raise UserError(f"dataset.seed must be a whole number of at least 0, not {self.seed!r}")
-        for name in ("val_size", "test_size"):
-            size = getattr(self, name)
-            if not ((type(size) is int and size >= 1) or (type(size) is float and 0 < size < 1)):
-                raise UserError(f"dataset.{name} is a whole number of at least 1, or a share below 1; not {size!r}")
-        if not isinstance(self.list_options, bool):
-            raise UserError(f"dataset.list_options is true or false, not {self.list_options!r}")
-        BadRows(self.bad_rows)
         _ = self._reading
 
     @property

@@ -58,7 +58,7 @@ class Preferences:
         test_path: str | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
-        bad_rows: str = "error",
+        bad_rows: Literal["error", "skip"] = "error",
         seed: int = 0,
     ):
         self.path, self.hub_id, self.revision = path, hub_id, revision
@@ -69,15 +69,9 @@ class Preferences:
         self.other_paths = {split: given for split, given in (("val", val_path), ("test", test_path)) if given}
         self.fractions = {"test": test_fraction, "val": val_fraction}
         self.bad_rows, self.seed = bad_rows, seed
-        BadRows(bad_rows)
         Layout(*self.layout_options)
-        for split, fraction in self.fractions.items():
-            if not 0 < fraction < 1:
-                raise UserError(f"dataset.{split}_fraction={fraction} is not possible: it must lie between 0 and 1")
         if val_fraction + test_fraction >= 1:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
-        if unknown := [name for name in splits or {} if name not in SPLITS]:
-            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
 
     @cached_property
     def _sources(self) -> dict[str, Source]:

@@ -8,16 +8,16 @@ Shapes: E (user, item) pairs.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
-from massdpo.data.readers.histories import WORDINGS, Prompting, RecommendationSplit, rows_of, times_met
+from massdpo.data.readers.histories import Prompting, RecommendationSplit, rows_of, times_met
 from massdpo.data.readers.interactions import Log, raw_file, tidy
 from massdpo.data.readers.tables import Tables
 from massdpo.data.schema import Splits
@@ -36,11 +36,6 @@ LEGACY_ITEMS = LEGACY_HISTORY + 1 + LEGACY_NEGATIVES
 MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near_key}
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"dataset.{name} is {' or '.join(allowed)}, not {value!r}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recommendation(ABC):
     """The options that every recommendation dataset has; `conf/dataset/lastfm.yaml` says what each does."""
@@ -48,32 +43,19 @@ class Recommendation(ABC):
     raw_dir: str | None = None
     seed: int = 0
     num_negatives: int = 19
-    split: str = "user"
-    negatives: str = "uniform"
-    candidates: str = "sampled"
-    merge_titles: str = "equal"
+    split: Literal["user", "first_seen", "time"] = "user"
+    negatives: Literal["uniform", "popularity"] = "uniform"
+    candidates: Literal["sampled", "all"] = "sampled"
+    merge_titles: Literal["equal", "near"] = "equal"
     min_history: int = 3
     max_history: int = 10
     list_candidates: bool = True
-    prompts: str = "one"
-    bad_rows: str = "error"
+    prompts: Literal["one", "several"] = "one"
+    bad_rows: Literal["error", "skip"] = "error"
 
-    noun: str = "item"
+    noun: Literal["item", "film", "artist"] = "item"
 
     def __post_init__(self) -> None:
-        _one_of("noun", self.noun, tuple(WORDINGS))
-        _one_of("split", self.split, ("user", "first_seen", "time"))
-        _one_of("negatives", self.negatives, ("uniform", "popularity"))
-        _one_of("candidates", self.candidates, ("sampled", "all"))
-        _one_of("merge_titles", self.merge_titles, tuple(MERGES))
-        _one_of("prompts", self.prompts, ("one", "several"))
-        BadRows(self.bad_rows)
-        for name, least in (("seed", 0), ("num_negatives", 1), ("min_history", 1), ("max_history", 1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(f"dataset.{name} must be a whole number of at least {least}, not {value!r}")
-        if not isinstance(self.list_candidates, bool):
-            raise UserError(f"dataset.list_candidates is true or false, not {self.list_candidates!r}")
         if self.candidates == "all" and self.list_candidates:
             raise UserError(
                 "dataset.candidates=all ranks every item, so no prompt may list some: set dataset.list_candidates=false"
@@ -141,12 +123,11 @@ class LastFM(Recommendation):
     loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
     """
 
-    noun: str = "artist"
-    slate: str = "clean"
+    noun: Literal["item", "film", "artist"] = "artist"
+    slate: Literal["clean", "legacy"] = "clean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("slate", self.slate, ("clean", "legacy"))
         if self.legacy and self.num_negatives != LEGACY_NEGATIVES:
             raise UserError(f"dataset.slate=legacy has {LEGACY_NEGATIVES} negatives: set dataset.num_negatives=19")
         if self.split != "user":
@@ -186,32 +167,9 @@ class LastFM(Recommendation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UserSequences(Recommendation):
+class UserSequences(Tables, Recommendation):
     """Anyone's own interactions, and MovieLens: a table of user, item, time and one of item, title (`tables.py`)."""
 
-    interactions_file: str | None = None
-    items_file: str | None = None
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    header: list[str] | None = None
-    items_header: list[str] | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
-    rows: str | None = None
-    time_format: str | None = None
-    min_rating: float | None = None
-    missing_titles: str = "error"
-    article_first: bool = False
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _ = self.tables
-
-    @property
-    def tables(self) -> Tables:
-        return Tables(**{each.name: getattr(self, each.name) for each in fields(Tables)})
-
-    def files(self) -> list[Path]:
-        return self.tables.paths()
-
-    def log(self, bad: BadRows) -> Log:
-        return self.tables.log(bad)
+        Tables.__post_init__(self)
+        Recommendation.__post_init__(self)

@@ -6,7 +6,7 @@ Columns are found by their usual names or told; times are numbers of any unit, I
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from massdpo.data.columns import Columns
 from massdpo.data.containers import RECBOLE, SUFFIXES, PlacedRow, Reading, placed_rows, suffix_of
@@ -67,7 +67,7 @@ ITEMS = (
 class Tables:
     """Where the tables are and how they are to be read; `conf/dataset/sequences.yaml` says what each option does."""
 
-    raw_dir: str | None
+    raw_dir: str | None = None
     interactions_file: str | None = None
     items_file: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -78,16 +78,10 @@ class Tables:
     rows: str | None = None
     time_format: str | None = None
     min_rating: float | None = None
-    missing_titles: str = "error"
+    missing_titles: Literal["error", "skip", "id"] = "error"
     article_first: bool = False
 
     def __post_init__(self) -> None:
-        if self.missing_titles not in ("error", "skip", "id"):
-            raise UserError(f"dataset.missing_titles is error or skip or id, not {self.missing_titles!r}")
-        if self.min_rating is not None and (
-            isinstance(self.min_rating, bool) or not isinstance(self.min_rating, int | float)
-        ):
-            raise UserError(f"dataset.min_rating is a number or null, not {self.min_rating!r}")
         Columns(USUAL, self.columns)
         Reading(self.separator, self.encoding, self.rows)
 
@@ -105,7 +99,8 @@ class Tables:
             return raw_file(self.raw_dir, self.items_file, "item, title")
         return _found(self.raw_dir, None, ITEMS, ".item")
 
-    def paths(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The files that are read: their content, with the options, decides the outcome."""
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
     def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:

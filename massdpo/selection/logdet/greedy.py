@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from massdpo.errors import UserError
+from massdpo.tensors import first
 
 ROUND_OFF = 16 * torch.finfo(torch.float64).eps  # of the subtractions that update an excess
 
@@ -78,7 +79,7 @@ def greedy(
         factor_BJN[:, step] = new_BN
         excess_BN = torch.addcmul(excess_BN, new_BN, new_BN, value=-1).clamp_(min=0.0)
         taken_BN = taken_BN.scatter(1, index_B1, True)
-    mask_BK = torch.arange(k, device=mask_BN.device) < mask_BN.sum(-1, keepdim=True)
+    mask_BK = first(mask_BN.sum(-1), k)
     gains_BK = torch.cat(excesses, dim=1).log1p() * mask_BK
     upper_bound_B = torch.full_like(gains_BK[:, 0], math.nan)
     if certify:  # submodularity at every greedy prefix: best <= f(prefix) + the k largest marginal gains there

@@ -14,6 +14,7 @@ from massdpo.selection.logdet.arguments import check_exact, check_name, check_ro
 from massdpo.selection.logdet.design import centre_gram
 from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, rows
 from massdpo.selection.logdet.search import all_subsets
+from massdpo.tensors import first
 
 
 def subset_fisher_logdet(
@@ -93,7 +94,7 @@ def _greedy_subset_fisher(
         taken_BJ = torch.cat([taken_BJ, index_B1 * real_B[:, None]], dim=1)
         available_BN = available_BN.scatter(1, index_B1, False)
     gains_BK = torch.stack(reached, dim=1).diff(dim=1)
-    mask_BK = torch.arange(k, device=mask_BN.device) < count_B[:, None]
+    mask_BK = first(count_B, k)
     return LogdetSelection(taken_BJ, gains_BK, reached[-1], torch.full_like(reached[-1], math.nan), mask_BK, ties_B)
 
 

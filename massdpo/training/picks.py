@@ -1,0 +1,100 @@
+"""`picks.jsonl`: which negatives a run trained on, and what spoke for them; one line per prompt and epoch.
+
+Suffixes: B prompts of a batch, C = 1 + N candidates (column 0 is the chosen one), K picked negatives.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from massdpo.data.schema import PreferenceExample
+from massdpo.evaluation.scores import SplitScores
+from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
+
+
+class Made(NamedTuple):
+    """The picks of a batch, and what is known of them: numbers of each prompt `(B,)` or of each pick `(B, K)`."""
+
+    rows_B: Tensor  # of the split
+    picks: Picks
+    known: dict[str, Tensor]
+
+    def on_cpu(self) -> "Made":
+        picks = Picks(self.picks.index_BK.cpu(), self.picks.mask_BK.cpu())
+        return Made(self.rows_B, picks, {name: value.cpu() for name, value in self.known.items()})
+
+
+def reasons(pool: PoolStatistics, picks: Picks) -> dict[str, Tensor]:
+    """What a selector that looks at scores saw of its picks: place in the pool by reward, reward, p = softmax(s)."""
+    rewards_BC = pool.rewards_BC
+    negatives_BN = rewards_BC[:, 1:].masked_fill(~pool.mask_BN, -torch.inf)
+    place_BN = negatives_BN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 1
+    values_BN = {"pool_rank": place_BN, "reward": negatives_BN, "p": negatives_BN.softmax(-1)}
+    known = {name: value_BN.gather(1, picks.index_BK) for name, value_BN in values_BN.items()}
+    known |= {} if picks.gains_BK is None else {"gain": picks.gains_BK}
+    whole = {"logdet": "logdet", "certificate": "certified_ratio"}
+    known |= {name: picks.info[said] for name, said in whole.items() if said in picks.info}
+    return known | {"chosen_reward": rewards_BC[:, 0]}
+
+
+def candidates_of(example: PreferenceExample, reference_C: Tensor) -> dict[str, Any]:
+    """A prompt as `task=rank` takes it: its candidates are the chosen response, then the pool in its own order.
+
+    `reference`: their summed log-probs under the SFT start, in that order, nats.
+    """
+    candidates = [example.chosen, *example.pool]
+    prompt = example.meta.get("messages") or example.prompt
+    return {"prompt": prompt, "candidates": candidates, "reference": rounded(reference_C[: len(candidates)])}
+
+
+def rounded(values: Tensor) -> Any:
+    return [round(value, 6) for value in values.tolist()]
+
+
+def picked(value_BC: Tensor, picks: Picks) -> Tensor:
+    """The columns of the chosen response and the picks, `(B, 1 + K)`."""
+    return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
+
+
+def unscored(batch: Batch) -> Scores:
+    """What a selector that needs no scores is given: which candidates there are, and zeros."""
+    zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
+    return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
+
+
+class PickLog:
+    """Writes `picks.jsonl`, as often as checkpoints are written, which hold how far the file is good.
+
+    What a run wrote after the checkpoint that it goes on from is cut off: no line is there twice. With `keep="last"`
+    the file holds the picks of the newest epoch, with `all` those of every epoch.
+    """
+
+    def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitScores, keep: str):
+        self.file, self.examples, self.reference, self.keep = file, examples, reference, keep
+
+    def write(self, epoch: int, made: Mapping[int, tuple[Made, int]], good: Tensor) -> None:
+        """Write the picks of some rows, each with its place in a batch; `good` is (newest epoch, bytes), kept right."""
+        newest, end = good.tolist()
+        end = end if self.keep == "all" or newest == epoch else 0
+        text = "".join(self._line(epoch, row, *where) for row, where in made.items())
+        with open(self.file, "ab") as file:
+            file.truncate(min(end, file.tell()))
+            file.write(text.encode())
+            good.copy_(torch.tensor([epoch, file.tell()]))
+
+    def _line(self, epoch: int, row: int, made: Made, place: int) -> str:
+        example, mask_K = self.examples[row], made.picks.mask_BK[place]
+        index_K = made.picks.index_BK[place][mask_K].tolist()
+        line: dict[str, Any] = {"id": example.id, "epoch": epoch} | candidates_of(example, self.reference.logp_SC[row])
+        line["picks"] = [{"text": example.pool[index], "index": index} for index in index_K]
+        for name, value in made.known.items():
+            if value.dim() == 1:
+                line[name] = round(value[place].item(), 6)
+            else:
+                for pick, number in zip(line["picks"], value[place][mask_K].tolist(), strict=True):
+                    pick[name] = round(number, 6)
+        return json.dumps(line, ensure_ascii=False) + "\n"
