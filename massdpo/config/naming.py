@@ -33,7 +33,7 @@ NOT_IDENTITY = (
 )
 
 # Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
-ADDED = {"trainer.generate": False, "trainer.picks": "last"}
+ADDED = {"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 

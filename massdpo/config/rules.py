@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
     "trainer.log_every": whole(1),
     "trainer.checkpoint_every": whole(1),
     "trainer.keep": one_of("last", "best"),
+    "trainer.patience": whole(1) | null,
     "trainer.keep_metric": text("a metric of the validation split"),  # which, the evaluation knows
     "trainer.picks": one_of("last", "all"),
     "trainer.generate": flag(),
