@@ -68,7 +68,7 @@ wandb_name = Rule(  # never an address, which may hold a password
 null = Rule("null", lambda value: value is None)
 
 RULES: dict[str, Rule] = {
-    "task": one_of("train", "show", "explain", "evaluate", "select", "rank", "inspect", "study"),
+    "task": one_of("train", "show", "explain", "evaluate", "select", "rank", "merge", "push", "inspect", "study"),
     "k": whole(1),
     "beta": positive,
     "refresh": one_of("step", "epoch", "once"),

@@ -11,6 +11,8 @@ from massdpo.runs.folder import note_failed
 from massdpo.tasks.evaluate import evaluate
 from massdpo.tasks.explain import explain
 from massdpo.tasks.inspect import inspect
+from massdpo.tasks.merge import merge
+from massdpo.tasks.push import push
 from massdpo.tasks.rank import rank
 from massdpo.tasks.select import select
 from massdpo.tasks.show import show
@@ -40,6 +42,8 @@ TASKS = {
     "evaluate": evaluate,
     "select": select,
     "rank": rank,
+    "merge": merge,
+    "push": push,
     "inspect": inspect,
     "study": study,
 }
