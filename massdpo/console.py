@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,11 @@ def summary_table(title: str, rows: Rows, console: Console | None = None, whole:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
     # Where no terminal says how wide it is, lines stay whole for whoever reads the log.
     (console or Console(width=None if sys.stdout.isatty() else 240)).print(table)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; cells are put in as they are."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 
 def _cell(value: Any) -> str:

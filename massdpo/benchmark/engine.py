@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES, draw_growth, markdown, show
+from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, GROWN, SIDES, draw_growth, markdown, show
 from massdpo.benchmark.sides import BETA, CPU, GPU, Setting, autocast, build_batch, build_model, build_sides
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
@@ -55,7 +55,7 @@ def grow(setting: Setting, rounds: int) -> list[dict[str, Any]]:
         for value in values:
             changed: dict[str, Any] = {axis: value}
             sides = build_sides(replace(setting, **changed), model)
-            ours = {name: sides[name] for name in ("full_packed", "mass", "random_packed", "random_lean")}
+            ours = {name: sides[name] for name in GROWN}
             rows.append({"axis": axis, "value": value, **measure.medians(measure.alternate(ours, rounds))})
     return rows
 

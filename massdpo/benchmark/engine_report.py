@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from massdpo.console import markdown_table
+from massdpo.report.figures import save_pictures
 from massdpo.runs.machine import in_words
-from massdpo.store import replacing, write_text
+from massdpo.store import write_text
 
 # Goals of a quiet machine: at least, or at most.
 AT_LEAST = {
@@ -31,39 +34,44 @@ SIDES = {
     "mass": "MASS, selected at this step, two-phase",
 }
 
+GROWN = {  # the sides that are measured along N, k and P
+    "full_packed": "full pool, packed",
+    "mass": "MASS, two-phase",
+    "random_packed": "random k, packed",
+    "random_lean": "random k, prompts repeated",
+}
+
 
 def markdown(report: dict[str, Any]) -> str:
     """Every number of the report as Markdown tables."""
-    lines = ["| side | step, s | extra peak memory, GB |", "|---|---|---|"]
-    memory = report["peak_bytes"]
-    for side, meaning in SIDES.items():
-        lines.append(f"| {meaning} | {report['seconds'][side]:.3f} | {memory[side] / 1e9:.2f} |")
-    lines += ["", "| ratio | measured | goal |", "|---|---|---|"]
-    for sign, goals in (("at least", AT_LEAST), ("at most", AT_MOST)):
-        lines += [f"| {name} | {report[name]:.3g} | {sign} {goal:.3g} |" for name, goal in goals.items()]
-    lines += ["", "| grows along | value | full, packed, s | MASS, s | random k, packed, s | random k, lean, s |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in report["growth"]:
-        times = " | ".join(f"{row[side]:.3f}" for side in ("full_packed", "mass", "random_packed", "random_lean"))
-        lines.append(f"| {row['axis']} | {row['value']} | {times} |")
+    sides = [
+        (meaning, f"{report['seconds'][side]:.3f}", f"{report['peak_bytes'][side] / 1e9:.2f}")
+        for side, meaning in SIDES.items()
+    ]
+    goals = [
+        (name, f"{report[name]:.3g}", f"{sign} {goal:.3g}")
+        for sign, bounds in (("at least", AT_LEAST), ("at most", AT_MOST))
+        for name, goal in bounds.items()
+    ]
+    growth = [(row["axis"], str(row["value"]), *(f"{row[side]:.3f}" for side in GROWN)) for row in report["growth"]]
     setting = ", ".join(f"{name} {value}" for name, value in report["setting"].items())
-    where = [f"Setting: {setting}.", f"Machine: {in_words(report['machine'])}.", f"Commit: {report['commit']}.", ""]
-    return "\n".join([*lines, "", *where])
+    return "\n\n".join(
+        [
+            markdown_table(["side", "step, s", "extra peak memory, GB"], sides),
+            markdown_table(["ratio", "measured", "goal"], goals),
+            markdown_table(["grows along", "value", *(f"{label}, s" for label in GROWN.values())], growth),
+            f"Setting: {setting}.\nMachine: {in_words(report['machine'])}.\nCommit: {report['commit']}.\n",
+        ]
+    )
 
 
 def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
     """`engine_growth.png` and `.svg`: one panel an axis; and the numbers as `engine_growth.csv`."""
     titles = {"negatives": "negatives in the pool", "k": "negatives trained on (k)", "prompt": "prompt tokens"}
-    labels = {
-        "full_packed": "full pool, packed",
-        "mass": "MASS, two-phase",
-        "random_packed": "random k, packed",
-        "random_lean": "random k, prompts repeated",
-    }
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for panel, (axis, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
         rows = [row for row in growth if row["axis"] == axis]
-        for (side, label), marker in zip(labels.items(), "osD^", strict=True):
+        for (side, label), marker in zip(GROWN.items(), "osD^", strict=True):
             panel.plot([r["value"] for r in rows], [r[side] for r in rows], marker=marker, markersize=4, label=label)
         panel.set(xlabel=title, xscale="log", yscale="log", xticks=[r["value"] for r in rows])
         panel.set_xticks([r["value"] for r in rows], [str(r["value"]) for r in rows])
@@ -71,12 +79,9 @@ def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("seconds per step")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    for ending in ("png", "svg"):
-        with replacing(out / f"engine_growth.{ending}") as path:
-            figure.savefig(path, format=ending, dpi=150)
-    columns = ["axis", "value", *labels]
-    table = [",".join(columns), *(",".join(str(row[column]) for column in columns) for row in growth)]
-    write_text(out / "engine_growth.csv", "\n".join(table) + "\n")
+    save_pictures(figure, out / "engine_growth")
+    table = pd.DataFrame(growth, columns=["axis", "value", *GROWN])
+    write_text(out / "engine_growth.csv", table.to_csv(index=False, lineterminator="\n"))
 
 
 def show(report: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from massdpo.benchmark import measure
 from massdpo.benchmark.engine import against_trl, shares
 from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides, lean
+from massdpo.console import markdown_table
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import machine
@@ -95,15 +96,12 @@ def run(out: Path, setting: Setting = SMOLLM2, prompts: tuple[int, ...] = PROMPT
 def markdown(report: dict[str, Any]) -> str:
     """Every number of the report as a Markdown table, a column for each length of prompts."""
     rows = report["rows"]
-    lines = ["| prompt tokens | " + " | ".join(str(row["prompt"]) for row in rows) + " |"]
-    lines.append("|---" * (1 + len(rows)) + "|")
-    for side in rows[0]["seconds"]:
-        lines.append(f"| {side}, s | " + " | ".join(f"{row['seconds'][side]:.4f}" for row in rows) + " |")
-    for name, meaning in NUMBERS.items():
-        lines.append(f"| {meaning} | " + " | ".join(f"{row[name]:.2f}" for row in rows) + " |")
+    lines = [(f"{side}, s", *(f"{row['seconds'][side]:.4f}" for row in rows)) for side in rows[0]["seconds"]]
+    lines += [(meaning, *(f"{row[name]:.2f}" for row in rows)) for name, meaning in NUMBERS.items()]
     for side in rows[0]["share_of_matrix_rate"]:
-        values = " | ".join(f"{row['share_of_matrix_rate'][side]:.2f}" for row in rows)
-        lines.append(f"| {side}, share of the matrix rate | {values} |")
+        rates = (f"{row['share_of_matrix_rate'][side]:.2f}" for row in rows)
+        lines.append((f"{side}, share of the matrix rate", *rates))
+    table = markdown_table(["prompt tokens", *(str(row["prompt"]) for row in rows)], lines)
     off = ", ".join(f"{error:.2g} in {dtype}" for dtype, error in report["error_per_token"].items())
-    where = f"Machine: {machine.in_words(report['machine'])}."
-    return "\n".join([*lines, "", f"Off by at most, nats per token: {off}.", where, f"Commit: {report['commit']}.", ""])
+    where = f"Machine: {machine.in_words(report['machine'])}.\nCommit: {report['commit']}.\n"
+    return f"{table}\n\nOff by at most, nats per token: {off}.\n{where}"

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from massdpo.benchmark import measure
 from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides
 from massdpo.config import compose
+from massdpo.console import markdown_table
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import machine
 from massdpo.store import Cache, write_json, write_text
@@ -130,14 +131,6 @@ def markdown(report: dict[str, Any]) -> str:
     """Every number of the report as Markdown tables."""
     rows = [*report["short"], *report["long"]]
     places = [f"{row['prompt']} + {row['response']}, N={row['negatives']}, batch {row['prompts']}" for row in rows]
-    head = ["| step, s | " + " | ".join(places) + " |", "|---" * (1 + len(rows)) + "|"]
-    lines = list(head)
-    for side, meaning in SIDES.items():
-        lines.append(f"| {meaning} | " + " | ".join(f"{row['seconds'][side]:.2f}" for row in rows) + " |")
-    lines += ["", head[0].replace("step, s", "extra peak memory, GB"), head[1]]
-    for side in KEPT_IN_MEMORY:
-        lines.append(f"| {SIDES[side]} | " + " | ".join(f"{row['peak_bytes'][side] / 1e9:.2f}" for row in rows) + " |")
-    lines += ["", head[0].replace("step, s", "ratio"), head[1]]
     ratios = {
         "sft_over_plain": "SFT over plain SFT",
         "mass_over_random": "MASS over random k",
@@ -146,12 +139,18 @@ def markdown(report: dict[str, Any]) -> str:
         "pool_share_of_mass": "scoring the pool, share of MASS",
         "token_bound": "tokens that sharing prompts saves, at most (times)",
     }
-    for name, meaning in ratios.items():
-        lines.append(f"| {meaning} | " + " | ".join(f"{row[name]:.2f}" for row in rows) + " |")
+    lines = {
+        "step, s": [(SIDES[side], *(f"{row['seconds'][side]:.2f}" for row in rows)) for side in SIDES],
+        "extra peak memory, GB": [
+            (SIDES[side], *(f"{row['peak_bytes'][side] / 1e9:.2f}" for row in rows)) for side in KEPT_IN_MEMORY
+        ],
+        "ratio": [(meaning, *(f"{row[name]:.2f}" for row in rows)) for name, meaning in ratios.items()],
+    }
+    tables = [markdown_table([head, *places], cells) for head, cells in lines.items()]
     goals = ", ".join(f"{ratios[name]} at most {goal:g}" for name, goal in AT_MOST.items())
     where = f"Model: {report['model'] or 'random weights'}, {report['dtype']}. Goals for short responses: {goals}."
-    machine_words = machine.in_words(report["machine"])
-    return "\n".join([*lines, "", where, f"Machine: {machine_words}.", f"Commit: {report['commit']}.", ""])
+    where += f"\nMachine: {machine.in_words(report['machine'])}.\nCommit: {report['commit']}.\n"
+    return "\n\n".join([*tables, where])
 
 
 if __name__ == "__main__":  # the memory of one side, in a process of its own

@@ -4,25 +4,20 @@
 Suffixes: B prompts, N pool negatives, K selected, D features.
 """
 
-import csv
-import io
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import pandas as pd
 import torch
 from torch import Tensor
 
 from massdpo.benchmark.measure import alternate, medians
+from massdpo.report.figures import save_pictures
 from massdpo.runs.machine import commit, machine
 from massdpo.selection.logdet import design_vectors, select_logdet
-from massdpo.store import replacing, write_json, write_text
+from massdpo.store import write_json, write_text
 
 DIMENSIONS = (64, 128, 256, 512, 1024, 2048)
 POOLS = (10, 20, 50, 100, 200)
@@ -66,13 +61,7 @@ def problem(batch: int, pool: int, size: int, seed: int = 0) -> tuple[Tensor, fl
 
 def median_seconds(action: Callable[[], object], rounds: int) -> float:
     """Median wall-clock of `rounds` calls after a warm one."""
-    action()
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return medians(alternate({"action": action}, rounds))["action"]
 
 
 def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, rounds: int = 5) -> dict[str, object]:
@@ -152,10 +141,7 @@ def draw_growth(rows: list[dict[str, object]], out: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("milliseconds per prompt")
     panels[0].legend()
-    for kind in ("png", "svg"):
-        with replacing(out / f"selection_growth.{kind}") as beside:
-            figure.savefig(beside, format=kind, dpi=150)
-    plt.close(figure)
+    save_pictures(figure, out / "selection_growth")
 
 
 def run(out: Path) -> None:
@@ -165,9 +151,5 @@ def run(out: Path) -> None:
         print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}")
     write_json(out / "selection.json", result)
     rows = growth(batch=8)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "selection_growth.csv", text.getvalue())
+    write_text(out / "selection_growth.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     draw_growth(rows, out)

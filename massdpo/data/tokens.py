@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from massdpo.data.ragged import Ragged, Texts
-from massdpo.data.stored import Subset
+from massdpo.data.stored import Lazy, Subset
 from massdpo.store import write_json
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class TokenizedExample:
     response_ids: list[list[int]]
 
 
-class TokenizedSplit(Sequence[TokenizedExample]):
+class TokenizedSplit(Lazy[TokenizedExample]):
     """A tokenised split: each distinct response is held once, everything in files that are mapped.
 
     `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
@@ -54,16 +54,9 @@ class TokenizedSplit(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, row: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, row: slice) -> list[TokenizedExample]: ...
-    def __getitem__(self, row: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        if isinstance(row, slice):
-            return [self[number] for number in range(*row.indices(len(self)))]
-        number = range(len(self))[row]
-        responses = [self._response(text) for text in self._candidates[number].tolist()]
-        return TokenizedExample(self.ids[number], self._prompts[number].tolist(), responses)
+    def _at(self, row: int) -> TokenizedExample:
+        responses = [self._response(text) for text in self._candidates[row].tolist()]
+        return TokenizedExample(self.ids[row], self._prompts[row].tolist(), responses)
 
     def rows_of(self, examples: Sequence[T]) -> Sequence[T]:
         """Those of the examples that were not left out."""

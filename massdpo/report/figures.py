@@ -1,6 +1,5 @@
 """A summary as figures, PNG and SVG, each with a caption."""
 
-import io
 import math
 import textwrap
 from dataclasses import replace
@@ -30,7 +29,6 @@ STYLE = {
     "grid.linewidth": 0.6,
     "svg.hashsalt": "massdpo",  # the same figure gives the same bytes
     "svg.fonttype": "none",  # text as text: a quarter of the size, and found by a search
-    "savefig.dpi": 120,
 }
 
 
@@ -95,10 +93,13 @@ def _save(figure: Figure, path: Path, title: str, caption: str) -> Path:
     if layout is not None:  # once for both files
         layout.execute(figure)
         figure.set_layout_engine("none")
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        data = io.BytesIO()
-        figure.savefig(data, format=ending, metadata=metadata)
-        with store.replacing(path.with_name(f"{path.name}.{ending}")) as beside:
-            beside.write_bytes(data.getvalue())
-    plt.close(figure)
+    save_pictures(figure, path)
     return path.with_name(f"{path.name}.png")
+
+
+def save_pictures(figure: Figure, path: Path) -> None:
+    """Write `path`.png and `path`.svg, without what would differ from one day to the next, and close the figure."""
+    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        with store.replacing(path.with_name(f"{path.name}.{ending}")) as beside:
+            figure.savefig(beside, format=ending, metadata=metadata, dpi=120)
+    plt.close(figure)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from massdpo.console import markdown_table
 from massdpo.evaluation.metrics import described
 from massdpo.report.methods import UNTRAINED
 from massdpo.report.per_prompt import NOT_PER_PROMPT
@@ -174,13 +175,9 @@ def to_markdown(table: ReportTable) -> str:
         text = escape_markdown(cell.plain)
         return f"**{text}**" if cell.best else f"{text} ~" if cell.tie else text
 
-    lines = [" | ".join(map(show, line)) for line in table.lines]
-    head = " | ".join(escape_markdown(name) for name in table.head)
-    rule = " | ".join(["---"] * len(table.head))
-    body = "\n".join(f"| {line} |" for line in [head, rule, *lines])
-    return f"## {escape_markdown(table.title)}\n\n{body}\n\n" + "".join(
-        f"{escape_markdown(note)}\n\n" for note in table.notes
-    )
+    lines = [[show(cell) for cell in line] for line in table.lines]
+    body = markdown_table([escape_markdown(name) for name in table.head], lines)
+    return "\n\n".join([f"## {escape_markdown(table.title)}", body, *map(escape_markdown, table.notes), ""])
 
 
 def escape_markdown(text: str) -> str:

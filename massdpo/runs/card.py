@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 import massdpo
+from massdpo.console import markdown_table
 from massdpo.runs.shown import GENERATED, SHOWN
 from massdpo.store import plain_yaml
 
@@ -37,8 +38,7 @@ def model_card(
     """README.md of a policy, with the front matter that the hub reads.
 
     `config` is the run's resolved configuration, `metrics` its metrics.json, `sizes` its prompts by split (`train`,
-    `preference`, `test`), `name` the run's, `dequantised_from` in which blocks
-    a GGUF file held the start weights.
+    `preference`, `test`), `name` the run's, `dequantised_from` the blocks in which a GGUF file held the start weights.
     """
     trainer = config["trainer"]
     blocks = [
@@ -46,7 +46,7 @@ def model_card(
         f"# {name}",
         "A causal language model, fine-tuned on chosen responses and then trained on preferences between each of them "
         f"and several rejected ones, with massdpo {massdpo.__version__}: see [MASS-DPO](https://arxiv.org/abs/2605.10784).",
-        _table({"": ""} | _summary(config, sizes, dequantised_from)),
+        markdown_table(["", ""], _summary(config, sizes, dequantised_from).items()),
         "## Data\n\n" + _terms(config),
         f"## Metrics\n\nOn the {sizes['test']} prompts of the test split. {METRICS_TEXT}\n\n" + _metrics(metrics),
         "## Use\n\n" + (CHAT_TEXT if trainer["chat_template"] else PLAIN_TEXT) + "\n\n" + _code(trainer),
@@ -121,7 +121,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
         "data": f"`{config['choices']['dataset']}`",
         "supervised fine-tuning": stages["sft"],
         **(preference if trainer["preference"]["epochs"] else {"preference stage": "none"}),
-        "prompts an optimiser step": f"{trainer['batch_size'] * trainer['accumulate']} a process",
+        "prompts per optimiser step": f"{trainer['batch_size'] * trainer['accumulate']} per process",
         "precision": trainer["precision"],
         "longest text": f"{trainer['max_length']} tokens",
         "seed": str(config["seed"]),
@@ -147,21 +147,16 @@ def _terms(config: Mapping[str, Any]) -> str:
     if terms := config["dataset"].get("terms"):
         return f"Trained on `{option}`. Terms of these data: {terms}."
     if option.startswith("synthetic"):
-        return f"Trained on `{option}`: a made-up world, without terms."
-    return f"Trained on data of its author's own (`{option}`), whose terms are not known here."
+        return f"Trained on `{option}`: an invented world, without terms."
+    return f"Trained on its author's own data (`{option}`), whose terms are not known here."
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    rows = ["| metric | SFT start | this policy |", "|---|---|---|"]
+    rows = []
     for name in (*SHOWN, *(name for name in GENERATED if name in metrics)):
         before = "" if name in GENERATED else f"{metrics.get(f'sft/{name}', 0.0):.4f}"
-        rows.append(f"| {name} | {before} | {metrics[name]:.4f} |")
-    return "\n".join(rows)
-
-
-def _table(cells: Mapping[str, str]) -> str:
-    first, *others = (f"| {name} | {value} |" for name, value in cells.items())
-    return "\n".join([first, "|---|---|", *others])
+        rows.append((name, before, f"{metrics[name]:.4f}"))
+    return markdown_table(["metric", "SFT start", "this policy"], rows)
 
 
 METRICS_TEXT = (

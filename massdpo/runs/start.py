@@ -111,7 +111,7 @@ def sft_start(
     key = start_key(config, data.key, data.model_key, accelerator)
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
-    def make() -> Callable[[Path], None]:
+    def make(folder: Path | None) -> None:
         policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
         if trainer.gradient_checkpointing:
             checkpointing(policy)
@@ -131,12 +131,9 @@ def sft_start(
         scorer, position = fit(stage, scorer, trainer, accelerator, history, tracker)
         trained, weights = accelerator.unwrap_model(scorer).model, gathered(scorer, accelerator)
         accelerator.free_memory()
-
-        def write(folder: Path) -> None:
+        if folder:
             save_policy(trained, data.tokenizer, folder, weights=weights)
             write_json(folder / "start.json", {"seconds": position.train_seconds, "history": position.history})
-
-        return write
 
     place = shared_folder(cache, "sft", key, accelerator, make)
     shutil.rmtree(checkpoints, ignore_errors=True)  # weights and optimiser, three times the policy
@@ -176,14 +173,11 @@ def reference_scores(
     splits = {"train": rows, "val": data.val, "test": data.test}
     key = reference_key(config, start)
 
-    def make() -> Callable[[Path], None]:
-        scores = {name: score(scorer, split, f"reference {name}") for name, split in splits.items()}
-
-        def write(folder: Path) -> None:
-            for name, values in scores.items():
+    def make(folder: Path | None) -> None:
+        for name, split in splits.items():
+            values = score(scorer, split, f"reference {name}")
+            if folder:
                 values.save(folder / f"{name}.safetensors")
-
-        return write
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
     scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
@@ -195,11 +189,11 @@ def reference_scores(
 
 
 def shared_folder(
-    cache: Cache, kind: str, key: str, accelerator: Accelerator, make: Callable[[], Callable[[Path], None]]
+    cache: Cache, kind: str, key: str, accelerator: Accelerator, make: Callable[[Path | None], None]
 ) -> Path:
-    """The cached folder for `key`; else every process takes part in `make()`, and one writes what it returns."""
+    """The cached folder for `key`; else every process takes part in `make`, and the main one gets a folder to fill."""
     if accelerator.num_processes == 1:
-        return cache.folder(kind, key, lambda folder: make()(folder))
+        return cache.folder(kind, key, make)
     place = cache.path(kind, key)
     with alone(accelerator, lambda meanwhile: cache.lock(kind, key, meanwhile)):
         held = accelerator.is_main_process and cache.holds(kind, key)  # sets a damaged one aside
@@ -208,9 +202,10 @@ def shared_folder(
         there = held or (cache.believes(kind, key) if accelerator.is_local_main_process else place.is_dir())
         count = torch.tensor(float(there), device=accelerator.device)
         if int(accelerator.reduce(count, "sum")) < accelerator.num_processes:
-            write = make()
             if accelerator.is_main_process:
-                cache.build(kind, key, write)
+                cache.build(kind, key, make)
+            else:
+                make(None)
         accelerator.wait_for_everyone()
     return place
 

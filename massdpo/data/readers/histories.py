@@ -5,9 +5,9 @@ Users or times are split; then every position from `min_history` on of a sequenc
 Shapes: R rows, C = 1 + N candidates, E interactions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from massdpo.data.raw import SPLITS
 from massdpo.data.readers.interactions import Ints, Log
 from massdpo.data.schema import PreferenceExample
 from massdpo.data.slates import CleanSlates, legacy_slate
+from massdpo.data.stored import Lazy
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
@@ -134,7 +135,7 @@ def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
     return np.bincount(target_R, minlength=len(log.titles)).astype(np.float64) + 1
 
 
-class RecommendationSplit(Sequence[PreferenceExample]):
+class RecommendationSplit(Lazy[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
     Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` has the items that the
@@ -160,14 +161,7 @@ class RecommendationSplit(Sequence[PreferenceExample]):
     def __len__(self) -> int:
         return len(self.rows.user_R)
 
-    @overload
-    def __getitem__(self, index: int) -> PreferenceExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[PreferenceExample]: ...
-    def __getitem__(self, index: int | slice) -> PreferenceExample | list[PreferenceExample]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+    def _at(self, row: int) -> PreferenceExample:
         return next(self._examples(row, row + 1))
 
     def __iter__(self) -> Iterator[PreferenceExample]:
@@ -186,7 +180,7 @@ class RecommendationSplit(Sequence[PreferenceExample]):
                 meta["met"] = self.log.sequences[user][:position].tolist()
             yield self.prompting.example(
                 f"{self.name}/{row}",
-                [titles[item] for item in self._history(user, position)],
+                [titles[item] for item in self.log.sequences[user][:position][-self.prompting.max_history :].tolist()],
                 titles[self.log.sequences[user][position]],
                 [titles[item] for item in slate],
                 meta,
@@ -200,11 +194,6 @@ class RecommendationSplit(Sequence[PreferenceExample]):
             legacy_slate(len(self.log.titles), self.log.sequences[user][: position + 1].tolist())
             for user, position in zip(user_R.tolist(), position_R.tolist(), strict=True)
         ]
-
-    def _history(self, user: int, position: int) -> list[int]:
-        oldest = max(0, position - self.prompting.max_history)
-        history: list[int] = self.log.sequences[user][oldest:position].tolist()
-        return history
 
 
 def targets(log: Log, user_R: Ints, position_R: Ints) -> Ints:

@@ -1,6 +1,5 @@
 """How a study is written down: means with intervals, panels, and the files `<study>.csv`, `.md`, `.png` and `.svg`."""
 
-import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from massdpo.report.figures import STYLE
+from massdpo.console import markdown_table
+from massdpo.report.figures import STYLE, save_pictures
 from massdpo.report.methods import COLOURS, MARKERS
-from massdpo.store import replacing, write_text
+from massdpo.store import write_text
 
 
 def with_interval(frame: pd.DataFrame, axes: Sequence[str], values: Iterable[str]) -> pd.DataFrame:
@@ -53,18 +53,10 @@ def publish(out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figur
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{name}.csv", rows.to_csv(index=False, lineterminator="\n", float_format="%.6g"))
     head = [column for column in table.columns if not column.endswith(" ±")]
-    lines = [head, ["---"] * len(head)]
-    for row in table.to_dict("records"):
-        lines.append([_cell(row[column], row.get(f"{column} ±")) for column in head])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    write_text(out / f"{name}.md", f"# {name}\n\n{note}\n\n{text}\n")
-    for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        data = io.BytesIO()
-        with plt.rc_context(STYLE):  # type: ignore[arg-type]
-            figure.savefig(data, format=ending, metadata=metadata)
-        with replacing(out / f"{name}.{ending}") as beside:
-            beside.write_bytes(data.getvalue())
-    plt.close(figure)
+    cells = [[_cell(row[column], row.get(f"{column} ±")) for column in head] for row in table.to_dict("records")]
+    write_text(out / f"{name}.md", f"# {name}\n\n{note}\n\n{markdown_table(head, cells)}\n")
+    with plt.rc_context(STYLE):  # type: ignore[arg-type]
+        save_pictures(figure, out / name)
 
 
 def _cell(value: object, width: float | None) -> str:
