@@ -211,7 +211,7 @@ def test_latin_1_is_read_where_it_is_named_and_told_otherwise(tmp_path):
     path = tmp_path / "own.csv"
     path.write_bytes("prompt,chosen,rejected\nCafé?,oui,non\nThé?,oui,non\nA?,oui,non\n".encode("latin-1"))
     assert ("Café?", "oui", ("non",)) in read(path, encoding="latin-1")
-    with pytest.raises(UserError, match=r"own.csv:2: not UTF-8 .*name its encoding"):
+    with pytest.raises(UserError, match=r"own.csv:2: not UTF-8 .*set dataset.encoding"):
         read(path)
 
 
@@ -334,7 +334,7 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: dataset.rows=KEY"),
         ("own.json", f"[{ROW} {ROW}]", r"own.json:1: not JSON \(a comma"),
         ("own.json", f'[{ROW},\n\n{{"prompt": }}]', "own.json:3: not JSON"),
-        ("own.csv", "prompt,chosen,prompt\na,b,c\n", "two columns have one name"),
+        ("own.csv", "prompt,chosen,prompt\na,b,c\n", "the header has the same name twice"),
         ("own.csv", "prompt,chosen,rejected\na,b\n", r"own.csv:2: 2 fields, but the header has 3"),
         ("own.csv", 'prompt,chosen,rejected\na,"b"c,d\n', r"own.csv:2: not CSV"),
         ("own.gz", "no gzip", "cannot be read"),

@@ -202,7 +202,7 @@ def test_titles_beside_the_interactions_and_titles_that_are_missing(tmp_path: Pa
         ),
         ("user,item,time", "u,1,03/04/2019", r"'time' must be a number .* or an ISO date, .*dataset.time_format"),
         ("user,item,time", "u,1,2019-11-01", r"'time' is '2019-11-01', but a number in the rows before"),
-        ("user,item,time", "u,1,", r"'time' stands in some rows only"),
+        ("user,item,time", "u,1,", r"only some rows have a 'time'"),
     ],
 )
 def test_what_cannot_be_read_is_told(tmp_path: Path, header: str, row: str, says: str) -> None:
@@ -253,7 +253,7 @@ def test_the_cases(name: str, options: dict[str, Any]) -> None:
 
 
 @needs_shared_cases
-@pytest.mark.parametrize(("name", "says"), [("latin1", "not UTF-8 .*name its encoding"), ("missing_titles", "title")])
+@pytest.mark.parametrize(("name", "says"), [("latin1", "not UTF-8 .*dataset.encoding"), ("missing_titles", "title")])
 def test_cases_that_need_an_option_say_which(name: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         UserSequences(raw_dir=str(SHARED_CASES / name), num_negatives=2).load()

@@ -315,7 +315,7 @@ def test_a_damaged_checkpoint_is_told_set_aside_and_not_used(
     capsys.readouterr()
     place.train("trainer.keep=best")
     said = capsys.readouterr()
-    assert "checkpoints" in said.err and "is damaged; it was set aside" in said.err
+    assert "checkpoints" in said.err and "is damaged: moved aside" in said.err
     assert "preference: going on" not in said.out
     same(place.result(), best)
 
@@ -327,7 +327,7 @@ def test_checkpoints_without_a_status_are_not_used(
     place = copied(begun, tmp_path / "run")
     (place.run / "status.json").write_text('{"status": "runn')
     place.train("trainer.keep=best", "beta=0.1")
-    assert "checkpoints is damaged; it was set aside" in capsys.readouterr().err
+    assert "checkpoints is damaged: moved aside" in capsys.readouterr().err
     assert place.result()["metrics"] != best["metrics"]
 
 
@@ -346,7 +346,7 @@ def test_damaged_caches_are_told_set_aside_and_computed_again(
         damage(file, how)
     capsys.readouterr()
     place.train("trainer.keep=best")
-    assert capsys.readouterr().err.count("is damaged; it was set aside") == len(damages)
+    assert capsys.readouterr().err.count("is damaged: moved aside") == len(damages)
     for kind in damages:
         folders = sorted(path for path in (place.root / "cache" / kind).iterdir() if path.is_dir())
         assert [is_whole(folder) for folder in folders] == [True, False]  # KEY, and KEY.damaged.SOMETHING

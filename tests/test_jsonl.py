@@ -288,9 +288,9 @@ def test_a_prompt_may_stand_in_the_conversations_alone(path):
     single = Preferences(write(path, [row | {"rejected": answers[1]}, *others])).load()
     assert {each.pool for each in everything(single)} == {("no idea",), ("a", "b")}
     for bad, told in [
-        (row | {"rejected": [[message("how?"), answers[1][-1]]]}, "do not begin alike"),
+        (row | {"rejected": [[message("how?"), answers[1][-1]]]}, "must share every message"),
         ({"chosen": answers[0][-1:], "rejected": [answers[1][-1:]]}, 'no "prompt", neither'),
-        (row | {"rejected": "no idea"}, "do not begin alike"),
+        (row | {"rejected": "no idea"}, "must share every message"),
     ]:
         with pytest.raises(UserError, match=told):
             Preferences(write(path, [bad, *others])).load()
@@ -299,7 +299,7 @@ def test_a_prompt_may_stand_in_the_conversations_alone(path):
 START = b'{"prompt": "p", '
 BAD = {
     "not JSON": b'{"prompt": "p", ',
-    "a JSON object is needed": b'["p", "c"]',
+    "expected a JSON object": b'["p", "c"]',
     "not UTF-8": b'{"prompt": "caf\xe9", "chosen": "c", "rejected": ["a"]}',
     "lone surrogate": b'{"prompt": "\\ud800", "chosen": "c", "rejected": ["a"]}',
     'no "prompt"': b'{"chosen": "c", "rejected": ["a"]}',

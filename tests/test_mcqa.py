@@ -241,7 +241,7 @@ def test_an_id_that_occurs_twice(tmp_path: Path) -> None:
     make = small(tmp_path)
     text = (tmp_path / "val.jsonl").read_text()
     (tmp_path / "val.jsonl").write_text(text + text.splitlines()[3] + "\n")
-    with pytest.raises(UserError, match=r"val.jsonl:13: id 'val3' has a line already"):
+    with pytest.raises(UserError, match=r"val.jsonl:13: id 'val3' is listed twice"):
         make().load()
     assert len(make(bad_rows="skip").load().val) == 12
 

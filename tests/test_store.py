@@ -152,7 +152,7 @@ def test_a_damaged_folder_is_told_set_aside_and_built_again(
     _damage(place, how)
     assert not is_whole(place)
     assert is_whole(cache.folder("sft", "key", build))
-    assert "is damaged; it was set aside as key.damaged." in capsys.readouterr().err
+    assert "is damaged: moved aside as key.damaged." in capsys.readouterr().err
     assert len(list((tmp_path / "sft").glob("key.damaged.*"))) == 1
 
 

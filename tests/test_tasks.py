@@ -215,7 +215,7 @@ def test_rank_orders_by_the_plain_score(call: Call, trained: Path, tmp_path: Pat
     ("line", "says"),
     [
         ("{", "not JSON"),
-        ("[1]", "a JSON object is needed"),
+        ("[1]", "expected a JSON object"),
         ('{"candidates": ["a"]}', 'no "prompt"'),
         ('{"prompt": "p"}', '"candidates" must be a list'),
         ('{"prompt": "p", "candidates": []}', '"candidates" must be a list'),
@@ -390,7 +390,7 @@ def test_selecting_again_replaces_its_own_result_only(
         assert {len(set(row["rejected"])) for row in read_lines(out / "train.jsonl")} == {k}
     (out / "mine.txt").write_text("mine")
     assert call("task=select", f"out={out}") == 2
-    assert "is not what task=select wrote before" in capsys.readouterr().err
+    assert "was not written by task=select" in capsys.readouterr().err
     assert (out / "mine.txt").read_text() == "mine"
 
 

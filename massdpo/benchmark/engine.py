@@ -121,7 +121,7 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
 def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     """Share of the card's measured bfloat16 matrix rate that each side reaches, by the operations that it cannot avoid.
 
-    Six operations a weight and token, forward and backward: the layers for each token fed, the output matrix for each
+    Six operations per weight and token, forward and backward: the layers for each token fed, the output matrix for each
     token scored.
     """
     size = 8192 if setting.device == "cuda" else 512

@@ -66,7 +66,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
-    """`engine_growth.png` and `.svg`: one panel an axis; and the numbers as `engine_growth.csv`."""
+    """`engine_growth.png` and `.svg`: one panel per axis; and the numbers as `engine_growth.csv`."""
     titles = {"negatives": "negatives in the pool", "k": "negatives trained on (k)", "prompt": "prompt tokens"}
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for panel, (axis, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):

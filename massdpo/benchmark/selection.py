@@ -1,4 +1,4 @@
-"""Selection against the published algorithm: a d x d inverse a prompt with Sherman-Morrison updates, O(k N d^2).
+"""Selection against the published algorithm: a d x d inverse per prompt with Sherman-Morrison updates, O(k N d^2).
 
 `python -m massdpo.benchmark selection` writes selection.json, and the growth over d, N and k as a table and a figure.
 Suffixes: B prompts, N pool negatives, K selected, D features.
@@ -126,7 +126,7 @@ def growth(
 
 
 def draw_growth(rows: list[dict[str, object]], out: Path) -> None:
-    """One panel an axis, both algorithms, logarithmic, as PNG and SVG."""
+    """One panel per axis, both algorithms, logarithmic, as PNG and SVG."""
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     names = {"sherman_morrison": "published (d x d inverse)", "greedy": "Gram form (here), certified"}
     titles = {"d": "features d (N=20, k=4)", "N": "pool N (k=4)", "k": "picked k (N=20)"}

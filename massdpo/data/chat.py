@@ -78,7 +78,7 @@ def rendered(
     roles = ", ".join(message["role"] for message in messages)
     raise UserError(
         f"{where}: the chat template refuses messages of the roles {roles} ({found['why'][:200]}): "
-        "give them as it wants them, or set trainer.chat_template=false"
+        "use the roles that it expects, or set trainer.chat_template=false"
     )
 
 

@@ -18,7 +18,7 @@ class Columns:
     `ignored` counts the columns that mean nothing here.
 
     Raises:
-        UserError: `given` names a part that is none.
+        UserError: `given` names an unknown part.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Columns:
                 free.remove(guess[wanted])
         mapping = ", ".join(f"{wanted}: {safe(column)}" for wanted, column in (guess or {part: "NAME"}).items())
         return UserError(
-            f'{where}: no "{part}" in the columns {shown(row)}; say which they are, as dataset.columns={{{mapping}}}'
+            f'{where}: no "{part}" in the columns {shown(row)}; name them with dataset.columns={{{mapping}}}'
         )
 
     def report(self) -> dict[str, Any]:

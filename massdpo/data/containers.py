@@ -42,7 +42,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         if self.separator == "":
-            raise UserError("dataset.separator is empty: give what stands between two columns, or null")
+            raise UserError("dataset.separator is empty: set it to the text between two columns, or null")
         try:
             "\n".encode(self.encoding)
         except (LookupError, TypeError) as error:
@@ -103,7 +103,7 @@ def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
         if not names:
             names = [name.strip() for name in cells]
             if len(set(names)) < len(names):
-                raise UserError(f"{where}: two columns have one name in the header: {', '.join(names)[:200]}")
+                raise UserError(f"{where}: the header has the same name twice: {', '.join(names)[:200]}")
         elif len(cells) < len(names) or (len(cells) > len(names) and not reading.header):
             bad(UserError(f"{where}: {len(cells)} fields, but the header has {len(names)} (see dataset.separator)"))
         else:

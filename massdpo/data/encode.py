@@ -23,7 +23,7 @@ from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError, one_line
 
 Ids = NDArray[np.int32]
-CHUNK = 2048  # texts a call to the tokenizer: its Python lists are turned into arrays before they grow large
+CHUNK = 2048  # texts per call to the tokenizer: its Python lists are turned into arrays before they grow large
 BOUNDARY = 48  # characters on each side of the joint between prompt and response that are looked at
 
 
@@ -142,7 +142,7 @@ class Encoder:
         except (
             Exception
         ) as error:  # all that tokenizers raise, as where a text needs an unknown token that there is not
-            raise UserError(f"the tokenizer fails at a text of the data ({one_line(error)}): mend it") from error
+            raise UserError(f"the tokenizer fails on a text of the data ({one_line(error)}): fix it") from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 

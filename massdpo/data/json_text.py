@@ -108,7 +108,7 @@ class JsonText:
         try:
             text = self.decoded.decode(block, final=not block)
         except UnicodeError as error:
-            raise self._error(f"{error}; save the file as UTF-8, or name dataset.encoding") from error
+            raise self._error(f"{error}; save the file as UTF-8, or set dataset.encoding") from error
         self.text, self.place = self.text[self.place :] + text, 0
         return bool(block)
 

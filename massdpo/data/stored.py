@@ -1,4 +1,4 @@
-"""Examples on the disk: one JSON object a line, and a file with the lines' offsets.
+"""Examples on disk: one JSON object per line, and a file with the lines' offsets.
 
 A row is read when it is asked for, so that memory does not grow with the number of rows, and a person can read the
 file too.

@@ -90,7 +90,7 @@ def _decoded(
         except UnicodeDecodeError as error:
             report(
                 f"{path}:{number}: not {encoding.removesuffix('-sig').upper()} (byte {raw[error.start]:#04x} at column "
-                f"{error.start + 1}); save the file as UTF-8, or name its encoding",
+                f"{error.start + 1}); save the file as UTF-8, or set dataset.encoding",
                 bad,
             )
             yield None
@@ -109,7 +109,7 @@ def read_jsonl(
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            report(f"{path}:{number}: not JSON ({error}); one JSON object a line is needed", bad)
+            report(f"{path}:{number}: not JSON ({error}); each line must be a JSON object", bad)
             continue
         if checked := json_object(row, f"{path}:{number}", bad, "\\ud" in line.lower()):
             yield number, checked
@@ -120,7 +120,7 @@ def json_object(
 ) -> dict[str, Any] | None:
     """The row, if it is an object of proper text; `escapes`: it was written with some that may be half a character."""
     if not isinstance(row, dict):
-        report(f"{where}: a JSON object is needed, found {type(row).__name__}", bad)
+        report(f"{where}: expected a JSON object, found {type(row).__name__}", bad)
     elif escapes and not _is_text(row):
         report(f"{where}: a lone surrogate (half a character, \\ud8.. to \\udf..) is not text", bad)
     else:

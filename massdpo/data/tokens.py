@@ -68,13 +68,13 @@ class TokenizedSplit(Lazy[TokenizedExample]):
         texts = {
             "prompts_truncated": "of {examples} prompts lost the oldest part of their history to fit max_length "
             "({history_items_cut} items in all)",
-            "boundary_differences": "of {examples} prompts have a response that would be tokenised otherwise together "
-            "with its prompt: the model sees a joint it did not see in plain text",
-            "chosen_tokens_in_pool": "of {examples} prompts have a negative with the chosen response's very tokens: "
-            "it cannot be told from the chosen one",
-            "prompts_with_markup": "of {examples} prompts carry the tokenizer's own markup, which is read as such",
-            "prompts_with_markup_twice": "of {examples} prompts carry the tokenizer's own markup inside what the chat "
-            "template puts around them: leave one of the two out (trainer.chat_template=false)",
+            "boundary_differences": "of {examples} prompts have a response that is tokenised differently when joined "
+            "to its prompt: the model sees a boundary that plain text does not have",
+            "chosen_tokens_in_pool": "of {examples} prompts have a negative with exactly the chosen response's tokens: "
+            "the two cannot be told apart",
+            "prompts_with_markup": "of {examples} prompts contain the tokenizer's special tokens, read as such",
+            "prompts_with_markup_twice": "of {examples} prompts contain special tokens of their own inside those of "
+            "the chat template: drop one of the two (trainer.chat_template=false)",
         }
         return [
             *self.notes,

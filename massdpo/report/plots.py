@@ -1,4 +1,4 @@
-"""Panels of a figure: a row a model, a column a metric, each method in its own colour and with its own marker."""
+"""Panels of a figure: a row per model, a column per metric, each method in its own colour and with its own marker."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Rows -> one long frame: a line a table cell, with mean, interval, number of seeds, best and ties, and the paired
+"""Rows -> one long frame: a line per table cell, with mean, interval, number of seeds, best and ties, and the paired
 difference to `random`.
 
 A table has a block for each (dataset, model) and, where options of the data are varied, each of their values: only

@@ -106,7 +106,7 @@ def set_aside(place: Path) -> None:
     """Move a damaged folder out of the way, with a line that says so."""
     aside = place.with_name(f"{place.name}.damaged.{secrets.token_hex(4)}")
     os.replace(place, aside)
-    print(f"warning: {place} is damaged; it was set aside as {aside.name} and is computed again", file=sys.stderr)
+    print(f"warning: {place} is damaged: moved aside as {aside.name}, and computed again", file=sys.stderr)
 
 
 def remove_unfinished(folder: Path, prefix: str = "") -> None:

@@ -79,7 +79,7 @@ def rank(config: DictConfig) -> None:
 def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
     """A trained policy and its tokenizer, where the options fit it."""
     if not folder.is_dir():
-        raise UserError(f"there is no policy in {folder}: name what a run with trainer.save_policy=true left")
+        raise UserError(f"there is no policy in {folder}: give the policy/ of a run with trainer.save_policy=true")
     policy, tokenizer = load_policy(folder)
     trained = trained_with(folder.parent).get("trainer")
     for name in READING:

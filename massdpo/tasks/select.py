@@ -36,7 +36,7 @@ def select(config: DictConfig) -> None:
     accelerator = launch.start(config)
     out, trainer = Path(config.out), config.trainer
     if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"out={out} is not what task=select wrote before: name a new folder")
+        raise UserError(f"out={out} was not written by task=select: give a new folder")
     cache = start.cache_of(config)
     data, model = start.load(config, cache)
     subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"

@@ -44,7 +44,7 @@ class Times:
         kind, time = self._read(where, value, number)
         if self.kind and kind != self.kind:
             if "order" in (kind, self.kind):
-                raise UserError(f"{where}: 'time' stands in some rows only; give it in all or in none")
+                raise UserError(f"{where}: only some rows have a 'time'; give it in all or in none")
             raise UserError(f"{where}: 'time' is {value!r:.40}, but a {self.kind} in the rows before")
         self.kind = kind
         return time

@@ -7,7 +7,7 @@ Shapes: R rows, C = 1 + N candidates, E interactions.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,22 +46,25 @@ WORDINGS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """How a row is put into words: which wordings (`several`: one per row by the seed), with or without candidates."""
+    """The options that every data set of histories has; `conf/dataset/lastfm.yaml` says what each does."""
 
-    noun: str
-    seed: int
-    several: bool
-    list_candidates: bool
-    max_history: int
+    noun: Literal["item", "film", "artist"] = "item"
+    seed: int = 0
+    prompts: Literal["one", "several"] = "one"
+    list_candidates: bool = True
+    min_history: int = 3
+    max_history: int = 10
+    bad_rows: Literal["error", "skip"] = "error"
 
     def example(
         self, id: str, history: list[str], chosen: str, candidates: list[str], meta: dict[str, Any]
     ) -> PreferenceExample:
         """The pool is the other candidates in slate order; only the latest `max_history` items are shown."""
         wordings = WORDINGS[self.noun]
-        before, question = wordings[keyed_seed("wording", self.seed, id) % len(wordings) if self.several else 0]
+        place = keyed_seed("wording", self.seed, id) % len(wordings) if self.prompts == "several" else 0
+        before, question = wordings[place]
         history = history[-self.max_history :]
         listed = f" Choices: {'; '.join(candidates)}." if self.list_candidates else ""
         return PreferenceExample(

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from massdpo.data.columns import Columns
-from massdpo.data.containers import Reading, placed_rows, suffix_of
+from massdpo.data.containers import placed_rows, suffix_of
 from massdpo.data.raw import BadRows
 from massdpo.data.readers.cells import Times, cell
-from massdpo.data.readers.tables import ABOUT_ITEMS, ITEMS, Tables, needed
+from massdpo.data.readers.tables import ABOUT_ITEMS, ITEMS, TableOptions, Tables, needed
 from massdpo.data.readers.tables import USUAL as USUAL_TABLES
 from massdpo.data.text import read_lines
 from massdpo.errors import UserError
@@ -41,24 +41,16 @@ class Impression:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImpressionTables:
+class ImpressionTables(TableOptions):
     """How the tables are to be read; `conf/dataset/impressions.yaml` says what each option does."""
 
-    columns: Mapping[str, Any] = field(default_factory=dict)
-    header: list[str] | None = None
-    items_header: list[str] | None = None
-    separator: str | None = None
     item_separator: str | None = None
-    encoding: str = "utf-8"
-    rows: str | None = None
-    time_format: str | None = None
-    missing_titles: Literal["error", "skip", "id"] = "error"
 
     def __post_init__(self) -> None:
         self._about_items(Path(), None)
         Columns(USUAL | {part: USUAL_TABLES[part] for part in ABOUT_ITEMS}, self.columns)
         if self.item_separator == "":
-            raise UserError("dataset.item_separator is empty: give what stands between two items, or null for spaces")
+            raise UserError("dataset.item_separator is empty: set it to the text between two items, or null for spaces")
 
     def titles(self, files: list[Path], bad: BadRows) -> dict[str, str]:
         """The titles by item, of all files together."""
@@ -68,7 +60,7 @@ class ImpressionTables:
         return titles
 
     def columns_of_impressions(self) -> Columns:
-        return Columns(USUAL, self._given(tuple(USUAL)))
+        return Columns(USUAL, self.columns_given(tuple(USUAL)))
 
     def impressions(
         self,
@@ -86,10 +78,8 @@ class ImpressionTables:
         """
         for file in files:
             mind = None if self.header else self._mind_header(file, "history")
-            header = self.header or mind
             times = Times(self.time_format or (MIND_TIME if mind else None))
-            reading = Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
-            for where, row in placed_rows(file, bad, reading):
+            for where, row in placed_rows(file, bad, self.reading(self.header or mind)):
                 try:
                     parts = needed(columns, where, row, ("history", "shown"))
                     lists = self._lists(where, parts, by_column="clicked" in columns.mapped)
@@ -133,19 +123,16 @@ class ImpressionTables:
         if self.missing_titles == "error" and "" in found:
             raise UserError(
                 f"{where}: item {items[found.index('')]!r:.60} has no title in the file of titles: "
-                "dataset.missing_titles=skip or id says what to do"
+                "dataset.missing_titles=skip leaves it out, id shows its id"
             )
         told["without_title"] += found.count("")
         return [title for title in found if title]
-
-    def _given(self, parts: tuple[str, ...]) -> dict[str, Any]:
-        return {part: column for part, column in self.columns.items() if part in parts}
 
     def _about_items(self, file: Path, header: list[str] | None) -> Tables:
         return Tables(
             raw_dir=str(file.parent),
             items_file=file.name,
-            columns=self._given(ABOUT_ITEMS),
+            columns=self.columns_given(ABOUT_ITEMS),
             items_header=header,
             separator=self.separator,
             encoding=self.encoding,

@@ -41,19 +41,14 @@ TOLD = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Impressions(ImpressionTables):
+class Impressions(ImpressionTables, Prompting):
     """Impressions from `path`, with validation and test rows of their own or held out by the seed or by time."""
 
     path: str | None = None
     splits: Mapping[str, str] | None = None
-    noun: Literal["item", "film", "artist"] = "item"
     split: Literal["user", "time"] = "user"
     min_history: int = 1
-    max_history: int = 10
     list_candidates: bool = False
-    prompts: Literal["one", "several"] = "one"
-    seed: int = 0
-    bad_rows: Literal["error", "skip"] = "error"
 
     @cached_property
     def _files(self) -> tuple[dict[str, list[Path]], list[Path]]:
@@ -145,12 +140,11 @@ class Impressions(ImpressionTables):
         return [self._example(impression, chosen, negatives) for chosen in clicked.values()]
 
     def _example(self, impression: Impression, chosen: str, negatives: list[str]) -> PreferenceExample:
-        prompting = Prompting(self.noun, self.seed, self.prompts == "several", self.list_candidates, self.max_history)
         slate = sorted([chosen, *negatives])  # its order is drawn anew, by what does not tell the chosen one
         key = repr((impression.history, slate))
         Random(keyed_seed("impression slate", self.seed, key)).shuffle(slate)
         meta = {} if impression.user is None else {"user": impression.user}
-        example = prompting.example(key, impression.history, chosen, slate, meta)
+        example = self.example(key, impression.history, chosen, slate, meta)
         return replace(example, id="", where=self._inside(impression.where))
 
     def _inside(self, where: str) -> str:

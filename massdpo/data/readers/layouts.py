@@ -151,7 +151,7 @@ class Layout:
         if any(beginnings):
             shared = beginnings[0]
             if any(each != shared for each in beginnings) or len(beginnings) < len(responses):
-                raise UserError(f'{where}: "chosen" and "rejected" do not begin alike up to their last message')
+                raise UserError(f'{where}: "chosen" and "rejected" must share every message but the last')
             asked = {message["content"].strip() for message in shared}
             if messages and shared not in (messages, messages[1:]):
                 raise UserError(f'{where}: "chosen" and "rejected" do not begin with the messages of "prompt"')

@@ -6,6 +6,7 @@ Texts stay as they are. Rows go to the disk as they are read, so that memory hol
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
@@ -25,6 +26,7 @@ from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
 
+@dataclass(frozen=True)
 class Preferences:
     """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
@@ -38,40 +40,38 @@ class Preferences:
             `bad_rows="skip"`; a split would be empty; the hub cannot be reached.
     """
 
-    def __init__(
-        self,
-        path: str | None = None,
-        hub_id: str | None = None,
-        revision: str | None = None,
-        subset: str | None = None,
-        splits: Mapping[str, str] | None = None,
-        columns: Mapping[str, str | list[str]] | None = None,
-        rows: str | None = None,
-        separator: str | None = None,
-        encoding: str = "utf-8",
-        outside: bool = False,
-        several_chosen: Literal["each", "error"] = "each",
-        ties: Literal["drop", "keep"] = "drop",
-        min_margin: float = 0.0,
-        strip: bool = False,
-        val_path: str | None = None,
-        test_path: str | None = None,
-        val_fraction: float = 0.1,
-        test_fraction: float = 0.1,
-        bad_rows: Literal["error", "skip"] = "error",
-        seed: int = 0,
-    ):
-        self.path, self.hub_id, self.revision = path, hub_id, revision
-        self.subset, self.splits, self.outside = subset, splits, outside
-        self.reading = Reading(separator, encoding, rows)
-        self.layout_options = columns, ties, min_margin
-        self.several_chosen, self.strip = several_chosen, strip
-        self.other_paths = {split: given for split, given in (("val", val_path), ("test", test_path)) if given}
-        self.fractions = {"test": test_fraction, "val": val_fraction}
-        self.bad_rows, self.seed = bad_rows, seed
-        Layout(*self.layout_options)
-        if val_fraction + test_fraction >= 1:
+    path: str | None = None
+    hub_id: str | None = None
+    revision: str | None = None
+    subset: str | None = None
+    splits: Mapping[str, str] | None = None
+    columns: Mapping[str, str | list[str]] | None = None
+    rows: str | None = None
+    separator: str | None = None
+    encoding: str = "utf-8"
+    outside: bool = False
+    several_chosen: Literal["each", "error"] = "each"
+    ties: Literal["drop", "keep"] = "drop"
+    min_margin: float = 0.0
+    strip: bool = False
+    val_path: str | None = None
+    test_path: str | None = None
+    val_fraction: float = 0.1
+    test_fraction: float = 0.1
+    bad_rows: Literal["error", "skip"] = "error"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self._reading, self._layout()
+        if self.val_fraction + self.test_fraction >= 1:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
+
+    @property
+    def _reading(self) -> Reading:
+        return Reading(self.separator, self.encoding, self.rows)
+
+    def _layout(self) -> Layout:
+        return Layout(self.columns, self.ties, self.min_margin)
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
@@ -81,11 +81,12 @@ class Preferences:
                 "dataset=preferences needs dataset.path=FILE (rows of prompt, chosen, rejected) or dataset.hub_id"
             )
         place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
-        main = Source(place, self.reading, self.subset, self.splits, self.outside)
+        main = Source(place, self._reading, self.subset, self.splits, self.outside)
         if "train" not in main.splits:
             names = ", ".join(main.found)
             raise UserError(f"{main.place} has no split 'train', only {names}: dataset.splits={{train: NAME}} names it")
-        others = {split: Source(Path(path), self.reading) for split, path in self.other_paths.items()}
+        paths = {"val": self.val_path, "test": self.test_path}
+        others = {split: Source(Path(path), self._reading) for split, path in paths.items() if path}
         for split, source in others.items():
             if split not in source.splits and len(source.splits) > 1:
                 names = ", ".join(source.found)
@@ -97,7 +98,7 @@ class Preferences:
         return list(dict.fromkeys(file for source in self._sources.values() for file in source.files))
 
     def load(self) -> Splits:
-        bad, layout, report = BadRows(self.bad_rows), Layout(*self.layout_options), dict[str, Any]()
+        bad, layout, report = BadRows(self.bad_rows), self._layout(), dict[str, Any]()
         seen: dict[str, str] = {}
         given: dict[str, StoredExamples] = {}
         prompts: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
@@ -222,7 +223,7 @@ class Preferences:
         numbers, sizes = np.unique(prompts["train"], return_counts=True)
         ends, taken = np.cumsum(sizes), 0
         split_of = np.full(len(prompts["train"]), "train", dtype="<U5")
-        for split, fraction in self.fractions.items():
+        for split, fraction in (("test", self.test_fraction), ("val", self.val_fraction)):
             if split in prompts:
                 continue
             wanted = max(1, round(fraction * len(prompts["train"]))) + (ends[taken - 1] if taken else 0)

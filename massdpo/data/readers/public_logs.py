@@ -33,7 +33,7 @@ def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
             if row["split"] not in SPLITS:
                 raise UserError(f"{place}: 'split' is train, val or test, not {row['split']!r:.40}")
             if user in known:
-                raise UserError(f"{place}: user {user} has a line already")
+                raise UserError(f"{place}: user {user} is listed twice")
             for item in items:
                 if type(item) is not int or not 0 <= item < len(titles):
                     raise UserError(f"{place}: item {item!r:.40} is not in {names.name} (0 to {len(titles) - 1})")
@@ -74,12 +74,12 @@ def _checked_rows(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
         place = f"{path}: row {number}"
         try:
             if not isinstance(row, dict):
-                raise UserError(f"{place}: an object is needed, found {type(row).__name__}")
+                raise UserError(f"{place}: expected an object, found {type(row).__name__}")
             history = field_of(row, "historyList", (str,), place)
             candidates = field_of(row, "itemList", (list,), place)
             target = field_of(row, "trueSelection", (str,), place)
             if not all(isinstance(each, str) and each.strip() for each in [*candidates, *history.split("::")]):
-                raise UserError(f"{place}: an empty title, or one that is no text")
+                raise UserError(f"{place}: a title that is empty or not text")
             "".join([history, *candidates]).encode()  # half a character of a pair cannot be
             if len(set(candidates)) != len(candidates) or target not in candidates:
                 raise UserError(f"{place}: the candidates must be distinct and hold the target {target!r:.60}")

@@ -53,7 +53,7 @@ def read_questions(rows: Iterable[PlacedRow], name: str, columns: Mapping[str, A
         try:
             question = reader.question(where, row, f"{name}:{number}")
             if question.id in ids:
-                raise UserError(f"{where}: id {question.id!r:.80} has a line already")
+                raise UserError(f"{where}: id {question.id!r:.80} is listed twice")
         except UserError as error:
             bad(error)
             continue

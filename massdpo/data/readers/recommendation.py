@@ -1,7 +1,7 @@
 """Recommendation: a user's items so far are the prompt, the next one is the chosen response, others are the pool.
 
-One class a data set, all with the same options; rows are made when they are read (`histories.py`), so that memory does
-not grow with their number.
+One class per data set, all with the same options; rows are made when they are read (`histories.py`), so memory does not
+grow with their number.
 
 Shapes: E (user, item) pairs.
 """
@@ -37,23 +37,15 @@ MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near_key}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recommendation(ABC):
+class Recommendation(Prompting, ABC):
     """The options that every recommendation dataset has; `conf/dataset/lastfm.yaml` says what each does."""
 
     raw_dir: str | None = None
-    seed: int = 0
     num_negatives: int = 19
     split: Literal["user", "first_seen", "time"] = "user"
     negatives: Literal["uniform", "popularity"] = "uniform"
     candidates: Literal["sampled", "all"] = "sampled"
     merge_titles: Literal["equal", "near"] = "equal"
-    min_history: int = 3
-    max_history: int = 10
-    list_candidates: bool = True
-    prompts: Literal["one", "several"] = "one"
-    bad_rows: Literal["error", "skip"] = "error"
-
-    noun: Literal["item", "film", "artist"] = "item"
 
     def __post_init__(self) -> None:
         if self.candidates == "all" and self.list_candidates:
@@ -72,9 +64,6 @@ class Recommendation(ABC):
 
     @abstractmethod
     def log(self, bad: BadRows) -> Log: ...
-
-    def prompting(self) -> Prompting:
-        return Prompting(self.noun, self.seed, self.prompts == "several", self.list_candidates, self.max_history)
 
     def load(self) -> Splits:
         """Raises UserError for a missing or damaged raw file, and for a pool that cannot be filled."""
@@ -97,7 +86,7 @@ class Recommendation(ABC):
                 log,
                 rows[name],
                 None if self.legacy else clean,
-                self.prompting(),
+                self,
                 tell_met=name == "test" and self.candidates == "all",
             )
 

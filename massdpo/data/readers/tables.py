@@ -64,12 +64,9 @@ ITEMS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tables:
-    """Where the tables are and how they are to be read; `conf/dataset/sequences.yaml` says what each option does."""
+class TableOptions:
+    """How tables are to be read; `conf/dataset/sequences.yaml` says what each option does."""
 
-    raw_dir: str | None = None
-    interactions_file: str | None = None
-    items_file: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     header: list[str] | None = None
     items_header: list[str] | None = None
@@ -77,13 +74,28 @@ class Tables:
     encoding: str = "utf-8"
     rows: str | None = None
     time_format: str | None = None
-    min_rating: float | None = None
     missing_titles: Literal["error", "skip", "id"] = "error"
+
+    def reading(self, header: list[str] | None = None) -> Reading:
+        return Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
+
+    def columns_given(self, parts: tuple[str, ...]) -> dict[str, Any]:
+        return {part: column for part, column in self.columns.items() if part in parts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tables(TableOptions):
+    """Where the tables of interactions and of titles are."""
+
+    raw_dir: str | None = None
+    interactions_file: str | None = None
+    items_file: str | None = None
+    min_rating: float | None = None
     article_first: bool = False
 
     def __post_init__(self) -> None:
         Columns(USUAL, self.columns)
-        Reading(self.separator, self.encoding, self.rows)
+        self.reading()
 
     def interactions_path(self) -> Path:
         path = Path(self.raw_dir or "").expanduser()
@@ -104,17 +116,13 @@ class Tables:
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
     def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
-        reading = Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
-        for where, row in placed_rows(path, bad, reading):
+        for where, row in placed_rows(path, bad, self.reading(header)):
             typed = header is None and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
             yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
 
     def columns_of(self, parts: tuple[str, ...]) -> Columns:
         """The columns of one of two files: of the columns named, the other file's may be missing here."""
-        return Columns({part: USUAL[part] for part in parts}, self._given(parts), optional=tuple(self.columns))
-
-    def _given(self, parts: tuple[str, ...]) -> dict[str, Any]:
-        return {part: column for part, column in self.columns.items() if part in parts}
+        return Columns({part: USUAL[part] for part in parts}, self.columns_given(parts), optional=tuple(self.columns))
 
     def titles(self, bad: BadRows) -> tuple[dict[str, str], dict[str, Any]]:
         """The titles by item, and which columns they stand in; none where there is no file of them."""
@@ -127,14 +135,16 @@ class Tables:
                 parts = needed(columns, where, row, ("item",))
                 item = cell(where, "item", parts["item"])
                 if item in titles:
-                    raise UserError(f"{where}: item {item!r:.60} has a line already")
+                    raise UserError(f"{where}: item {item!r:.60} is listed twice")
                 if "title" not in columns.mapped:
                     raise columns.missing(where, row, "title", ABOUT_ITEMS)
                 title = str(parts.get("title") or "").strip()
                 if title or self.missing_titles == "id":
                     titles[item] = self.worded(title or item)
                 elif self.missing_titles == "error":
-                    raise UserError(f"{where}: 'title' is empty: dataset.missing_titles=skip or id says what to do")
+                    raise UserError(
+                        f"{where}: 'title' is empty: dataset.missing_titles=skip leaves it out, id shows its id"
+                    )
             except UserError as error:
                 bad(error)
         return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
@@ -164,7 +174,7 @@ class Tables:
                 if item not in titles and self.missing_titles == "error":
                     raise UserError(
                         f"{where}: item {item!r:.60} has no title in the file of titles: dataset.missing_titles=skip "
-                        "or id says what to do"
+                        "leaves it out, id shows its id"
                     )
             except UserError as error:
                 bad(error)
