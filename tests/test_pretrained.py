@@ -266,7 +266,7 @@ def test_the_cards_own_code_runs(trained: tuple[str, Path], splits: Splits, caps
             ["gguf-part1==1.0.0", "terms: the Gemma Terms of Use", ", dequantised from Q4_1"],
         ),
         (["selector=full"], {"library_name": "transformers"}, ["none: random weights", "without terms", "| `full`; "]),
-        (["dataset=jsonl", "dataset.path=mine.jsonl"], {}, ["data of its author's own", "not known here"]),
+        (["dataset=jsonl", "dataset.path=mine.jsonl"], {}, ["its author's own data", "not known here"]),
     ],
 )  # fmt: skip
 def test_the_cards_front_matter(

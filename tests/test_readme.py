@@ -16,7 +16,7 @@ import yaml
 from massdpo.config import compose, validate
 from massdpo.config.rules import RULES
 from massdpo.errors import UserError
-from massdpo.runs.folder import GENERATED
+from massdpo.runs.shown import GENERATED
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 from tests.test_impressions import mind
 
