@@ -4,13 +4,12 @@ Addresses are pinned: files by their SHA-256, hub sets by their revision. Withou
 is not the pinned one, a single error says what to put where.
 """
 
-import json
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest
+from massdpo.store import Cache, digest, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -150,9 +149,7 @@ def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
         except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
             from_hub = f"huggingface.co/datasets/{source.repo} (revision {source.revision})"
             raise _unreachable(name, from_hub, f"put {', '.join(source.files)} into a folder", str(error)) from error
-        with open(folder / file_name, "w", encoding="utf-8", newline="\n") as file:
-            for row in pyarrow.parquet.read_table(local).to_pylist():
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        write_jsonl(folder / file_name, pyarrow.parquet.read_table(local).to_pylist())
 
 
 def _unreachable(name: str, address: str, remedy: str, reason: str) -> UserError:

@@ -25,11 +25,7 @@ METHODS = {  # in the order of tables
     "sft": Method(GREY, "x", "the SFT start that every run begins with: no preference stage", ":"),
     "random": Method(GREY, "o", "k negatives drawn uniformly, Plackett-Luce loss"),
     "sdpo": Method(
-        *(
-            GREY,
-            "o",
-            "S-DPO (Softmax-DPO, arXiv 2406.09215): k random negatives, Plackett-Luce loss; not TRL's SDPO",
-        )
+        GREY, "o", "S-DPO (Softmax-DPO, arXiv 2406.09215): k random negatives, Plackett-Luce loss; not TRL's SDPO"
     ),
     "dpo": Method(SKY, "D", "DPO (arXiv 2305.18290): one random negative"),
     "dmpo": Method(SKY, "s", "DMPO (arXiv 2405.16127): k random negatives, their mean reward"),

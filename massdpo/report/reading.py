@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from numpy.typing import NDArray
 from pandas.api.types import is_numeric_dtype
 
@@ -37,14 +36,6 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise UserError(f"{path} cannot be read ({why}): delete its run's folder, or make the run again") from error
-
-
-def read_config(path: Path) -> Any:
-    """A run's config as plain values."""
-    text = path.read_text(encoding="utf-8")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.CSafeLoader)):
-        raise ValueError("an alias: a run writes none, and a few lines of them can fill any memory")
-    return yaml.load(text, Loader=yaml.CSafeLoader)
 
 
 def read_json(path: Path) -> Any:
@@ -102,7 +93,9 @@ def read_histories(path: Path) -> pd.DataFrame:
     with reading(path):
         frame = pd.read_csv(path, dtype={"dataset": str, "model": str, "label": str})
         _only_numbers(frame, [name for name in frame.columns if name not in ("dataset", "model", "label")])
-        return frame.dropna(subset=["dataset", "model", "label", "seed", "step"])
+        if frame[["dataset", "model", "label", "seed", "step"]].isna().any(axis=None):
+            raise ValueError("a row without dataset, model, label, seed or step")
+        return frame
 
 
 def read_prompts(path: Path) -> Prompts:

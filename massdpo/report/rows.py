@@ -120,7 +120,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
     """One run's row, its config flattened, and its per-prompt results (none: not finished)."""
     status, why = run_status(folder)
     with reading.reading(folder / "config.yaml"):
-        config = reading.read_config(folder / "config.yaml")
+        config = store.plain_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
         row, options = _row(folder.name, config, status, why), _flatten(config)
     if status != "finished":
         return row, options, {}

@@ -139,21 +139,12 @@ def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metric
 def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
     """The lines of every block: whatever any block has, all have, so that what is missing can be seen."""
     lines = frame[["label", *axes]].drop_duplicates()
-    keys = [_label_keys(lines["label"]), *(_axis_keys(lines[axis]) for axis in axes)]
-    return lines.iloc[np.lexsort(keys[::-1])].reset_index(drop=True)
-
-
-def _label_keys(labels: pd.Series) -> pd.Series:
-    return labels.map({label: place for place, label in enumerate(sorted(labels.unique(), key=label_rank))})
+    keys = [(label_rank(label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
+    return lines.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
 
 
 def _order(value: Any) -> tuple[bool, Any]:
     return (isinstance(value, str), value)  # numbers before words
-
-
-def _axis_keys(values: pd.Series) -> pd.Series:
-    ordered = sorted(values.unique(), key=_order)
-    return values.map({value: place for place, value in enumerate(ordered)})
 
 
 def _block_cells(

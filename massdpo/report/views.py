@@ -65,7 +65,7 @@ VIEWS = {  # in the order in which a reader asks
         differences=True,
         against="mass",
     ),
-    "small_rates": View("Real models: learning rates", QUALITY, best_on="val/accuracy"),
+    "small_rates": View("Real models: learning rates", QUALITY, best_on="val/ndcg@5"),
     "demo": View("Demonstration: selectors on the embedded default", QUALITY, differences=True),
     "main": View(
         "Main comparison",

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 import massdpo
 from massdpo.console import markdown_table
@@ -42,7 +41,7 @@ def model_card(
     """
     trainer = config["trainer"]
     blocks = [
-        "---\n" + yaml.safe_dump(_front_matter(config), sort_keys=True, allow_unicode=True) + "---",
+        f"---\n{ModelCardData(**_front_matter(config))}\n---",
         f"# {name}",
         "A causal language model, fine-tuned on chosen responses and then trained on preferences between each of them "
         f"and several rejected ones, with massdpo {massdpo.__version__}: see [MASS-DPO](https://arxiv.org/abs/2605.10784).",

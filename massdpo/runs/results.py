@@ -24,7 +24,7 @@ from massdpo.model.save import save_policy
 from massdpo.runs.card import model_card
 from massdpo.runs.machine import commit, in_words, machine, peak_memory_mb
 from massdpo.runs.start import Data
-from massdpo.store import Cache, build_folder, write_json, write_text
+from massdpo.store import Cache, build_folder, write_json, write_jsonl
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
 from massdpo.training.picks import candidates_of
@@ -104,7 +104,7 @@ def write_results(
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
     for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
         line["catalogue_rank"] = rank
-    write_text(run.folder / PREDICTIONS, "".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(run.folder / PREDICTIONS, lines)
     write_json(run.folder / "metrics.json", metrics)
 
 

@@ -19,7 +19,7 @@ from massdpo.data.text import normalise
 from massdpo.errors import UserError
 from massdpo.evaluation.baselines import guess_metrics, leak_check
 from massdpo.runs import launch, start
-from massdpo.store import Cache, replacing
+from massdpo.store import Cache, write_jsonl
 from massdpo.tasks.rank import writing_to
 
 SHOWN = 3  # examples printed whole
@@ -37,8 +37,8 @@ def inspect(config: DictConfig) -> None:
     if config.out:
         split = config.split or "train"
         with writing_to(config.out):
-            written = export(getattr(splits, split), split, Path(config.out))
-        shown += f"\n\n{written} examples of {split} written to {config.out}"
+            export(examples := getattr(splits, split), split, Path(config.out))
+        shown += f"\n\n{len(examples)} examples of {split} written to {config.out}"
     counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
     sys.stdout.write("\n".join([shown, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
 
@@ -83,20 +83,10 @@ def page(splits: Splits, looked_at: Splits, tokenizer: PreTrainedTokenizerBase, 
     return "\n".join(lines)
 
 
-def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> int:
-    """Write `split`, `id`, `prompt`, `chosen`, `pool`, `candidates` (in slate order), a line each; return how many."""
-    with replacing(out) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
-        for example in examples:
-            row = {
-                "split": split,
-                "id": example.id,
-                "prompt": example.prompt,
-                "chosen": example.chosen,
-                "pool": example.pool,
-                "candidates": example.candidates,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return len(examples)
+def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> None:
+    """Write `split`, `id`, `prompt`, `chosen`, `pool`, `candidates` (in slate order), a line each."""
+    names = ("id", "prompt", "chosen", "pool", "candidates")
+    write_jsonl(out, ({"split": split} | {name: getattr(example, name) for name in names} for example in examples))
 
 
 def _about(

@@ -1,7 +1,6 @@
 """`task=select`: the training split with the negatives that a selector picks, for other trainers."""
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
-from massdpo.store import build_folder, is_whole
+from massdpo.store import build_folder, is_whole, write_jsonl
 from massdpo.tasks.rank import writing_to
 from massdpo.training.objectives import Preference
 
@@ -63,17 +62,15 @@ def select(config: DictConfig) -> None:
         def joined(prompt: Any, response: Any) -> Any:
             return response if trainer.chat_template else joint(prompt, response) + response
 
-        pairs = []
-        for row in table:
-            prompt = row["prompt"]
-            for text in row["rejected"]:
-                pairs.append(
-                    {"prompt": prompt, "chosen": joined(prompt, row["chosen"]), "rejected": joined(prompt, text)}
-                )
+        pairs = [
+            {"prompt": row["prompt"], "chosen": joined(row["prompt"], row["chosen"]), "rejected": text}
+            for row in table
+            for text in (joined(row["prompt"], rejected) for rejected in row["rejected"])
+        ]
 
         def write(folder: Path) -> None:
-            _write_lines(folder / "train.jsonl", table)
-            _write_lines(folder / "pairs.jsonl", pairs)
+            write_jsonl(folder / "train.jsonl", table)
+            write_jsonl(folder / "pairs.jsonl", pairs)
             datasets.Dataset.from_list(table).save_to_disk(folder / "dataset")
 
         with writing_to(config.out):
@@ -99,8 +96,3 @@ def _rows(
 
 def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
-
-
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with open(file, "w", encoding="utf-8", newline="\n") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
