@@ -67,7 +67,7 @@ def main() -> int:
         sys.path.insert(0, here)  # for a `_target_` of one's own, wherever the command is installed
     try:
         job()
-    except UserError:  # told when it happened
+    except UserError:  # reported when it happened
         return 2
     except (HydraException, OmegaConfBaseException) as error:
         say(f"error: {explain(error)}")
@@ -78,7 +78,7 @@ def main() -> int:
     except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
         say(f"error: {explain(error)}")
         return 2
-    except Exception:  # a launcher's process told it when it happened
+    except Exception:  # a launcher's process reported it when it happened
         return 1
     return max(FAILURES, default=0)
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: progress, tables, warnings."""
+"""What a person sees during a run: progress, tables, warnings."""
 
 import sys
 import time

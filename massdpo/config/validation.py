@@ -1,4 +1,4 @@
-"""What cannot be run as it stands is refused, before anything is computed.
+"""A configuration that cannot be run is refused before anything is computed.
 
 `validate` works through four questions: is the value one that the option takes (`RULES`), does the part it configures
 know the option (its signature), do the options make sense together, and can this machine do it.

@@ -35,7 +35,7 @@ def by_length(examples: Sequence[TokenizedExample], size: int) -> list[list[int]
 
 
 def micro_batches(prompts: int, world: int, size: int) -> int:
-    """Batches a process, as many in each, that `prompts` make when every process takes its share."""
+    """Batches per process, the same number in each, when `prompts` prompts are shared out among them."""
     return math.ceil(math.ceil(prompts / world) / size)
 
 

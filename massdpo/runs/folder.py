@@ -128,7 +128,7 @@ def _terminable() -> Iterator[None]:
 def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> bool:
     """May this run be computed into the folder? False, with a line that says so, where it is finished already.
 
-    Raises `UserError` where the folder holds a run that something else decided.
+    Raises `UserError` where the folder holds a run of other code, data or options.
     """
     before, key = status(folder), digest(parts)
     if before and before["key"] != key and not force:
