@@ -12,7 +12,9 @@ from massdpo.runs.folder import note_failed
 from massdpo.tasks.evaluate import evaluate
 from massdpo.tasks.explain import explain
 from massdpo.tasks.inspect import inspect
+from massdpo.tasks.merge import merge
 from massdpo.tasks.plan import plan
+from massdpo.tasks.push import push
 from massdpo.tasks.rank import rank
 from massdpo.tasks.select import select
 from massdpo.tasks.show import show
@@ -43,6 +45,8 @@ TASKS: dict[str, Callable[[DictConfig], Path | None]] = {
     "evaluate": evaluate,
     "select": select,
     "rank": rank,
+    "merge": merge,
+    "push": push,
     "inspect": inspect,
     "study": study,
 }

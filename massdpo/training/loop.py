@@ -50,9 +50,11 @@ def fit(
     training = _Training(stage, scorer, options, accelerator, history, tracker)
     position = training.position
     with progress(training.total, stage.name, position.step) as advance:
-        while position.epoch < stage.epochs:
+        while position.epoch < stage.epochs and position.without_gain < (options.patience or math.inf):
             training.epoch(advance)
             training.validate()
+    if position.epoch < stage.epochs:
+        accelerator.print(f"{stage.name}: ended after epoch {position.epoch}, the last {options.patience} no better")
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
             training.scorer.reshard()
@@ -82,9 +84,7 @@ class _Training:
         )
         self.prompts_per_step = options.batch_size * options.accumulate * accelerator.num_processes
         self.total = -(-len(self.objective.rows) // self.prompts_per_step) * stage.epochs
-        rise = int(
-            options.warmup * self.total
-        )  # the schedule of transformers, whose module imports its Trainer and peft
+        rise = int(options.warmup * self.total)  # transformers' schedule; its module imports its Trainer and peft
         fall = max(1, self.total - rise)
         self.schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (self.total - step) / fall)
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
@@ -142,6 +142,7 @@ class _Training:
             position.validation = validation
         if options.keep == "best" and value > position.best:
             checkpoints.write(self.stage.checkpoints / "best", position, self.objective.state, self.accelerator)
+        position.without_gain = 0 if value > position.best else position.without_gain + 1
         position.best = max(position.best, value)
         self._tell(validation)
 
@@ -158,8 +159,8 @@ class _Training:
     ) -> dict[str, Any]:
         """One optimiser step over `rows`; returns what is logged of it."""
         position, accelerator = self.position, self.accelerator
-        where = f"step {position.step} of {self.stage.name}"
-        remedy = f"lower trainer.{self.stage.name}.learning_rate"
+        name = self.stage.name
+        where, remedy = f"step {position.step} of {name}", f"lower trainer.{name}.learning_rate"
         world, size = accelerator.num_processes, self.options.batch_size
         micro = micro_batches(len(rows), world, size)
         values: dict[str, list[Tensor]] = {}
@@ -208,10 +209,9 @@ class _Training:
         return {"step": self.position.step, "epoch": self.position.epoch}
 
     def _log(self, row: dict[str, Any]) -> None:
-        name = self.stage.name
-        self.position.history.append({"stage": name} | row)
+        self.position.history.append({"stage": self.stage.name} | row)
         self.history.append(self.position.history[-1])
-        numbers = {f"{name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        numbers = {f"{self.stage.name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
         self.tracker.log(len(self.history.rows), numbers)  # one running number over both stages, for W&B
 
     def _warn(self, row: dict[str, Any]) -> None:
