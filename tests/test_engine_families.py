@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from massdpo.errors import UserError
-from massdpo.model.load import load_model, short_positions
+from massdpo.model.load import load_model, tell_of_long_rope
 from massdpo.model.scoring import PreferenceScorer
 from tests.conftest import ROOT
 from tests.test_scoring import (
@@ -191,12 +191,17 @@ def test_a_family_without_sdpa_is_loaded_with_eager_attention(tmp_path: Path) ->
     assert kinds == {"gpt_oss": "eager", "gptj": "eager", "llama": "sdpa"}
 
 
-def test_long_rope_goes_by_the_longest_row_of_a_batch() -> None:
-    """What `short_positions` warns of: beyond it a row's log-probs depend on its neighbours, below it they do not."""
+def test_long_rope_goes_by_the_longest_row_of_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond what is warned of a row's log-probs depend on its neighbours, below it they do not."""
     scales = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **scales}
     config = Phi3Config(**GROUPED, original_max_position_embeddings=16, rope_parameters=rope)
-    assert short_positions(config) == 16 and short_positions(FAMILIES["phi3"]) == float("inf")
+    for told, length in ((FAMILIES["phi3"], 64), (config, 16), (config, 17)):
+        assert capsys.readouterr().err == ""
+        tell_of_long_rope(told, length)
+    assert re.fullmatch(
+        r"warning: a row of more than 16 tokens .* trainer\.max_length=16 avoids that\n", capsys.readouterr().err
+    )
     scorer = PreferenceScorer(tiny(config))
     for longest, alike in ((10, True), (20, False)):
         batch = make_batch([5, longest], [[2, 3], [2, 3]])

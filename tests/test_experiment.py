@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from massdpo.config import compose
 from massdpo.data.prepare import prepare
 from massdpo.errors import UserError
+from massdpo.report.status import sweep_status
 from massdpo.runs import pipeline, results, start
 from massdpo.store import MANIFEST, Cache, file_digest, write_json
 from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
@@ -24,7 +25,7 @@ from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 TINY = [
     *("dataset.num_train=64", "dataset.num_val=16", "dataset.num_test=32"),
     *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "trainer.threads=1"),
-    *("logger=none", "trainer.save_policy=false"),
+    *("logger=none", "verbosity=quiet", "trainer.save_policy=false"),
 ]
 SELECTORS = sorted(file.stem for file in (ROOT / "conf" / "selector").glob("*.yaml"))
 DRAWN = ("random", "sampled", "top_random")
@@ -295,9 +296,14 @@ def test_finished_run_is_skipped_forced_or_refused(places: list[str], capsys: py
     with pytest.raises(UserError, match="holds a run with other options"):
         train(*places, "name=mine", "beta=0.1")
     assert (folder / "metrics.json").stat().st_mtime_ns == written
-    train(*places, "name=mine", "force=true")
+    kept = folder.parent / "kept"
+    kept.mkdir()
+    (kept / "mine.txt").write_text("mine")
+    (folder / "policy").symlink_to(kept)
+    train(*places, "name=mine", "force=true", "trainer.save_policy=true")
     assert (folder / "metrics.json").stat().st_mtime_ns > written
     assert timeless(folder) == numbers
+    assert (kept / "mine.txt").read_text() == "mine" and (folder / "policy" / "model.safetensors").is_file()
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------
@@ -375,6 +381,8 @@ def test_a_sweep_goes_on_after_a_failing_job_and_ends_non_zero(tmp_path: Path, p
     assert err.count("error:") == 1
     (file,) = (tmp_path / "runs").rglob("metrics.json")
     assert metrics(file.parent)["k_effective"] == 2
+    lines, _ = sweep_status(file.parents[1])
+    assert [line["state"] for line in lines] == ["finished", "failed"] and lines[1]["note"].startswith("k=99 is above")
 
 
 # More than tiny -------------------------------------------------------------------------------------------------------

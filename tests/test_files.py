@@ -323,6 +323,8 @@ def test_what_cannot_be_read_is_refused_in_a_line_that_helps(tmp_path, row, opti
 
 
 DEEP = "[" * 100_000
+BOMB = "a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30))
+BOMB += "\nconfigs:\n- data_files: *a29"
 ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 
 
@@ -340,6 +342,7 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ("own.gz", "no gzip", "cannot be read"),
         ("own.jsonl.zst", "no zstd", "cannot be read"),
         ("own.feather", "no arrow", "cannot be read"),
+        ("README.md", f"---\n{BOMB}\n---\n", "holds no file of rows"),
         ("a\0b", None, r"a\\x00b' cannot be read: No such file"),
         ("x" * 300, None, "cannot be read: File name too long"),
     ],
@@ -347,13 +350,16 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
 def test_damaged_files_are_refused_in_a_line(tmp_path, name, content, told):
     if content is not None:
         (tmp_path / name).write_text(content)
-    for path in [tmp_path / name] + [tmp_path] * (content is not None and name != "own.gz"):
+    single = [tmp_path / name] * (name != "README.md")
+    for path in single + [tmp_path] * (content is not None and name != "own.gz"):
         with pytest.raises(UserError, match=told) as error:
             Preferences(str(path)).load()
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("named", ["../outside.arrow", "/etc/hostname", "http://127.0.0.1:9/a.arrow", "absent.arrow"])
+@pytest.mark.parametrize(
+    "named", ["../outside.arrow", "/etc/hostname", "http://127.0.0.1:9/a.arrow", "absent.arrow", "a\0b"]
+)
 def test_a_folder_reads_nothing_outside_itself(tmp_path, named):
     saved(tmp_path / "saved", PLAIN)
     (tmp_path / "outside.arrow").write_bytes((tmp_path / "saved" / "data-00000-of-00001.arrow").read_bytes())
@@ -367,13 +373,14 @@ def test_a_folder_reads_nothing_outside_itself(tmp_path, named):
 
 def test_links_and_cards_do_not_lead_outside_either(tmp_path):
     (tmp_path / "own.jsonl").write_text(lines_of(PLAIN))
-    for name in ("linked", "carded"):
+    for name in ("linked", "carded", "starred"):
         (tmp_path / name).mkdir()
     (tmp_path / "linked" / "train.jsonl").symlink_to(tmp_path / "own.jsonl")
     (tmp_path / "carded" / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files: ../own.jsonl\n---\n"
     )
-    for name in ("linked", "carded"):
+    (tmp_path / "starred" / "README.md").write_text("---\nconfigs:\n- data_files: ../*.jsonl\n---\n")
+    for name in ("linked", "carded", "starred"):
         with pytest.raises(UserError, match=r"lies outside .*dataset.outside=true"):
             Preferences(str(tmp_path / name)).files()
         assert len(read(tmp_path / name, outside=True)) == 3

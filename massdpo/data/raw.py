@@ -6,17 +6,17 @@ with a data set is run, and a folder is never left.
 
 import glob
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from massdpo.data.containers import SUFFIXES, PlacedRow, Reading, placed_rows
 from massdpo.data.text import reading_errors
 from massdpo.errors import UserError
+from massdpo.store import plain_yaml
 
 SPLITS = ("train", "val", "test")
 # the names that splits usually have, the most telling first; the word alone, where a longer name has it
@@ -31,7 +31,7 @@ SHARD = re.compile(r"[-_.]\d{5}[-_]of[-_]\d{5}.*$")
 
 
 class BadRows:
-    """What to do with a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
+    """What to do with a row that cannot be read: `error` raises its mistake, `skip` counts it."""
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -54,7 +54,7 @@ class Source:
     `place` is a file, a folder of files (each with its split's name in its own or its folder's, or as the card
     README.md assigns them to splits and, by `subset`, to configurations), or what `datasets.save_to_disk` wrote.
     `names` says which of the splits found there is train, val and test; without it, those with the usual names are.
-    What names no split at all is train. `outside`: files may lie elsewhere, by links or by what the folder says.
+    Files that name no split are train. `outside`: files may lie elsewhere, by links or by what the folder says.
 
     Raises:
         UserError: there is nothing, or nothing that could hold rows; a file outside the folder; a missing split.
@@ -92,6 +92,8 @@ class Source:
         for files in parts.values():
             for file in files:
                 self._check_inside(file)
+                if not file.is_file():
+                    raise UserError(f"{file} is missing: {self.place} names it")
         return parts
 
     @cached_property
@@ -125,12 +127,11 @@ class Source:
             yield from placed_rows(file, bad, self.reading)
 
     def _check_inside(self, file: Path) -> None:
-        if not file.is_file():
-            raise UserError(f"{file} is missing: {self.place} names it")
         root = self.place.resolve()
         if root.parent.name == "snapshots":
             root = root.parents[1]  # the hub's cache, where all data sets' files are links into the same folder
-        if not self.outside and not file.resolve().is_relative_to(root):
+        leads_to = Path(os.path.realpath(str(file).replace("\0", "")))  # of links that go round, too
+        if not self.outside and not leads_to.is_relative_to(root):
             raise UserError(
                 f"{file} lies outside {self.place}: dataset.outside=true reads it, if you trust what the folder says"
             )
@@ -177,6 +178,7 @@ class Source:
     def _matching(self, pattern: str) -> list[Path]:
         if (self.place / pattern).is_file():
             return [self.place / pattern]
+        self._check_inside(self.place / pattern)  # a ** elsewhere would look through a whole disk
         found = sorted(glob.glob(pattern, root_dir=self.place, recursive=True))
         files = [self.place / name for name in found if (self.place / name).is_file()]
         if not files:
@@ -241,8 +243,8 @@ def _card_configs(card: Path) -> list[dict[str, Any]]:
     """The configurations that a card's head names; none where it has no head, or one that is not YAML."""
     head = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
-        about = yaml.safe_load(head[1]) if head else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+        about = plain_yaml(head[1]) if head else None
+    except ValueError:
         return []
     configs = about.get("configs") if isinstance(about, dict) else None
     return [config for config in configs if isinstance(config, dict)] if isinstance(configs, list) else []

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from massdpo.console import patiently
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
@@ -23,7 +24,7 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
-from massdpo.model.load import short_positions
+from massdpo.model.load import tell_of_long_rope
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
@@ -31,8 +32,9 @@ from massdpo.runs.machine import check_memory
 from massdpo.runs.provenance import model_key, reference_key, start_key
 from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.training.history import History, Tracker
-from massdpo.training.loop import Stage, fit
+from massdpo.training.loop import fit
 from massdpo.training.objectives import Sft
+from massdpo.training.stage import Stage
 
 
 @dataclass
@@ -60,7 +62,9 @@ def cache_of(config: DictConfig) -> Cache:
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
-    return tokenized(config, prepare(config.dataset, cache), cache)
+    with patiently(f"reading {config.choices.dataset}"):
+        splits = prepare(config.dataset, cache)
+    return tokenized(config, splits, cache)
 
 
 def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, nn.Module]:
@@ -74,37 +78,44 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
             yield from (joint(prompt, response) + response for response in example.pool)
 
     texts_key = digest(package_code("data", "model", "store"), splits.digest)
-    model, tokenizer = source.load(texts, config.seed, cache, texts_key)
+    with patiently(f"loading {config.choices.model}"):
+        model, tokenizer = source.load(texts, config.seed, cache, texts_key)
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
-    if config.trainer.max_length > (near := short_positions(model.config)):
-        print(
-            f"warning: a row of more than {near} tokens changes how this model turns the positions of its whole batch, "
-            f"so that log-probs depend on what else is in it: trainer.max_length={near} avoids that",
-            file=sys.stderr,
-        )
+    tell_of_long_rope(model.config, config.trainer.max_length)
     if config.trainer.chat_template:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:
         print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
     long_rows = config.dataset.get("long_rows", "error")
-    tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
+    with patiently("tokenising"):
+        tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
     train, val, test = (tokens[name].rows_of(getattr(splits, name)) for name in tokens)
     splits = replace(splits, train=train, val=val, test=test)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
     key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options, long_rows)
+    with patiently("hashing the weights"):
+        weights = model_key(model)
     catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
-    return Data(splits, tokenizer, **tokens, key=key, model_key=model_key(model), catalogue=catalogue), model
+    return Data(splits, tokenizer, **tokens, key=key, model_key=weights, catalogue=catalogue), model
+
+
+def trainable(config: DictConfig, model: Any) -> nn.Module:
+    """The model as the SFT stage trains it: with the adapter, if there is one."""
+    policy: nn.Module = add_adapter(model, config.trainer.adapter, config.seed) if config.trainer.adapter else model
+    if config.trainer.gradient_checkpointing:
+        checkpointing(policy)
+    return policy
 
 
 def sft_start(
     config: DictConfig,
     data: Data,
-    model: nn.Module,
+    policy: nn.Module,
     features: str | None,
     cache: Cache,
     score: SplitScorer,
@@ -119,9 +130,6 @@ def sft_start(
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
     def make(folder: Path | None) -> None:
-        policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
-        if trainer.gradient_checkpointing:
-            checkpointing(policy)
         check_memory(policy, accelerator)
         stage = Stage(
             name="sft",
