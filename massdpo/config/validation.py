@@ -130,7 +130,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
-    if task == "select" or (task == "train" and trainer["preference"]["epochs"] > 0):
+    if task == "select" or (task in ("train", "plan") and trainer["preference"]["epochs"] > 0):
         _check_slate(values["k"], values["loss"], selector, dataset)
 
 

@@ -45,7 +45,7 @@ def select(config: DictConfig) -> None:
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
-    sft_folder = start.sft_start(config, data, model, features, cache, score, NoLogger())
+    sft_folder = start.sft_start(config, data, start.trainable(config, model), features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
