@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in configuration, data or environment, told in one line: what is wrong, where, what would be right.
+    """A mistake in configuration, data or environment, reported in one line: what is wrong, where, what would be right.
 
     `run.py` prints the line and exits with 2, without a traceback (unless `debug=true`).
     """

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, GROWN, SIDES, draw_growth, markdown, show
+from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, GROWN, SIDES, draw_growth, markdown
 from massdpo.benchmark.sides import BETA, CPU, GPU, Setting, autocast, build_batch, build_model, build_sides
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
@@ -115,7 +115,7 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
     write_json(out / "engine.json", report)
     write_text(out / "engine.md", markdown(report))
     draw_growth(growth, out)
-    show(report)
+    print(markdown(report))
 
 
 def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:

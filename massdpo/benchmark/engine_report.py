@@ -5,8 +5,6 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from massdpo.console import markdown_table
 from massdpo.report.figures import save_pictures
@@ -82,15 +80,3 @@ def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
     save_pictures(figure, out / "engine_growth")
     table = pd.DataFrame(growth, columns=["axis", "value", *GROWN])
     write_text(out / "engine_growth.csv", table.to_csv(index=False, lineterminator="\n"))
-
-
-def show(report: dict[str, Any]) -> None:
-    table = Table("ratio", "measured", "goal", title="The shared-prefix engine against the usual ways")
-    for sign, goals in (("at least", AT_LEAST), ("at most", AT_MOST)):
-        for name, goal in goals.items():
-            good = report[name] >= goal if goals is AT_LEAST else report[name] <= goal
-            table.add_row(name, f"[{'green' if good else 'red'}]{report[name]:.3g}", f"{sign} {goal:.3g}")
-    sides = Table("side", "step, s", "extra peak memory, GB")
-    for side, meaning in SIDES.items():
-        sides.add_row(meaning, f"{report['seconds'][side]:.3f}", f"{report['peak_bytes'][side] / 1e9:.2f}")
-    Console().print(sides, table)

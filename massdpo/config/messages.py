@@ -1,4 +1,4 @@
-"""How mistakes are reported: in one line, with the nearest right name."""
+"""How mistakes are reported: in one line, with the closest valid name."""
 
 import difflib
 import json

@@ -32,8 +32,8 @@ NOT_IDENTITY = (
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
-# Options that came after the first runs, with the value that does what was done before: it leaves their names alone.
-ADDED = {"trainer.generate": False, "trainer.picks": "last"}
+# Options added after the first runs, each with the value that keeps the old behaviour and so the old names.
+ADDED = {"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 

@@ -1,4 +1,4 @@
-"""Which column is which: told by a mapping, or found by the names that people give them."""
+"""Which column is which: given by a mapping, or found by the names that people use."""
 
 import re
 from collections import Counter
@@ -13,8 +13,8 @@ class Columns:
     """The parts that a row is made of, by the columns that hold them.
 
     `usual` has, for each part, the names that its column usually has, the most usual first; `given` says which column
-    (or which of several) it is, and goes before. What one of `several` is may also stand in numbered columns, as
-    rejected_1, rejected_2. A part of `optional` may be given without being there. `mapped` says what was found,
+    (or which of several) it is, and takes precedence. A part in `several` may also be spread over numbered columns, as
+    rejected_1, rejected_2. A part in `optional` may be given and yet be missing. `mapped` says what was found,
     `ignored` counts the columns that mean nothing here.
 
     Raises:
@@ -68,7 +68,7 @@ class Columns:
         )
 
     def report(self) -> dict[str, Any]:
-        """What was mapped to what and what was ignored, to be told."""
+        """What was mapped to what and what was ignored, for the report."""
         found = {"columns": ", ".join(f"{part} = {names}" for part, names in self.mapped.items())}
         return found | {f"ignored_column_{safe(name)}": count for name, count in self.ignored.most_common(20)}
 

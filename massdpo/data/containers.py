@@ -1,4 +1,4 @@
-"""The rows of one file, whatever holds them: JSON in its forms, columns of text, Parquet or Arrow; each with its place.
+"""The rows of one file, each with its place: JSON in its forms, columns of text, Parquet or Arrow.
 
 Only formats that hold nothing but data are read, piece by piece: memory does not grow with the file.
 """
@@ -71,7 +71,7 @@ def placed_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterato
 
 
 def _has_columns(path: Path) -> bool:
-    """Whether a file of text holds separated columns: told by its name, else by its first character."""
+    """Whether a file of text holds separated columns: by its name, else by its first character."""
     if (suffix := suffix_of(path)) in JSON + COLUMNS:
         return suffix in COLUMNS
     return next((line.lstrip()[:1] not in "{[" for _, line in read_lines(path, None, "latin-1")), False)

@@ -67,7 +67,7 @@ class Encoder:
             yield ids if ids[0] == self.bos else np.concatenate([before, ids])
 
     def responses(self, texts: Iterable[str], owner: Callable[[int], str]) -> Iterator[Ids]:
-        """The ids of responses, as `joined` gave them, in the middle of a text (a start may be treated otherwise).
+        """The ids of responses, as `joined` gave them, in the middle of a text (a start may be tokenised differently).
 
         `owner` names the example that each was first seen in, for messages.
         """
@@ -96,7 +96,7 @@ class Encoder:
     def boundary_differences(
         self, ends: Texts, end_B: NDArray[np.int32], texts: Texts, candidates: Ragged, scratch: Path
     ) -> int:
-        """How many rows have a response that is tokenised otherwise when joined to its prompt.
+        """How many rows have a response that is tokenised differently when joined to its prompt.
 
         Only the words on both sides of the joint are looked at, each distinct pair once: row b's prompt ends in the
         `end_B[b]`-th of `ends`. What does not fit the memory goes to the folder `scratch`.
@@ -147,7 +147,7 @@ class Encoder:
 
 
 def last_word(text: str) -> str:
-    """The last word with the space after it; a long one is cut: what is further from the joint hardly moves it."""
+    """The last word with the space after it; a long one is cut: text further from the boundary hardly affects it."""
     end = text[-BOUNDARY:]
     word = end.rstrip()
     return end[len(word) - len(word.rsplit(maxsplit=1)[-1]) :] if word else end

@@ -1,5 +1,5 @@
-"""Rows that are longer than the model reads: the oldest of their history goes, and if that is not enough, what the user
-chose: the run stops with all of them named, they are left out, or they are cut.
+"""Rows longer than the model reads lose the oldest of their history; if that is not enough, the user's choice decides:
+the run stops and names them all, they are left out, or they are cut.
 
 Suffixes: B examples of a split.
 """

@@ -1,4 +1,4 @@
-"""A JSON text that is decoded value by value as it is read, so that an array of any length fits the memory."""
+"""A JSON text decoded value by value as it is read, so that an array of any length fits in memory."""
 
 import codecs
 import json

@@ -94,7 +94,7 @@ def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
-    """What a user should know of the preparation whenever the data is used, made anew or not."""
+    """What a user should know of the preparation whenever the data are used, whether made anew or not."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
     notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
     if count := report.get("bad_rows_skipped"):

@@ -31,7 +31,7 @@ SHARD = re.compile(r"[-_.]\d{5}[-_]of[-_]\d{5}.*$")
 
 
 class BadRows:
-    """What to do with a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
+    """What to do with a row that cannot be read: `error` raises its mistake, `skip` counts it."""
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -54,7 +54,7 @@ class Source:
     `place` is a file, a folder of files (each with its split's name in its own or its folder's, or as the card
     README.md assigns them to splits and, by `subset`, to configurations), or what `datasets.save_to_disk` wrote.
     `names` says which of the splits found there is train, val and test; without it, those with the usual names are.
-    What names no split at all is train. `outside`: files may lie elsewhere, by links or by what the folder says.
+    Files that name no split are train. `outside`: files may lie elsewhere, by links or by what the folder says.
 
     Raises:
         UserError: there is nothing, or nothing that could hold rows; a file outside the folder; a missing split.

@@ -1,4 +1,4 @@
-"""Which items stand beside the target: slates that tell nothing about it (`clean`), and published ones (`legacy`).
+"""The items beside the target: slates that say nothing about it (`clean`), and published ones (`legacy`).
 
 A clean slate's draws come from a counter-based generator (Philox) keyed by dataset seed and split, its counter being
 the row: any row's slate can be drawn alone, in any order, by any worker, and the target has no say in it.

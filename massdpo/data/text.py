@@ -37,7 +37,7 @@ def opened(path: Path) -> io.BufferedReader:
 
 @contextmanager
 def reading_errors(path: Path | str) -> Iterator[None]:
-    """Tells in one line what goes wrong while a file is read: it is missing, a folder, or damaged."""
+    """Say in one line what went wrong while a file was read: it is missing, a folder, or damaged."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:

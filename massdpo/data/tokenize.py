@@ -1,4 +1,4 @@
-"""From texts to tokens, once: prompts that are too long lose the oldest of their history, and what happened is counted.
+"""From texts to tokens, once: prompts that are too long lose the oldest of their history, and all of it is counted.
 
 Suffixes: B examples of a split (or of a block of it), X candidates of all of them, end to end.
 """

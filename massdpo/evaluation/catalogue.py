@@ -1,4 +1,4 @@
-"""The test split ranked against the whole catalogue: metrics on a few sampled candidates can order policies otherwise.
+"""The test split ranked against the whole catalogue: metrics on a few sampled candidates can rank policies differently.
 
 (Krichene and Rendle, On Sampled Metrics for Item Recommendation, KDD 2020.) A target's rivals are all items but those
 that its user met before it.

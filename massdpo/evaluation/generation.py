@@ -76,7 +76,7 @@ def generation_metrics(answers: Sequence[Answer], scores: SplitScores) -> dict[s
 def decode(model: PreTrainedModel, batch: Batch, constrained: bool = False) -> list[list[int]]:
     """Greedy continuations of the prompts, inside `greedy_settings`: each as token ids up to its EOS, with it.
 
-    A prompt gets as many tokens as its longest candidate has: what goes on after that is none of them.
+    A prompt gets as many tokens as its longest candidate has: a longer answer is none of them.
     """
     eos_id, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     length_B = batch.prompt_mask_BP.sum(-1, keepdim=True)

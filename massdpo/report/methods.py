@@ -1,4 +1,4 @@
-"""Every method by the name that tables give it: its place, its colour and marker in every figure, and what it does."""
+"""Every method by its name in tables: its place, its colour and marker in every figure, and what it does."""
 
 from dataclasses import dataclass
 from zlib import crc32

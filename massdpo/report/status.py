@@ -1,4 +1,4 @@
-"""Where a sweep stands: which runs are finished, running, failed (and why) or missing, and the time left."""
+"""How far a sweep is: which runs are finished, running, failed (and why) or missing, and the time left."""
 
 import time
 from pathlib import Path

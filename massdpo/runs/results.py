@@ -120,7 +120,7 @@ def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics
 
 @contextmanager
 def decorating(what: str) -> Iterator[None]:
-    """What a run can do without: where it fails, the run's results are good all the same."""
+    """Something that a run can do without: where it fails, the run's results are complete all the same."""
     try:
         yield
     except Exception as error:

@@ -94,7 +94,7 @@ class ImpressionTables(TableOptions):
                     yield Impression(where, user, time, history, shown, clicked)
 
     def _lists(self, where: str, parts: dict[str, Any], by_column: bool) -> tuple[list[str], list[str], list[str]]:
-        """History, all that was shown, and what of it was clicked: told by a column, or as in `N12-1 N34-0`."""
+        """History, all that was shown, and what of it was clicked: as a column says, or as in `N12-1 N34-0`."""
         history, shown, clicked = (
             self._items(where, part, parts.get(part)) for part in ("history", "shown", "clicked")
         )

@@ -1,4 +1,4 @@
-"""Who met which items in which order: a `Log`, read from anyone's own files; and what all readers share."""
+"""Who met which items in which order: a `Log`; and what all readers share."""
 
 from array import array
 from collections.abc import Callable

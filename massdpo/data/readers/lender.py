@@ -1,4 +1,4 @@
-"""Wrong options for a question whose own are too few: borrowed from the other questions of its split."""
+"""Wrong options for a question that has too few of its own, borrowed from other questions of its split."""
 
 import numpy as np
 

@@ -1,12 +1,12 @@
 """The raw files of LastFM, as S-DPO publishes them or by sequences, read into a `Log`."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from massdpo.data.containers import placed_rows
 from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers.interactions import Ints, Log, field_of
 from massdpo.data.text import read_jsonl, read_lines
@@ -64,27 +64,17 @@ def split_titles(joined: str, known: set[str]) -> list[str]:
 
 
 def _checked_rows(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON array in UTF-8 ({error})") from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: a JSON array with at least one row is needed")
-    for number, row in enumerate(rows, start=1):
-        place = f"{path}: row {number}"
+    for place, row in placed_rows(path, bad):
         try:
-            if not isinstance(row, dict):
-                raise UserError(f"{place}: expected an object, found {type(row).__name__}")
             history = field_of(row, "historyList", (str,), place)
             candidates = field_of(row, "itemList", (list,), place)
             target = field_of(row, "trueSelection", (str,), place)
             if not all(isinstance(each, str) and each.strip() for each in [*candidates, *history.split("::")]):
                 raise UserError(f"{place}: a title that is empty or not text")
-            "".join([history, *candidates]).encode()  # half a character of a pair cannot be
             if len(set(candidates)) != len(candidates) or target not in candidates:
                 raise UserError(f"{place}: the candidates must be distinct and hold the target {target!r:.60}")
-        except (UserError, UnicodeEncodeError) as error:
-            bad(error if isinstance(error, UserError) else UserError(f"{place}: {error.reason}"))
+        except UserError as error:
+            bad(error)
         else:
             yield row
 

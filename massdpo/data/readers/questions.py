@@ -98,7 +98,7 @@ class Reader:
 
 
 def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[list[Question], str]:
-    """The questions with their answers, read in the `way` that is told or that all of them allow; and which it was.
+    """The questions with their answers, read in the `way` that is given or that all of them allow; and which it was.
 
     Raises:
         UserError: several ways are possible and differ, or a question's answer is none of its options.

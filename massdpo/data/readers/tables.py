@@ -1,6 +1,6 @@
 """Tables of interactions and of titles, in the layouts that people have, read into a `Log`.
 
-Columns are found by their usual names or told; times are numbers of any unit, ISO dates or dates of a told format.
+Columns are given or found by their usual names; times are numbers of any unit, ISO dates or dates of a given format.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What the parts of a preference are usually called, and how what became of rows is told."""
+"""What the parts of a preference are usually called, and the notes on what became of rows."""
 
 # what each part of a preference is called, the usual name first
 NAMES = {
