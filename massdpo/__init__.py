@@ -1,16 +1,26 @@
 """massdpo: preference optimisation with several rejected responses, selected by their Fisher information.
 
-massdpo.select              negatives out of log-probs and features of your own
-massdpo.PreferenceScorer    log-probs and features of many responses to a prompt, which is encoded once
-massdpo.losses              rewards in, loss per prompt out
-massdpo.metrics             ranking and reward metrics per prompt
-massdpo.UserError           what a mistake of the caller's raises: one line
+massdpo.select                negatives out of log-probs and features of your own
+massdpo.PreferenceScorer      log-probs and features of many responses to a prompt, which is encoded once
+massdpo.MultiNegativeTrainer  a transformers.Trainer on rows of prompt, chosen and rejected (a list)
+massdpo.losses                rewards in, loss per prompt out
+massdpo.metrics               ranking and reward metrics per prompt
+massdpo.UserError             what a mistake of the caller's raises: one line
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PreferenceScorer", "Selection", "UserError", "__version__", "losses", "metrics", "select"]
+__all__ = [
+    "MultiNegativeTrainer",
+    "PreferenceScorer",
+    "Selection",
+    "UserError",
+    "__version__",
+    "losses",
+    "metrics",
+    "select",
+]
 
 if TYPE_CHECKING:
     from massdpo.errors import UserError
@@ -18,8 +28,10 @@ if TYPE_CHECKING:
     from massdpo.model.scoring import PreferenceScorer
     from massdpo.selection.choose import Selection, select
     from massdpo.training import losses
+    from massdpo.training.hf_trainer import MultiNegativeTrainer
 
 _PLACES = {
+    "MultiNegativeTrainer": "massdpo.training.hf_trainer",
     "PreferenceScorer": "massdpo.model.scoring",
     "Selection": "massdpo.selection.choose",
     "UserError": "massdpo.errors",

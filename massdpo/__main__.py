@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import massdpo
 from massdpo.config import explain, without_secrets
 from massdpo.config.options import on_search_path, root
+from massdpo.console import LEVELS, patiently, show_as, shows
 from massdpo.errors import UserError
 
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
@@ -26,19 +27,22 @@ on_search_path()
 
 
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
-def job(config: DictConfig) -> None:
-    from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
+def job(config: DictConfig) -> Path | Exception | None:
+    """Returns a run's folder, or why the job failed."""
+    show_as(level if (level := config.get("verbosity")) in LEVELS else "normal")
+    with patiently("loading PyTorch"):
+        from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
 
     try:
-        run(config)
+        return run(config)
     except UserError as error:
         say(f"error: {error}")
-        if config.debug:
+        if config.debug or shows("debug"):
             say(traceback.format_exc())
-        failed(2, error)
+        return failed(2, error)
     except Exception as error:
         say(traceback.format_exc())
-        failed(1, error)
+        return failed(1, error)
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a field's name can do to a terminal
@@ -49,11 +53,12 @@ def say(text: str) -> None:
     print(shown, file=sys.stderr)
 
 
-def failed(code: int, error: Exception) -> None:
+def failed(code: int, error: Exception) -> Exception:
     """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
     if os.getpid() not in MAIN_PROCESS:
         raise error
     FAILURES.append(code)
+    return error
 
 
 def main() -> int:

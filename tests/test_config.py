@@ -159,6 +159,7 @@ BAD = [
     ("task=rank", r"task=rank needs in="),
     ("task=show", r"task=show needs in=a run's folder"),
     ("task=explain in=run", r"task=explain needs id=a prompt's id"),
+    ("verbosity=loud", r"quiet \| normal \| debug"),
     ("id=train/3", r"for task=explain, not for task=train"),
     ("task=select", r"task=select needs out="),
     ("task=study", r"needs study=optimality \| features \| refresh \| loglinear"),
@@ -337,7 +338,7 @@ def test_option_names_are_frozen() -> None:
     assert isinstance(config, dict)
     assert " ".join(sorted(set(config) - {"choices"})) == (
         "beta cache_dir data_dir dataset debug force id in k logger loss model name out policy refresh runs_dir seed"
-        " selector size split study sweep task trainer"
+        " selector size split study sweep task trainer verbosity"
     )
     assert " ".join(sorted(config["trainer"])) == (
         "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size generate"

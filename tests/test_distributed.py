@@ -30,6 +30,7 @@ from tests.processes import CONTEXT
 
 SMALL = (
     *("dataset.num_train=60", "dataset.num_val=16", "dataset.num_test=32", "selector=full", "logger=none"),
+    "verbosity=quiet",  # no plan, whose steps pick too
     *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "trainer.checkpoint_every=2"),
     *("trainer.keep=best", "name=run"),
 )

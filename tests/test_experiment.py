@@ -25,7 +25,7 @@ from tests.conftest import ROOT, SHARED_DATA, needs_shared_data
 TINY = [
     *("dataset.num_train=64", "dataset.num_val=16", "dataset.num_test=32"),
     *("trainer.sft.epochs=1", "trainer.preference.epochs=1", "trainer.log_every=1", "trainer.threads=1"),
-    *("logger=none", "trainer.save_policy=false"),
+    *("logger=none", "verbosity=quiet", "trainer.save_policy=false"),
 ]
 SELECTORS = sorted(file.stem for file in (ROOT / "conf" / "selector").glob("*.yaml"))
 LOSSES = sorted(file.stem for file in (ROOT / "conf" / "loss").glob("*.yaml"))

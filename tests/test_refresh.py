@@ -17,7 +17,7 @@ TINY = [
     *("dataset.num_train=40", "dataset.num_val=8", "dataset.num_test=8", "dataset.num_negatives=8", "k=3"),
     *("model.config.hidden_size=16", "model.config.intermediate_size=16", "model.config.num_hidden_layers=1"),
     *("trainer.sft.epochs=1", "trainer.preference.epochs=3", "trainer.log_every=1", "trainer.threads=1"),
-    *("trainer.batch_size=8", "logger=none", "trainer.save_policy=false"),
+    *("trainer.batch_size=8", "logger=none", "trainer.save_policy=false", "verbosity=quiet"),
 ]
 EPOCHS, STEPS = 3, 5  # 40 prompts, 8 a step
 Seen = list[dict[str, tuple[set[int], set[int]]]]  # a call: each prompt's picks, and those that `hardest` would make

@@ -15,7 +15,7 @@ from tests.test_experiment import cache, places, train  # noqa: F401  fixtures t
 
 
 def test_a_run_is_shown_again_as_it_ended(places: list[str], capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    run = train(*places, "trainer.preference.learning_rate=0.01")
+    run = train(*places, "verbosity=normal", "trainer.preference.learning_rate=0.01")
     ended = capsys.readouterr().out
     tasks.run(compose(["task=show", f"in={run}"]))
     assert capsys.readouterr().out == ended and all(name in ended for name in SHOWN)

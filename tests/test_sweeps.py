@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,15 @@ def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     done = run("selector=random,mass", "seed=0,1", "k=2", "sweep=first", "runs_dir=runs", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    told = re.findall(
+        r"^job (\d) of 4: (selector=\w+ seed=\d), accuracy [01]\.\d{3}, \d+ s$", done.stdout, re.MULTILINE
+    )
+    assert told == [
+        (str(number), f"selector={name} seed={seed}")
+        for number, (name, seed) in enumerate(product(("random", "mass"), (0, 1)), 1)
+    ]
+    assert re.search(r"│ selector=mass +│ +2 │", done.stdout) and len(done.stdout.splitlines()) < 15
+    assert done.stdout.splitlines()[-1] == "report: python -m massdpo.report first --runs runs"
     expected = expected_runs(tmp_path / "runs" / "first")
     made = {path.parent.name for path in (tmp_path / "runs" / "first").glob("*/metrics.json")}
     assert set(expected) == made and len(made) == 4  # noted before the first job, by the names they then took
@@ -156,6 +167,8 @@ def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     again = run("selector=mass", "seed=0,1", "k=2,9", "sweep=second", "runs_dir=runs", *launcher, cwd=tmp_path)
     assert again.returncode == 2
+    assert len(re.findall(r"^job \d of 4: k=2 seed=\d, .*finished before$", again.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^job \d of 4: k=9 seed=\d, failed$", again.stdout, re.MULTILINE)) == 2
     assert again.stdout.count("taken over from") == 2 and "k=9 is above dataset.num_negatives=4" in again.stderr
     second = tmp_path / "runs" / "second"
     for path in second.glob("*/metrics.json"):

@@ -337,6 +337,7 @@ def test_select_picks_under_the_sft_policy(selected: Path, home: Path) -> None:
     for row, example in zip(rows, examples, strict=True):
         assert (row["prompt"], row["chosen"]) == (example.prompt, example.chosen)
         assert row["rejected"] == [example.pool[place] for place in row["rejected_index"]]
+        assert row["responses"] == [example.chosen, *row["rejected"]]
     for row, example in list(zip(rows, examples, strict=True))[:6]:
         plain = plain_scores(start, example.prompt, list(example.pool))
         assert row["rejected_index"] == sorted(range(8), key=lambda place: -plain[place])[:3]

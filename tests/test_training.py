@@ -139,7 +139,7 @@ def test_runaway_rewards_and_collapsing_log_probs_are_told_once_each(
         first = next(int(row["step"]) for row in rows if float(row[column]) < limit)
         assert re.search(rf"warning: preference, step {first}: .*{kind}", said), column
     train(*places)
-    assert "warning" not in capsys.readouterr().err
+    assert "warning: preference, step" not in capsys.readouterr().err
 
 
 def test_alarms_are_for_numbers_beyond_their_limits_only() -> None:
@@ -170,3 +170,37 @@ def test_keep_best_ends_with_the_best_epochs_policy(
     assert len(values) == 4
     assert values[-1] < max(values)  # else the test could not tell best from last
     assert ended["preference"] == max(values)
+
+
+def test_patience_ends_a_stage_whose_validation_gets_no_better(
+    places: list[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After the first run of 2 epochs without a gain, as read off a run that goes on; stopped and resumed, the same."""
+    options = ["trainer.preference.epochs=6", "trainer.keep_metric=mrr", "trainer.preference.learning_rate=0.01"]
+
+    def values(folder: Path) -> list[float]:
+        rows = json.loads(steps(folder))
+        return [float(row["val/mrr"]) for row in rows if row["stage"] == "preference" and row["val/mrr"]]
+
+    whole = values(train(*places, *options))
+    gained = [epoch for epoch in range(6) if whole[epoch] > max(whole[:epoch], default=0)]
+    end = next(epoch for epoch in range(6) if not {epoch, epoch - 1} & set(gained))
+    assert end < 5  # else the test could not tell patience from the end
+    capsys.readouterr()
+    assert values(train(*places, *options, "trainer.patience=2")) == whole[: end + 1]
+    assert f"preference: ended after epoch {end + 1}, the last 2 no better" in capsys.readouterr().out
+
+    count, validate = [0], Preference.validate
+
+    def killed(objective: Preference, scorer: nn.Module) -> dict[str, float]:
+        count[0] += 1
+        if count[0] == end + 1:
+            raise KeyboardInterrupt
+        return validate(objective, scorer)
+
+    monkeypatch.setattr(Preference, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(*places, *options, "trainer.patience=2", "name=again")
+    assert values(train(*places, *options, "trainer.patience=2", "name=again")) == whole[: end + 1]

@@ -68,7 +68,9 @@ wandb_name = Rule(  # never an address, which may hold a password
 null = Rule("null", lambda value: value is None)
 
 RULES: dict[str, Rule] = {
-    "task": one_of("train", "show", "explain", "evaluate", "select", "rank", "inspect", "study"),
+    "task": one_of(
+        "train", "plan", "show", "explain", "evaluate", "select", "rank", "merge", "push", "inspect", "study"
+    ),
     "k": whole(1),
     "beta": positive,
     "refresh": one_of("step", "epoch", "once"),
@@ -81,6 +83,7 @@ RULES: dict[str, Rule] = {
     "data_dir": path | null,
     "force": flag(),
     "debug": flag(),
+    "verbosity": one_of("quiet", "normal", "debug"),
     "in": path | null,
     "id": text("a prompt's id") | whole(0) | null,
     "policy": path | null,
@@ -114,6 +117,7 @@ RULES: dict[str, Rule] = {
     "trainer.log_every": whole(1),
     "trainer.checkpoint_every": whole(1),
     "trainer.keep": one_of("last", "best"),
+    "trainer.patience": whole(1) | null,
     "trainer.keep_metric": text("a metric of the validation split"),  # which, the evaluation knows
     "trainer.picks": one_of("last", "all"),
     "trainer.generate": flag(),

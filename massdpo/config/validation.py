@@ -18,9 +18,10 @@ from massdpo.config.parts import check_part
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
 
+OF_POLICIES = ("rank", "merge", "push")
 OF_RUNS = ("evaluate", "explain", "show")  # tasks whose `in` is a run's folder
 TASKS_OF = {
-    **{"study": ("study",), "split": ("inspect",), "policy": ("rank",), "id": ("explain",), "in": (*OF_RUNS, "rank")},
+    **{"study": ("study",), "split": ("inspect",), "policy": OF_POLICIES, "id": ("explain",), "in": (*OF_RUNS, "rank")},
 }
 
 
@@ -114,12 +115,12 @@ def _check_together(values: Mapping[str, Any]) -> None:
     """What is meaningless in combination."""
     task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
     needed = {"evaluate": ("in",), "rank": ("in", "policy", "out"), "select": ("out",), "study": ("study",)}
-    needed |= {"show": ("in",), "explain": ("in", "id")}
+    needed |= {"show": ("in",), "explain": ("in", "id"), "merge": ("policy", "out"), "push": ("policy", "out")}
     meaning = {
         "in": "a run's folder" if task in OF_RUNS else "a file",
         "id": "a prompt's id, as picks.jsonl and predictions.jsonl have it",
         "policy": "the folder of a trained policy",
-        "out": "a folder" if task == "select" else "a file",
+        "out": {"select": "a folder", "merge": "a new folder", "push": "OWNER/NAME"}.get(task, "a file"),
         "study": RULES["study"].names,
     }
     for key in needed.get(task, ()):
@@ -129,7 +130,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
     for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
-    if task == "select" or (task == "train" and trainer["preference"]["epochs"] > 0):
+    if task == "select" or (task in ("train", "plan") and trainer["preference"]["epochs"] > 0):
         _check_slate(values["k"], values["loss"], selector, dataset)
 
 

@@ -54,7 +54,7 @@ def batches(
         for number in range(micro):
             found.append(own[number * options.batch_size : (number + 1) * options.batch_size] or [rows[0]])
     loader: DataLoader[Any] = DataLoader(
-        _Numbered(examples),
+        Numbered(examples),
         batch_sampler=found,
         collate_fn=_Collate(pad_id),
         num_workers=options.workers,
@@ -70,7 +70,9 @@ def _outlive_signals(worker: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Numbered(Dataset[tuple[int, TokenizedExample]]):
+class Numbered(Dataset[tuple[int, TokenizedExample]]):
+    """Rows with their numbers, as `collate` takes them."""
+
     rows: Sequence[TokenizedExample]
 
     def __len__(self) -> int:

@@ -93,6 +93,7 @@ def states_logp(causal_lm: PreTrainedModel, hidden_UD: Tensor, target_UC: Tensor
 def _logits(causal_lm: PreTrainedModel, hidden_UD: Tensor, replaced: dict[str, nn.Module]) -> Tensor:
     """Logits by the model's own forward over its own weights, but with its decoder's output given."""
     head = copy.copy(causal_lm)
+    vars(head).pop("forward", None)  # Accelerate may have wrapped it, bound to the model that was copied
     head._modules = {**causal_lm._modules, decoder_name(causal_lm): _Given(), **replaced}
     return head(inputs_embeds=hidden_UD[None]).logits[0]
 

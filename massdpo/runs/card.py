@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 import massdpo
 from massdpo.console import markdown_table
@@ -53,6 +53,18 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
+def merged_card(text: str) -> str:
+    """The card of an adapter as that of the whole model which it was merged into."""
+    card = ModelCard(text)
+    card.data["library_name"] = "transformers"
+    card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != "lora"]
+    if card.data.get("base_model_relation"):
+        card.data["base_model_relation"] = "finetune"
+    card.text = card.text.replace("Needs `transformers` and `peft`.", "Needs `transformers`.")
+    card.text = re.sub(r"(\| weights \| LoRA[^|]*) \|", r"\1, merged into the base's weights |", card.text)
+    return str(card)
+
+
 def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     model, adapter = config["model"], config["trainer"]["adapter"]
     tags = ["massdpo", "dpo", "preference-optimization", *(["lora"] if adapter else [])]
@@ -63,7 +75,7 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     if "hub_id" in model:
         known |= _licence(model)
-    if model.get("hub_id") and not model["path"]:
+    if model.get("hub_id"):
         known |= {"base_model": model["hub_id"], "base_model_relation": "adapter" if adapter else "finetune"}
     if data := HUB_DATASETS.get(config["choices"]["dataset"]):
         known["datasets"] = [data]
@@ -122,7 +134,8 @@ def _base(config: Mapping[str, Any]) -> str:
     if "hub_id" not in model:
         return f"none: random weights (`{option}`, family {model['config']['model_type']})"
     if model["path"]:
-        return f"from disk (option `{option}`)"
+        name = model["hub_id"]
+        return f"[{name}]({HUB}/{name}), from a copy on disk" if name else f"from disk (option `{option}`)"
     folder = _base_folder(model)
     commit = f", commit {folder.name}" if folder.parent.name == "snapshots" else ""
     return f"[{model['hub_id']}]({HUB}/{model['hub_id']}){commit}"

@@ -18,6 +18,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from massdpo.config import EXPECTED, run_name, without_secrets
+from massdpo.console import screen
 from massdpo.errors import UserError
 from massdpo.store import acquire, digest, remove_unfinished, set_aside, write_json, writing
 
@@ -136,6 +137,7 @@ def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> 
     if before.get("status") == "finished" and not force:
         if accelerator.is_main_process:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
+        if accelerator.is_main_process and screen.level != "sweep":  # which has a line per job
             same = ", ".join(parts)
             print(f"{folder} is finished already: skipped, with the same {same} (force=true computes it again)")
         return False

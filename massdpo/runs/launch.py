@@ -7,14 +7,18 @@ import signal
 import sys
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from transformers.utils import logging as transformers_logging
 
+from massdpo.console import show_as
 from massdpo.errors import UserError
 from massdpo.runs.machine import reset_peak_memory
 
@@ -31,13 +35,20 @@ def end_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGTERM)  # it had gone before
 
 
+def in_multirun() -> bool:
+    config: Any = HydraConfig.instance().cfg  # None in a notebook
+    return config is not None and OmegaConf.select(config, "hydra.mode") == RunMode.MULTIRUN
+
+
 def start(config: DictConfig) -> Accelerator:
     """A fresh Accelerator: several jobs run in one process, and its state would keep the first one's precision."""
     end_with_launcher()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    level = config.get("verbosity", "normal")
+    if level != "debug":
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
     # Renamed in the newest transformers; peft, and we for older ones, use the old names.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     # It reports every tied weight at every checkpoint.
@@ -45,6 +56,8 @@ def start(config: DictConfig) -> Accelerator:
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
+    level = "quiet" if not accelerator.is_main_process else "sweep" if level == "normal" and in_multirun() else level
+    show_as(level)
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")

@@ -71,17 +71,28 @@ def check_memory(policy: nn.Module, accelerator: Accelerator) -> None:
         UserError: they need more than is free.
     """
     trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    on_gpu = accelerator.device.type == "cuda"
-    here = 1 if on_gpu else max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # processes that share this memory
-    weights = sum(weight.nbytes for weight in policy.parameters()) if on_gpu else 0  # still in the CPU's memory
-    needed = weights + 3 * trained // (accelerator.num_processes if sharded else 1)
-    free = (torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available) // here
+    there = 0 if accelerator.device.type == "cuda" else sum(weight.nbytes for weight in policy.parameters())
+    needed, free = training_bytes(policy, accelerator) - there, free_bytes(accelerator)
     if needed > free:
         raise UserError(
             f"training {trained / 1e9:.1f} GB of weights needs {needed / 1e9:.1f} GB more (gradients and AdamW), and "
             f"{free / 1e9:.1f} GB are free: use trainer=lora, a smaller model, or FSDP over several GPUs"
         )
+
+
+def training_bytes(policy: nn.Module, accelerator: Accelerator) -> int:
+    """What a process holds of a policy in training: its weights, their gradients and AdamW's two moments."""
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
+    weights = sum(weight.nbytes for weight in policy.parameters())
+    return weights + 3 * trained // (accelerator.num_processes if sharded else 1)
+
+
+def free_bytes(accelerator: Accelerator) -> int:
+    """Memory that is free for this process: the GPU's, or its share of the CPU's."""
+    if accelerator.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return psutil.virtual_memory().available // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def peak_memory_mb() -> float:

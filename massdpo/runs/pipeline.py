@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from massdpo.config import resolved, run_name, without_secrets
+from massdpo.console import patiently, screen, show_as, shows, warn
 from massdpo.data.prepare import limited
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
@@ -17,17 +18,19 @@ from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
+from massdpo.runs.plan import doubts, is_kept, plan
 from massdpo.runs.provenance import run_parts
 from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
 from massdpo.runs.shown import draw_history, show
-from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start
+from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start, trainable
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
 from massdpo.store import write_text
 from massdpo.training.history import History, Tracker
-from massdpo.training.loop import Stage, fit
+from massdpo.training.loop import fit
 from massdpo.training.objectives import Preference
 from massdpo.training.picks import PickLog
+from massdpo.training.stage import Stage
 
 
 def train(config: DictConfig) -> Path:
@@ -70,12 +73,22 @@ def compute(run: Run, model: nn.Module) -> None:
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     announce(run)
 
-    start_folder = sft_start(config, run.data, model, features, run.cache, run.score, run.tracker)
-    model.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
+    policy = trainable(config, model)
+    kept = is_kept(config, run.data, run.cache, run.accelerator)
+    if screen.level != "sweep" and run.accelerator.is_main_process:
+        for doubt in doubts(config, run.data, rows, run.accelerator.num_processes):
+            warn(doubt)
+    if shows("normal"):
+        planned = plan(config, run.data, policy, rows, selector, run.score, kept)
+        planned.tell(stderr=True)
+        show_as(screen.level, planned.seconds)
+    start_folder = sft_start(config, run.data, policy, features, run.cache, run.score, run.tracker)
+    policy.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
 
-    scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
+    with patiently("loading the SFT start"):
+        scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
     reference = reference_scores(config, run.data, rows, start_folder, scorer, run.cache, run.score)
@@ -116,14 +129,19 @@ def compute(run: Run, model: nn.Module) -> None:
     metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
     write_results(run, metrics, final, reference["test"], answers, against)
     if trainer.save_policy:
-        save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
+        with patiently("writing the policy"):
+            save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
     with decorating("history.png"):
         draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
     if trainer.preference.epochs:
         with decorating("the table of picks"):
             run.tracker.table("picks", picks_table(run.folder / PICKS))
-    sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
-    show(run.folder, metrics, sync)
+    with patiently("handing over to the logger"):
+        sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
+    if shows("normal"):
+        show(run.folder, metrics, sync)
+    elif not launch.in_multirun():  # there the sweep has a line per job
+        print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
 
 
 def announce(run: Run) -> None:

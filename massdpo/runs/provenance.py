@@ -35,12 +35,12 @@ def model_key(model: nn.Module) -> str:
     return digest(weights_digest(model), {name: value for name, value in config.items() if name not in told})
 
 
-def start_key(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator) -> str:
+def start_key(config: DictConfig, data_key: str, weights: str, accelerator: Accelerator, threads: int = 0) -> str:
     """The SFT start's: the same for every selector, loss, k and beta. `weights` is the `model_key`."""
     trainer = identity(config)["trainer"]
     options = {name: value for name, value in trainer.items() if name not in NOT_OF_THE_START}
     # The number of threads changes last digits, and a start of other threads would change a repeated run's.
-    machine = accelerator.device.type, accelerator.num_processes, torch.get_num_threads()
+    machine = accelerator.device.type, accelerator.num_processes, threads or torch.get_num_threads()
     return digest(package_code(), target_code(_node(config.model)), data_key, weights, options, config.seed, machine)
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from massdpo.console import patiently
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
 from massdpo.data.prepare import prepare
@@ -30,8 +31,9 @@ from massdpo.runs.machine import check_memory
 from massdpo.runs.provenance import model_key, reference_key, start_key
 from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.training.history import History, Tracker
-from massdpo.training.loop import Stage, fit
+from massdpo.training.loop import fit
 from massdpo.training.objectives import Sft
+from massdpo.training.stage import Stage
 
 
 @dataclass
@@ -59,7 +61,9 @@ def cache_of(config: DictConfig) -> Cache:
 
 def load(config: DictConfig, cache: Cache) -> tuple[Data, nn.Module]:
     """The data as text and tokens, and the model with its start weights."""
-    return tokenized(config, prepare(config.dataset, cache), cache)
+    with patiently(f"reading {config.choices.dataset}"):
+        splits = prepare(config.dataset, cache)
+    return tokenized(config, splits, cache)
 
 
 def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, nn.Module]:
@@ -73,7 +77,8 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
             yield from (joint(prompt, response) + response for response in example.pool)
 
     texts_key = digest(package_code("data", "model", "store"), splits.digest)
-    model, tokenizer = source.load(texts, config.seed, cache, texts_key)
+    with patiently(f"loading {config.choices.model}"):
+        model, tokenizer = source.load(texts, config.seed, cache, texts_key)
     context = model.config.get_text_config().max_position_embeddings
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
@@ -83,21 +88,32 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
     elif tokenizer.chat_template:
         print("hint: this model has a chat template, and trainer.chat_template=true would use it", file=sys.stderr)
     long_rows = config.dataset.get("long_rows", "error")
-    tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
+    with patiently("tokenising"):
+        tokens = tokenize_splits(splits, tokenizer, *options, cache, long_rows)
     train, val, test = (tokens[name].rows_of(getattr(splits, name)) for name in tokens)
     splits = replace(splits, train=train, val=val, test=test)
     for name, split in tokens.items():
         for line in split.warnings:
             print(f"warning: {name}: {line}", file=sys.stderr)
     key = digest(splits.digest, tokenizer_key(tokenizer, config.trainer.chat_template), options, long_rows)
+    with patiently("hashing the weights"):
+        weights = model_key(model)
     catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
-    return Data(splits, tokenizer, **tokens, key=key, model_key=model_key(model), catalogue=catalogue), model
+    return Data(splits, tokenizer, **tokens, key=key, model_key=weights, catalogue=catalogue), model
+
+
+def trainable(config: DictConfig, model: Any) -> nn.Module:
+    """The model as the SFT stage trains it: with the adapter, if there is one."""
+    policy: nn.Module = add_adapter(model, config.trainer.adapter, config.seed) if config.trainer.adapter else model
+    if config.trainer.gradient_checkpointing:
+        checkpointing(policy)
+    return policy
 
 
 def sft_start(
     config: DictConfig,
     data: Data,
-    model: nn.Module,
+    policy: nn.Module,
     features: str | None,
     cache: Cache,
     score: SplitScorer,
@@ -112,9 +128,6 @@ def sft_start(
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
     def make(folder: Path | None) -> None:
-        policy = add_adapter(model, trainer.adapter, config.seed) if trainer.adapter else model  # type: ignore[arg-type]
-        if trainer.gradient_checkpointing:
-            checkpointing(policy)
         check_memory(policy, accelerator)
         stage = Stage(
             name="sft",

@@ -43,13 +43,7 @@ def select(
     Raises:
         UserError: an unknown selector or option, a pool below k, values that are not finite.
     """
-    kind = getattr(selection, "".join(part.title() for part in selector.split("_")), None)
-    if not isinstance(kind, type):
-        raise UserError(f"unknown selector {selector!r}: take mass, or another name of conf/selector")
-    try:
-        pick = kind(k=k, **options) if selector != "full" else kind(**options)
-    except TypeError as error:
-        raise UserError(f"selector {selector}: {error}") from error
+    pick = selector_named(selector, k, **options)
     mask_BC = torch.ones_like(logp_BC, dtype=torch.bool) if mask_BC is None else mask_BC
     # The tokens are not known here: log-probs are read at the resolution of a single one (1e-3 nats).
     scores = Scores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
@@ -58,3 +52,18 @@ def select(
     ids = [str(row) for row in range(len(logp_BC))]
     picks = pick(PoolStatistics(scores, ref_logp_BC, beta, noise_BN.to(logp_BC.device), ids))
     return Selection(picks.index_BK, picks.mask_BK, picks.gains_BK, picks.info.get("certified_ratio"))
+
+
+def selector_named(name: str, k: int, **options: Any) -> selection.Selector:
+    """The selector that conf/selector calls so, which picks k and takes these options.
+
+    Raises:
+        UserError: there is none of that name, or it takes no such option.
+    """
+    kind = getattr(selection, "".join(part.title() for part in name.split("_")), None)
+    if not isinstance(kind, type):
+        raise UserError(f"unknown selector {name!r}: take mass, or another name of conf/selector")
+    try:
+        return kind(k=k, **options) if name != "full" else kind(**options)
+    except TypeError as error:
+        raise UserError(f"selector {name}: {error}") from error

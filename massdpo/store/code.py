@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).parents[1]
 # Rooms and files that name, tell and check: whatever is not named here may change a number, and is in the keys.
 TELLING = {
     *("__init__", "__main__", "config", "console", "report", "tasks", "benchmark", "data/download"),
-    *("runs/card", "runs/folder", "runs/machine", "runs/provenance", "runs/shown", "runs/trackers"),
+    *("runs/card", "runs/folder", "runs/machine", "runs/plan", "runs/provenance", "runs/shown", "runs/timing"),
+    "runs/trackers",
 }
 INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 

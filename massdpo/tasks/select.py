@@ -24,9 +24,10 @@ def select(config: DictConfig) -> None:
     """Write the training split with the negatives that `selector` picks under the SFT start, for other trainers.
 
     In the folder `out`: train.jsonl and dataset/ (`datasets.load_from_disk`) with `prompt`, `chosen`, the picked texts
-    `rejected` and their places in the pool `rejected_index`, in pick order; pairs.jsonl with a line for each picked
-    negative, whose responses bring the space that joins them to the prompt, as TRL wants. With a chat template prompts
-    and responses are lists of messages.
+    `rejected` in pick order, their places in the pool `rejected_index`, and `responses`, the chosen one before the
+    picked, for trainers of ranked lists; pairs.jsonl with a line for each picked negative, whose responses bring
+    the space that joins them to the prompt, as TRL wants. With a chat template prompts and responses are lists of
+    messages.
 
     Raises:
         UserError: a pool below k, or an `out` that holds something else.
@@ -44,7 +45,7 @@ def select(config: DictConfig) -> None:
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
-    sft_folder = start.sft_start(config, data, model, features, cache, score, NoLogger())
+    sft_folder = start.sft_start(config, data, start.trainable(config, model), features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
@@ -89,7 +90,8 @@ def _rows(
             texts = {"prompt": asked, "chosen": answer(example.chosen), "rejected": [answer(text) for text in rejected]}
         else:
             texts = {"prompt": example.prompt, "chosen": example.chosen, "rejected": rejected}
-        yield texts | {"rejected_index": places}
+        responses = [texts["chosen"], *texts["rejected"]]
+        yield texts | {"rejected_index": places, "responses": responses}
 
 
 def answer(text: str) -> list[dict[str, str]]:

@@ -85,7 +85,7 @@ def _study_features(config: DictConfig, out: Path) -> None:
         folder = pipeline.train(run)
         data, model = start.load(run, cache)
         score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
-        sft_folder = start.sft_start(run, data, model, None, cache, score, NoLogger())
+        sft_folder = start.sft_start(run, data, start.trainable(run, model), None, cache, score, NoLogger())
         before, after = start.load_start(sft_folder, run), load_policy(folder / "policy")[0]
         trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
         for name, weight in after.named_parameters():

@@ -31,6 +31,7 @@ class Position:
     train_seconds: float = 0.0  # steps, selection included, without what only the log needs
     select_seconds: float = 0.0
     best: float = -math.inf  # of `keep_metric` on the validation split
+    without_gain: int = 0  # epochs since then
     history: list[dict[str, Any]] = field(default_factory=list)
     validation: dict[str, float] = field(default_factory=dict)  # of the policy that is kept
 

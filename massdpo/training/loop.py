@@ -11,9 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,56 +20,17 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from massdpo.console import progress
+from massdpo.console import progress, say
 from massdpo.data.batches import batches, in_order, micro_batches, real
-from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
 from massdpo.tensors import Batch
 from massdpo.training import checkpoints
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker, step_means
 from massdpo.training.interruption import Stopped, asked_to_stop
+from massdpo.training.stage import Stage
 
-
-class Objective(Protocol):
-    """What a stage learns. Values per prompt are `(B,)`."""
-
-    rows: Sequence[TokenizedExample]
-    state: dict[str, Tensor]  # what a checkpoint must remember of it
-    seconds: dict[str, float]  # spent so far on selection ("select") and on what only the log needs ("observe")
-
-    def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
-        """What an epoch starts with; returns what is logged of it, costly values of every so many batches only."""
-        ...
-
-    def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each prompt, and values of each to be logged; `observe` asks for those that cost an extra pass."""
-        ...
-
-    def share(self) -> None:
-        """Make the state of all processes the same."""
-        ...
-
-    def validate(self, scorer: nn.Module) -> dict[str, float]:
-        """Metrics on the validation split."""
-        ...
-
-    def alarms(self, row: dict[str, Any]) -> dict[str, str]:
-        """What to warn of in a step's values, by kind."""
-        ...
-
-
-@dataclass
-class Stage:
-    """One training stage: what it learns, how long, and where its checkpoints lie."""
-
-    name: str  # sft | preference
-    objective: Objective
-    epochs: int
-    learning_rate: float
-    checkpoints: Path
-    seed: int
-    pad_id: int
+TOLD = ("accuracy", "mrr", "margin")  # of the validation split, at each epoch's end
 
 
 def fit(
@@ -90,11 +49,12 @@ def fit(
     """
     training = _Training(stage, scorer, options, accelerator, history, tracker)
     position = training.position
-    with progress(training.total, stage.name) as advance:
-        advance(position.step)
-        while position.epoch < stage.epochs:
+    with progress(training.total, stage.name, position.step) as advance:
+        while position.epoch < stage.epochs and position.without_gain < (options.patience or math.inf):
             training.epoch(advance)
             training.validate()
+    if position.epoch < stage.epochs:
+        accelerator.print(f"{stage.name}: ended after epoch {position.epoch}, the last {options.patience} no better")
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
             training.scorer.reshard()
@@ -124,9 +84,7 @@ class _Training:
         )
         self.prompts_per_step = options.batch_size * options.accumulate * accelerator.num_processes
         self.total = -(-len(self.objective.rows) // self.prompts_per_step) * stage.epochs
-        rise = int(
-            options.warmup * self.total
-        )  # the schedule of transformers, whose module imports its Trainer and peft
+        rise = int(options.warmup * self.total)  # transformers' schedule; its module imports its Trainer and peft
         fall = max(1, self.total - rise)
         self.schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (self.total - step) / fall)
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
@@ -135,6 +93,7 @@ class _Training:
         if self.position.step:
             accelerator.print(f"{stage.name}: going on from step {self.position.step}")
         self.warned: set[str] = set()
+        self.losses: list[float] = []  # of the epoch's steps
         history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + self.position.history
 
     def epoch(self, advance: Callable[..., None]) -> None:
@@ -155,14 +114,15 @@ class _Training:
                 row = self._place() | {"learning_rate": self.schedule.get_last_lr()[0]}
                 logged = position.step % options.log_every == 0 or position.step == self.total
                 with self._timed():
-                    row |= self.step(loader, rows, logged)
+                    row |= self.step(loader, rows, logged, advance)
                 self.schedule.step()
                 self._warn(row)
                 if logged:
                     seconds = position.select_seconds
                     cost = {"select_seconds": seconds, "select_share": seconds / position.train_seconds}
                     self._log(row | cost)
-                advance(1, f"loss {row['loss']:.3f}")
+                self.losses.append(row["loss"])
+                advance(0, f"loss {row['loss']:.3f}")
                 asked, last = stop(), position.batch == len(steps)
                 if asked or last or position.step % options.checkpoint_every == 0:
                     self.objective.share()
@@ -182,13 +142,25 @@ class _Training:
             position.validation = validation
         if options.keep == "best" and value > position.best:
             checkpoints.write(self.stage.checkpoints / "best", position, self.objective.state, self.accelerator)
+        position.without_gain = 0 if value > position.best else position.without_gain + 1
         position.best = max(position.best, value)
+        self._tell(validation)
 
-    def step(self, loader: Iterator[Batch], rows: Sequence[int], logged: bool) -> dict[str, Any]:
+    def _tell(self, validation: dict[str, float]) -> None:
+        """A line of an epoch that is over."""
+        means = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}  # none: only validation was left
+        means |= {f"val {name}": validation[name] for name in TOLD if name in validation}
+        self.losses.clear()
+        told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {told}")
+
+    def step(
+        self, loader: Iterator[Batch], rows: Sequence[int], logged: bool, advance: Callable[..., None]
+    ) -> dict[str, Any]:
         """One optimiser step over `rows`; returns what is logged of it."""
         position, accelerator = self.position, self.accelerator
-        where = f"step {position.step} of {self.stage.name}"
-        remedy = f"lower trainer.{self.stage.name}.learning_rate"
+        name = self.stage.name
+        where, remedy = f"step {position.step} of {name}", f"lower trainer.{name}.learning_rate"
         world, size = accelerator.num_processes, self.options.batch_size
         micro = micro_batches(len(rows), world, size)
         values: dict[str, list[Tensor]] = {}
@@ -203,6 +175,7 @@ class _Training:
                 # Gradients are averaged over processes: times their number, each prompt weighs 1 / len(rows).
                 loss = (loss_B * real_B).sum() * world / len(rows)
                 accelerator.backward(loss)
+            advance(1 / micro)
             for name, value_B in (logs | {"loss": loss_B}).items():
                 values.setdefault(name, []).append(value_B.detach().float().masked_fill(real_B == 0, math.nan))
         norm = accelerator.clip_grad_norm_(self.scorer.parameters(), self.options.max_grad_norm)
@@ -236,10 +209,9 @@ class _Training:
         return {"step": self.position.step, "epoch": self.position.epoch}
 
     def _log(self, row: dict[str, Any]) -> None:
-        name = self.stage.name
-        self.position.history.append({"stage": name} | row)
+        self.position.history.append({"stage": self.stage.name} | row)
         self.history.append(self.position.history[-1])
-        numbers = {f"{name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        numbers = {f"{self.stage.name}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
         self.tracker.log(len(self.history.rows), numbers)  # one running number over both stages, for W&B
 
     def _warn(self, row: dict[str, Any]) -> None:

@@ -1,0 +1,135 @@
+"""What a run is about to do, before anything is trained: steps, tokens, time, memory, and why it may not work.
+
+Time and memory are measured: a few steps of the run's own model, batches and selector, which move no weight.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from massdpo.console import patiently, say, spell, summary_table
+from massdpo.evaluation.scores import SplitScorer
+from massdpo.runs.machine import check_memory, free_bytes, peak_memory_mb, training_bytes
+from massdpo.runs.provenance import start_key
+from massdpo.runs.start import Data
+from massdpo.runs.timing import LOOKED_AT, Rows, Timing
+from massdpo.selection import Selector
+from massdpo.store import Cache
+
+FEW_STEPS, FEW_PROMPTS = 20, 50
+TOO_FAST = {False: 1e-4, True: 2e-3}  # learning rates above which pretrained weights are lost; True: an adapter's
+
+
+@dataclass
+class Plan:
+    """A run's stages as rows of a table, what it needs in words, and the seconds of each of its bars."""
+
+    title: str
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    memory: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def tell(self, stderr: bool) -> None:
+        is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
+        console = Console(stderr=stderr, width=None if is_terminal else 240)  # whole lines for who reads the log
+        summary_table(self.title, self.stages, console)
+        total = f"; all of it takes about {spell(sum(self.seconds.values()))}" if self.seconds else ""
+        console.print(f"memory: {self.memory}{total}", highlight=False, markup=False, soft_wrap=True)
+
+
+def plan(
+    config: DictConfig, data: Data, policy: nn.Module, rows: Rows, selector: Selector, score: SplitScorer, kept: bool
+) -> Plan:
+    """The plan of a run on these rows; `kept`: its SFT start is there already. Several processes time nothing.
+
+    Raises:
+        UserError: more memory is needed than is free.
+    """
+    trainer, processes = config.trainer, score.accelerator.num_processes
+    check_memory(policy, score.accelerator)
+    timing = Timing(config, policy, selector, score) if processes == 1 else None
+    size = sum(weight.numel() for weight in policy.parameters())
+    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    part = f", {trained / size:.1%} of them trained" if trained < size else ""
+    made = Plan(f"plan: {config.choices.model}, {size / 1e6:.3g} M parameters{part}")
+    for name, of in (("sft", data.train), ("preference", rows)):
+        epochs = trainer[name].epochs
+        steps = -(-len(of) // (trainer.batch_size * trainer.accumulate * processes)) * epochs
+        tokens, told = "", "kept" if name == "sft" and kept else ""
+        if timing and epochs and not told:
+            fed, seconds = timing.stage(name, of, epochs, steps)
+            made.seconds[name] = seconds + epochs * timing.scoring(data.val)
+            tokens, told = f"{fed / 1e6:.3g} M" if fed >= 1e6 else f"{fed / 1e3:.3g} k", spell(made.seconds[name])
+        made.stages.append(
+            {"stage": name, "prompts": len(of), "epochs": epochs, "steps": steps, "tokens": tokens, "time": told}
+        )
+        if name == "sft" and timing:
+            splits = {"train": rows, "val": data.val, "test": data.test}
+            made.seconds |= {f"reference {split}": timing.scoring(part) for split, part in splits.items()}
+    if timing:
+        made.seconds["test"] = timing.scoring(data.test)
+        scoring = sum(seconds for name, seconds in made.seconds.items() if name not in trainer)
+        prompts = len(rows) + len(data.val) + 2 * len(data.test)
+        timing.end()
+        made.stages.append(dict(zip(made.stages[0], ["scoring", prompts, "", "", "", spell(scoring)], strict=True)))
+    state = training_bytes(policy, score.accelerator)
+    needed = peak_memory_mb() * 1e6 if timing else state
+    made.memory = (
+        f"{needed / 1e9:.2f} GB at the peak (weights, gradients and AdamW: {state / 1e9:.2g} GB), "
+        f"{free_bytes(score.accelerator) / 1e9:.1f} GB are free"
+    )
+    return made
+
+
+def doubts(config: DictConfig, data: Data, rows: Rows, processes: int) -> Iterator[str]:
+    """Why a run may show nothing, a line each."""
+    trainer = config.trainer
+    at_once = trainer.batch_size * trainer.accumulate * processes
+    for name, of in (("sft", data.train), ("preference", rows)):
+        stage = trainer[name]
+        steps = -(-len(of) // at_once) * stage.epochs
+        if 0 < steps < FEW_STEPS:
+            yield (
+                f"{name}: {len(of)} prompts, {at_once} at once, are {steps} optimiser steps, hardly enough to learn "
+                f"from: lower trainer.batch_size or raise trainer.{name}.epochs"
+            )
+        rate = TOO_FAST[bool(trainer.adapter)]
+        if stage.epochs and stage.learning_rate > rate and not config.model._target_.endswith("TinyModel"):
+            yield (
+                f"trainer.{name}.learning_rate={stage.learning_rate:g} is for tiny models of random weights, and "
+                f"pretrained ones lose what they know above {rate:g}: trainer=cpu_pretrained, gpu or lora set others"
+            )
+    if len(data.test) < FEW_PROMPTS:
+        yield (
+            f"{len(data.test)} test prompts: chance alone moves an accuracy by {0.5 / len(data.test) ** 0.5:.2f}, so "
+            "take more, or compare over seeds"
+        )
+    k, sizes = config.selector.get("k"), [len(rows[row].response_ids) - 1 for row in range(min(len(rows), LOOKED_AT))]
+    if k and trainer.preference.epochs and max(sizes) <= k:
+        yield f"no pool has more than k={k} negatives: every selector takes all of them; lower k"
+
+
+def is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Accelerator) -> bool:
+    """Is the SFT start there already? Where it is for another number of threads alone, that is told."""
+    key = start_key(config, data.key, data.model_key, accelerator)
+    with patiently("checking the SFT start"):
+        kept = cache.believes("sft", key)
+    if kept or cache.path("sft", f"{key}.checkpoints").is_dir():
+        return kept
+    for other in range(1, (os.cpu_count() or 1) + 1):
+        place = cache.path("sft", start_key(config, data.key, data.model_key, accelerator, other))
+        if place.is_dir() or place.with_name(f"{place.name}.checkpoints").is_dir():
+            say(
+                f"note: the SFT stage was computed with {other} threads, whose last digits are others, and starts anew "
+                f"with {torch.get_num_threads()}: trainer.threads={other} goes on from it"
+            )
+            break
+    return False

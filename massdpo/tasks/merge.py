@@ -1,0 +1,33 @@
+"""`task=merge`: a policy that is an adapter, as a whole model that anything loads."""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+from massdpo.errors import UserError
+from massdpo.model.save import load_policy, merge_adapter, save_policy
+from massdpo.runs import launch
+from massdpo.runs.card import merged_card
+from massdpo.store import build_folder
+from massdpo.tasks.rank import writing_to
+
+
+def merge(config: DictConfig) -> None:
+    """Write the adapter in `policy`, added to the weights of its base in their own type, to the new folder `out`.
+
+    Raises:
+        UserError: no adapter in `policy`, its base cannot be had, or `out` is there already.
+    """
+    launch.start(config)
+    folder, out = Path(config.policy).expanduser(), Path(config.out).expanduser()
+    if out.exists():
+        raise UserError(f"out={out} is there already: name a new folder")
+    policy, tokenizer = load_policy(folder)
+    if isinstance(policy, PreTrainedModel):
+        raise UserError(f"{folder} holds a whole model: there is no adapter to merge")
+    card = folder / "README.md"
+    text = merged_card(card.read_text(encoding="utf-8")) if card.is_file() else None
+    with writing_to(config.out):
+        build_folder(out, lambda place: save_policy(merge_adapter(policy), tokenizer, place, text))
+    print(f"{out}: the whole model, as save_pretrained writes one")

@@ -1,0 +1,70 @@
+"""`task=push`: a policy to the Hugging Face hub, after a look at what would be sent."""
+
+import json
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from omegaconf import DictConfig
+
+from massdpo.errors import UserError, one_line
+from massdpo.model.load import ADAPTER
+from massdpo.runs.card import HUB
+from massdpo.store import MANIFEST, write_json
+
+
+def push(config: DictConfig) -> None:
+    """Show the files of the folder `policy` and the hub's name `out`; with `force`, send them, to a private repository.
+
+    An adapter goes out with its base's name on the hub, never with a path of this machine.
+
+    Raises:
+        UserError: no policy there, a base without a name, no token, or what the hub says.
+    """
+    folder, name = Path(config.policy).expanduser(), config.out
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"out={name} is no name on the hub: OWNER/NAME") from error
+    if not any((folder / file).is_file() for file in (ADAPTER, "config.json")):
+        raise UserError(f"there is no policy in {folder}: name what a run left, or task=merge wrote")
+    with TemporaryDirectory(prefix="massdpo.") as place:
+        files = _ready(folder, Path(place))
+        print(f"{folder} to {HUB}/{name}, a private repository:")
+        for file in files:
+            print(f"  {file.name:<32} {file.stat().st_size / 1e6:12,.3f} MB")
+        if not config.force:
+            print("nothing has been sent: force=true sends it")
+            return
+        if get_token() is None:
+            raise UserError("there is no token for the hub here: set HF_TOKEN, or log in with `hf auth login`")
+        try:
+            HfApi().create_repo(name, private=True, exist_ok=True)
+            HfApi().upload_folder(repo_id=name, folder_path=place, commit_message="A policy trained with massdpo")
+        except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+            raise UserError(f"the hub has not taken {name}: {one_line(error)}") from error
+        print(f"sent: {HUB}/{name}")
+
+
+def _ready(folder: Path, place: Path) -> list[Path]:
+    """The files as they would be sent, in `place`."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != MANIFEST and not file.name.startswith("."):
+            shutil.copy(file, place)  # a link's target too: what is sent is what it holds
+    if (place / ADAPTER).is_file():
+        adapter: dict[str, Any] = json.loads((place / ADAPTER).read_text(encoding="utf-8"))
+        if Path(str(adapter["base_model_name_or_path"])).is_absolute():
+            card = place / "README.md"
+            base = ModelCard.load(card).data.base_model if card.is_file() else None
+            if base is None:
+                raise UserError(
+                    f"the adapter in {folder} belongs to a model in a folder of this machine: train it with "
+                    "model.hub_id=OWNER/NAME beside model.path, or make a whole model of it (task=merge)"
+                )
+            write_json(place / ADAPTER, adapter | {"base_model_name_or_path": base})
+    return sorted(place.iterdir())
