@@ -85,7 +85,8 @@ class Preference:
     def __post_init__(self) -> None:
         self._remembered = Remembered(self.rows, getattr(self.selector, "k", None), self.screen)
         self.state = self._remembered.state
-        self._corrected = "log_inclusion_BK" in inspect.signature(self.compare).parameters
+        loss = getattr(self.compare, "func", self.compare)  # within what Hydra makes of it
+        self._corrected = "log_inclusion_BK" in inspect.signature(loss).parameters
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each prompt `(B,)` and what is logged of it; `observe` asks for what costs an extra pass."""
