@@ -342,8 +342,8 @@ def test_option_names_are_frozen() -> None:
     )
     assert " ".join(sorted(config["trainer"])) == (
         "accumulate adapter batch_size chat_template checkpoint_every device eval_batch_size generate"
-        " gradient_checkpointing keep keep_metric layout log_every max_grad_norm max_length picks precision preference"
-        " save_policy sft threads warmup weight_decay workers"
+        " gradient_checkpointing keep keep_metric layout log_every max_grad_norm max_length patience picks precision"
+        " preference save_policy sft threads warmup weight_decay workers"
     )
     assert set(config["trainer"]["sft"]) == {"epochs", "learning_rate"}
     assert set(config["trainer"]["preference"]) == {"epochs", "learning_rate", "limit"}
