@@ -127,8 +127,7 @@ class Preference:
         done = int(self.state["selected_in"])
         if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
             return {}
-        started = time.perf_counter()
-        parts, accelerator = [], self.score.accelerator
+        parts, accelerator, started = [], self.score.accelerator, time.perf_counter()
         for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
             number = place * accelerator.num_processes + accelerator.process_index
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
@@ -186,8 +185,7 @@ class Preference:
         return self.reference["train"].logp_SC[batch.index_B, :width].to(batch.prompt_ids_BP.device)
 
     def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
-        draw = 0 if self.refresh == "once" else epoch
-        noise_BN = noise(batch, self.seed, draw)
+        noise_BN = noise(batch, self.seed, 0 if self.refresh == "once" else epoch)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
     def _pick(self, pool: PoolStatistics, batch: Batch, epoch: int) -> Picks:
