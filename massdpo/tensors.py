@@ -31,10 +31,17 @@ class Batch:
     prompt_mask_BP: Tensor  # bool
     response_ids_BCT: Tensor  # int64
     response_mask_BCT: Tensor  # bool
+    column_BC: Tensor | None = None  # int64, which of the prompt's candidates these are, where some were taken
 
     @property
     def mask_BC(self) -> Tensor:
         return self.response_mask_BCT.any(-1)
+
+    @property
+    def place_BC(self) -> Tensor:
+        """Which of the prompt's candidates each is."""
+        here_C = torch.arange(self.response_ids_BCT.shape[1], device=self.response_ids_BCT.device)
+        return here_C.expand(len(self.ids), -1) if self.column_BC is None else self.column_BC
 
     @property
     def length_BC(self) -> Tensor:
@@ -52,8 +59,13 @@ class Batch:
         row_B1 = torch.arange(len(self.ids), device=column_BC.device)[:, None]
         mask_BCT = self.response_mask_BCT[row_B1, column_BC] & keep_BC[..., None]
         longest = int(mask_BCT.sum(-1).max())
-        ids_BCT = self.response_ids_BCT[row_B1, column_BC]
-        return replace(self, response_ids_BCT=ids_BCT[..., :longest], response_mask_BCT=mask_BCT[..., :longest])
+        ids_BCT = self.response_ids_BCT[row_B1, column_BC][..., :longest]
+        place_BC = self.place_BC[row_B1, column_BC]
+        return replace(self, response_ids_BCT=ids_BCT, response_mask_BCT=mask_BCT[..., :longest], column_BC=place_BC)
+
+    def whole(self, picks: "Picks") -> "Picks":
+        """Picks of the candidates that are here, as places in the prompt's whole pool."""
+        return replace(picks, index_BK=(self.place_BC.gather(1, picks.index_BK + 1) - 1) * picks.mask_BK)
 
     def chosen_only(self) -> "Batch":
         """The same prompts with the chosen response alone (C = 1), for SFT."""
@@ -80,6 +92,16 @@ class Picks:
     mask_BK: Tensor  # bool
     info: dict[str, Tensor] = field(default_factory=dict)
     gains_BK: Tensor | None = None  # nats of log det that each pick added, for selectors that maximise it
+    log_inclusion_BK: Tensor | None = (
+        None  # how much likelier it was to be picked than the chosen one, were that a negative
+    )
+    beta_scale_BK: Tensor | None = None  # what beta is multiplied by where the pick is compared with the chosen one
+
+    def to(self, device: torch.device | str) -> "Picks":
+        """What a loss is made of, without what is only logged."""
+        names = ("index_BK", "mask_BK", "log_inclusion_BK", "beta_scale_BK")
+        values = {name: getattr(self, name) for name in names}
+        return Picks(**{name: value.to(device) for name, value in values.items() if value is not None})
 
 
 class Resolution(NamedTuple):

@@ -154,6 +154,9 @@ BAD = [
     ("k=21", r"k=21 is above dataset.num_negatives=20.*short_pool=all"),
     ("loss=dpo", r"loss=dpo .*k=4: use k=1"),
     ("loss=dpo selector=full k=1", r"loss=dpo .*whole pool"),
+    ("loss=is_pl", r"loss=is_pl corrects for negatives drawn by chance: use selector=random, sampled or top_random"),
+    ("method=is_pl selector.screen=8", r"loss=is_pl knows .*selector\.screen=null"),
+    ("selector.screen=3", r"selector\.screen=3 is below k=4"),
     ("method=dpo k=2", r"loss=dpo .*k=2"),
     ("task=evaluate", r"task=evaluate needs in="),
     ("task=rank", r"task=rank needs in="),
@@ -290,7 +293,7 @@ def test_jsonl_is_another_name_of_preferences() -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{group}={option}" for group, option in OPTIONS])
 def test_every_option_composes_and_validates(group: str, option: str) -> None:
-    needed = NEEDED.get(option, []) + (["k=1"] if option == "dpo" else [])
+    needed = NEEDED.get(option, []) + {"dpo": ["k=1"], "is_pl": ["selector=sampled"]}.get(option, [])
     config = compose([f"{group}={option}", *needed])
     validate(config)
     json.dumps(resolved(config))

@@ -1,9 +1,13 @@
 """Packed, two-phase and repeated scoring agree with each family's own forward, under both kinds of mask."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 from transformers import (
     BloomConfig,
     CodeGenConfig,
@@ -37,23 +41,27 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
     SmolLM3Config,
+    T5Config,
 )
 
 from massdpo.errors import UserError
-from massdpo.model.load import load_model
+from massdpo.model.load import load_model, tell_of_long_rope
 from massdpo.model.scoring import PreferenceScorer
+from tests.conftest import ROOT
 from tests.test_scoring import (
     GPT2,
     RAGGED,
     VOCABULARY,
     assert_all_ways_agree,
     gradient_of,
+    make_batch,
     pick_all,
     pl_loss,
     plain_logp,
     tiny,
 )
 
+BATCHED = ("index_B", "prompt_ids_BP", "prompt_mask_BP", "response_ids_BCT", "response_mask_BCT")
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -137,6 +145,25 @@ ALONE: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
+TABLE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_families_has_them_all() -> None:
+    """What it says of each, the tests below check."""
+    listed = re.findall(r"^\| `(\w+)` \| (\w+) \|$", TABLE, flags=re.MULTILINE)
+    packed = {(config.model_type, "packed") for config in FAMILIES.values()}
+    alone = {(config.model_type, "repeated") for config in ALONE.values()}
+    assert len(listed) == len(set(listed)) and f"transformers {transformers.__version__} " in TABLE
+    assert set(listed) == packed | alone | {("t5", "refused")}
+
+
+def test_what_is_no_causal_language_model_is_refused(tmp_path: Path) -> None:
+    T5Config(vocab_size=VOCABULARY).save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="cannot be loaded as a causal language model"):
+        load_model(tmp_path, "float32")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family(family: str) -> None:
     assert_all_ways_agree(tiny(FAMILIES[family]), RAGGED, 1e-5)
@@ -162,6 +189,28 @@ def test_a_family_without_sdpa_is_loaded_with_eager_attention(tmp_path: Path) ->
         tiny(FAMILIES[family]).save_pretrained(tmp_path / family)
     kinds = {place.name: load_model(place, "float32").config._attn_implementation for place in tmp_path.iterdir()}
     assert kinds == {"gpt_oss": "eager", "gptj": "eager", "llama": "sdpa"}
+
+
+def test_long_rope_goes_by_the_longest_row_of_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond what is warned of a row's log-probs depend on its neighbours, below it they do not."""
+    scales = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **scales}
+    config = Phi3Config(**GROUPED, original_max_position_embeddings=16, rope_parameters=rope)
+    for told, length in ((FAMILIES["phi3"], 64), (config, 16), (config, 17)):
+        assert capsys.readouterr().err == ""
+        tell_of_long_rope(told, length)
+    assert re.fullmatch(
+        r"warning: a row of more than 16 tokens .* trainer\.max_length=16 avoids that\n", capsys.readouterr().err
+    )
+    scorer = PreferenceScorer(tiny(config))
+    for longest, alike in ((10, True), (20, False)):
+        batch = make_batch([5, longest], [[2, 3], [2, 3]])
+        own = {name: getattr(batch, name)[:1] for name in BATCHED}
+        own |= {name: own[name][:, :5] for name in ("prompt_ids_BP", "prompt_mask_BP")}
+        one = replace(batch, **own, ids=batch.ids[:1])
+        with torch.no_grad():
+            alone_C, beside_C = scorer(one).scores.logp_BC[0], scorer(batch).scores.logp_BC[0]
+        assert torch.allclose(alone_C, beside_C, atol=1e-5) == alike
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "mistral", "gpt2"])

@@ -5,6 +5,7 @@ Suffixes as in massdpo/selection/logdet/.
 
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from massdpo.selection.logdet import (
     solve,
 )
 from massdpo.selection.logdet.design import DESIGNS, pl_fisher
-from massdpo.selection.logdet.subset import subset_fisher_logdet
+from massdpo.selection.logdet.subset import _with_one_more, subset_fisher_logdet
 
 BATCH = 24  # prompts of one shape; 48 shapes make 1,152 instances
 
@@ -256,6 +257,40 @@ def test_subset_fisher_against_the_explicit_matrix(seed: int) -> None:
             assert gain == pytest.approx(value(row, [*taken, index]) - value(row, taken), abs=1e-9)
             taken.append(index)
     assert bool(greedy.upper_bound_B.isnan().all())
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("taken", [0, 1, 3, 7])
+def test_subset_fisher_of_one_more_against_each_subset(ridge: float, taken: int) -> None:
+    """One eigendecomposition for all candidates, against a determinant for each; equal features have no eigenvectors
+    of their own."""
+    noise = generator(taken)
+    features_BCD = torch.randn(4, 13, 9, generator=noise, dtype=torch.float64)
+    features_BCD[1, 3:7] = features_BCD[1, 2:3]
+    rewards_BC = 3 * torch.randn(4, 13, generator=noise, dtype=torch.float64)
+    rewards_BC[2, 1:] -= 600.0
+    gram_BCC = features_BCD @ features_BCD.mT
+    taken_BJ = torch.stack([torch.randperm(12, generator=noise)[:taken] for _ in range(4)])
+    each_BN1 = torch.arange(12).expand(4, 12)[..., None]
+    subsets_BMJ = torch.cat([taken_BJ[:, None].expand(4, 12, taken), each_BN1], dim=-1)
+    expected_BN = subset_fisher_logdet(gram_BCC, rewards_BC, 0.5, ridge, subsets_BMJ)
+    open_BN = ~(taken_BJ[:, None] == each_BN1).any(-1)
+    found_BN = _with_one_more(gram_BCC, rewards_BC, 0.5, ridge, taken_BJ)
+    torch.testing.assert_close(found_BN[open_BN], expected_BN[open_BN], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("batch", "pool", "k"), [(8, 200, 50), (4, 1_000, 16)])
+def test_a_certificate_of_a_large_pool_costs_at_most_what_greedy_does(batch: int, pool: int, k: int) -> None:
+    """In turn, in one process, the least of several: other processes take time from both."""
+    vectors_BND = torch.randn(batch, pool, 32, generator=generator(3), dtype=torch.float64)
+    gram_BNN = vectors_BND @ vectors_BND.mT
+    seconds = {False: math.inf, True: math.inf}
+    for _ in range(6):
+        for certify in seconds:
+            started = time.process_time()
+            select_logdet_gram(gram_BNN, k, 1.0, certify=certify)
+            seconds[certify] = min(seconds[certify], time.process_time() - started)
+    assert seconds[True] < 2 * seconds[False]
 
 
 def test_subset_fisher_masks_and_short_rows() -> None:

@@ -58,7 +58,7 @@ def composed(every: bool) -> list[DictConfig]:
     """The default, and the last option of every group, or all of them."""
     needed = {name: ["dataset.path=a"] for name in ("mcqa", "jsonl", "preferences")}
     needed |= {"sequences": ["dataset.raw_dir=a"]}
-    needed |= {"dpo": ["k=1"], "gpu": ["trainer.device=cpu"]}
+    needed |= {"dpo": ["k=1"], "is_pl": ["selector=random"], "gpu": ["trainer.device=cpu"]}
     pairs = [(group, option) for group, options in OPTIONS.items() for option in (options if every else options[-1:])]
     return [compose(), *(compose([f"{group}={option}", *needed.get(option, [])]) for group, option in pairs)]
 

@@ -110,7 +110,8 @@ class World:
 
     def the_architecture(self) -> None:
         file = self.root / "model" / "config.json"
-        change = self.chance.choice([{"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}, {"num_attention_heads": 2}])
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}
+        change = self.chance.choice([{"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}, rope])
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
 
     def the_vocabulary(self) -> None:

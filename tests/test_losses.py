@@ -1,5 +1,6 @@
 """Every loss and its gradient against the formula as it is written in the papers, term by term, in float64."""
 
+import itertools
 import math
 
 import pytest
@@ -139,6 +140,22 @@ def test_lipo_learns_from_ties() -> None:
     rewards_BC, mask_BC = torch.zeros(1, 4, requires_grad=True), torch.ones(1, 4, dtype=torch.bool)
     (grad_BC,) = grads(losses.lipo(rewards_BC, rewards_BC, mask_BC).sum(), rewards_BC)
     assert float(grad_BC[0, 0]) < 0 and bool((grad_BC[0, 1:] > 0).all())
+
+
+def test_ties_in_lipo_are_those_of_every_order() -> None:
+    """Equal but for rounding: the chosen one stands last of them, and its negatives in any order, on average."""
+    value = [0.0, 0.0, 1.0, 0.0, 1.0, -1.0]
+    mean = 0.0
+    orders = [(1, 3), (3, 1)], [(2, 4), (4, 2)]
+    for low, high in itertools.product(*orders):
+        ranked = [*high, *low, 0, 5]
+        discount = [1 / math.log2(2 + ranked.index(index)) for index in range(6)]
+        terms = [abs(discount[0] - discount[i]) * math.log1p(math.exp(value[i])) for i in range(1, 6)]
+        mean += sum(terms) / 4
+    for rounding in (0.0, 1e-6, -1e-6):
+        rewards_BC = torch.tensor([value], dtype=torch.float64) + rounding * torch.arange(6)
+        loss_B = losses.lipo(rewards_BC, rewards_BC, torch.ones(1, 6, dtype=torch.bool))
+        assert loss_B.tolist() == pytest.approx([mean], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["pl", "dpo", "dmpo", "pairwise"])

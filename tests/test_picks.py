@@ -33,7 +33,7 @@ from massdpo.selection import (
 )
 from massdpo.selection.logdet import limits, select_logdet
 from massdpo.tensors import PoolStatistics, Scores
-from massdpo.training.objectives import noise
+from massdpo.training.picks import noise
 from tests.conftest import needs_real_models
 from tests.test_fisher import singular_logdet
 from tests.test_scoring import LLAMA, VOCABULARY, tiny

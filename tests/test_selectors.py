@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from massdpo import selection
 from massdpo.errors import UserError
+from massdpo.runs.start import instantiate
 from massdpo.selection import (
     Adpo,
     Coreset,
@@ -257,6 +257,29 @@ def test_dynamic_takes_the_boundary() -> None:
     assert sets(picks) == [{0, 2, 4}, {1, 3}, {0, 1, 2, 3}]
     assert picks.index_BK[0, 0] == 2
     assert picks.info["boundary_size"].tolist() == [3.0, 2.0, 6.0]
+
+
+def test_dynamic_varies_beta_as_its_authors_do() -> None:
+    """Pick by pick; the last pool is all boundary, so that it stands for its own easy negatives too."""
+    pool = make_pool(batch=3, size=6)
+    pool.scores.precision = torch.float64
+    logp_BC = [
+        [-3.0, -2.0, -9.0, -1.0, -9.5, -3.0, -10.0],
+        [-1.0, -9.0, -2.0, -9.1, -2.1, -8.0, -20.0],
+        [-9.0, -1.0, -2.0, -3.0, -4.0, -5.0, -6.0],
+    ]
+    pool.scores.logp_BC = torch.tensor(logp_BC, dtype=torch.float64)
+    picks = Dynamic(4, beta_margin=6.0)(pool)
+    assert picks.beta_scale_BK is not None
+    for row, easy in enumerate([{1, 3, 5}, {0, 2, 4, 5}, {0, 1, 2, 3, 4, 5}]):
+        chosen, *negatives = logp_BC[row]
+        mean = sum(negatives[index] for index in easy) / len(easy)
+        for place in range(int(picks.mask_BK[row].sum())):
+            pick = negatives[picks.index_BK[row, place]]
+            above, below = chosen - pick, pick - mean
+            expected = 1 + 0.5 * math.tanh((above - below - 6.0) / (abs(above) + abs(below)))
+            assert float(picks.beta_scale_BK[row, place]) == pytest.approx(expected, abs=1e-6)
+    assert sets(picks) == sets(Dynamic(4, None)(pool)) and Dynamic(4, beta_margin=None)(pool).beta_scale_BK is None
 
 
 def test_dynamic_clusters_until_nothing_changes() -> None:
@@ -612,7 +635,7 @@ def test_every_config_builds_its_selector(path: Path) -> None:
     selector = instantiate(node.selector)
     picks = selector(make_pool())
     assert picks.mask_BK.any(-1).all()
-    assert set(inspect.signature(type(selector)).parameters) == set(node.selector) - {"_target_"}
+    assert set(inspect.signature(type(selector)).parameters) == set(node.selector) - {"_target_", "screen"}
     assert all("#" in line for line in path.read_text().splitlines() if not line.startswith("_target_"))
 
 

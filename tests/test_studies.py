@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from massdpo.selection import Full, Mass, Random
+from massdpo.selection import Full, Mass, Random, Sampled
 from massdpo.tasks.studies.features import features
 from massdpo.tasks.studies.loglinear import LoglinearWorld, loglinear, maximum_likelihood
 from massdpo.tasks.studies.optimality import optimality
@@ -97,7 +97,7 @@ def test_loglinear_world_is_what_it_says() -> None:
 
 def test_loglinear(tmp_path: Path) -> None:
     frame = loglinear(tmp_path, seeds=2, prompts=(30, 300), ks=(2, 4), middle=(30, 2), rounds=(1, 2), size=6)
-    assert_published(tmp_path, "loglinear", rows=2 * 3 * 2 * 5)
+    assert_published(tmp_path, "loglinear", rows=2 * 3 * 2 * 7)
     full = frame[frame["selector"] == "full"].groupby("prompts")["max_error"].mean()
     assert full[300] < full[30]
     # Under the uniform reference all scores tie, so hardest is random; a full pool never changes.
@@ -111,6 +111,18 @@ def test_loglinear(tmp_path: Path) -> None:
     for row in frame.to_dict("records"):  # the difference is to random's error in the same world
         random = error[row["rounds"], row["prompts"], row["k"], row["seed"], "random"]
         assert row["max_error less random"] == row["max_error"] - random
+
+
+def test_corrected_draws_find_the_truth_as_prompts_grow() -> None:
+    """Sixteen times the prompts, a quarter of the error; that of the uncorrected fit stays."""
+    errors: dict[bool, list[float]] = {}
+    for corrected in (False, True):
+        errors[corrected] = []
+        for prompts in (500, 8_000):
+            world = LoglinearWorld(prompts, 12, seed=1, strength=3.0)
+            (theta_D,) = world.fits(Sampled(2), [4], corrected)
+            errors[corrected].append(world.errors(theta_D)["mean_error"])
+    assert errors[True][1] < min(0.04, 0.5 * errors[True][0]) < 0.3 < min(errors[False])
 
 
 def test_features(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ Suffixes: B prompts, P prompt tokens, T response tokens, L tokens of a row.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,9 @@ SHORT = [Setting(prompt=prompt, response=4, negatives=20, k=4, prompts=8, dtype=
 LONG = [
     Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=2, dtype="bfloat16")
     for response in (64, 256)
-    for negatives in (8, 20)
+    for negatives in (8, 20, 100)
 ]
+GRAPH_TOKENS = 1 << 14  # of responses with gradients, all at once, that 32 GB hold: a full pool beyond is left out
 
 
 def load(model: str, setting: Setting) -> tuple[PreTrainedModel, Setting]:
@@ -76,7 +77,9 @@ def sides_of(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[],
             scorer(batch)
 
     ours = {"sft_plain": sft_plain, "sft": sft, "pool": pool, **build_sides(setting, model)}
-    return {side: ours[side] for side in SIDES}
+    if setting.prompts * (1 + setting.negatives) * setting.response > GRAPH_TOKENS:
+        del ours["full_packed"]
+    return {side: ours[side] for side in SIDES if side in ours}
 
 
 def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
@@ -84,7 +87,10 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
     model, setting = load(model_name, setting)
     seconds = measure.medians(measure.alternate(sides_of(model, setting), rounds))
     arguments = model_name, json.dumps(asdict(setting))
-    memory = {side: int(measure.fresh_process(__name__, side, *arguments)) for side in KEPT_IN_MEMORY}
+    memory = {
+        side: int(measure.fresh_process(__name__, side, *arguments)) for side in KEPT_IN_MEMORY if side in seconds
+    }
+    full = "full_packed" in seconds
     whole = (1 + setting.negatives) * (setting.prompt + setting.response)
     return {
         "prompt": setting.prompt,
@@ -96,8 +102,8 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
         "peak_bytes": memory,
         "sft_over_plain": seconds["sft"] / seconds["sft_plain"],
         "mass_over_random": seconds["mass"] / seconds["random_packed"],
-        "full_over_mass": seconds["full_packed"] / seconds["mass"],
-        "full_over_mass_memory": memory["full_packed"] / max(1, memory["mass"]),
+        "full_over_mass": seconds["full_packed"] / seconds["mass"] if full else None,
+        "full_over_mass_memory": memory["full_packed"] / max(1, memory["mass"]) if full else None,
         "pool_share_of_mass": seconds["pool"] / seconds["mass"],
         "token_bound": whole / (setting.prompt + (1 + setting.negatives) * setting.response),
     }
@@ -130,6 +136,10 @@ def run(
 def markdown(report: dict[str, Any]) -> str:
     """Every number of the report as Markdown tables."""
     rows = [*report["short"], *report["long"]]
+
+    def cells(values: Iterable[float | None]) -> list[str]:
+        return ["left out" if value is None else f"{value:.2f}" for value in values]
+
     places = [f"{row['prompt']} + {row['response']}, N={row['negatives']}, batch {row['prompts']}" for row in rows]
     ratios = {
         "sft_over_plain": "SFT over plain SFT",
@@ -140,13 +150,14 @@ def markdown(report: dict[str, Any]) -> str:
         "token_bound": "tokens that sharing prompts saves, at most (times)",
     }
     lines = {
-        "step, s": [(SIDES[side], *(f"{row['seconds'][side]:.2f}" for row in rows)) for side in SIDES],
+        "step, s": [(SIDES[side], *cells(row["seconds"].get(side) for row in rows)) for side in SIDES],
         "extra peak memory, GB": [
-            (SIDES[side], *(f"{row['peak_bytes'][side] / 1e9:.2f}" for row in rows)) for side in KEPT_IN_MEMORY
+            (SIDES[side], *cells(row["peak_bytes"][side] / 1e9 if side in row["peak_bytes"] else None for row in rows))
+            for side in KEPT_IN_MEMORY
         ],
-        "ratio": [(meaning, *(f"{row[name]:.2f}" for row in rows)) for name, meaning in ratios.items()],
+        "ratio": [(meaning, *cells(row[name] for row in rows)) for name, meaning in ratios.items()],
     }
-    tables = [markdown_table([head, *places], cells) for head, cells in lines.items()]
+    tables = [markdown_table([head, *places], body) for head, body in lines.items()]
     goals = ", ".join(f"{ratios[name]} at most {goal:g}" for name, goal in AT_MOST.items())
     where = f"Model: {report['model'] or 'random weights'}, {report['dtype']}. Goals for short responses: {goals}."
     where += f"\nMachine: {machine.in_words(report['machine'])}.\nCommit: {report['commit']}.\n"

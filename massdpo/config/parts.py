@@ -11,7 +11,10 @@ from typing import Any
 from massdpo.config.messages import nearest, shown
 from massdpo.errors import UserError
 
-HANDLED = {"dataset": ("name", "terms", "long_rows", "limit_train", "limit_val", "limit_test")}  # no class sees these
+HANDLED = {  # no class sees these
+    "dataset": ("name", "terms", "long_rows", "limit_train", "limit_val", "limit_test"),
+    "selector": ("screen",),
+}
 
 
 def check_part(part: str, node: Mapping[str, Any]) -> None:

@@ -140,12 +140,26 @@ def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], d
         raise UserError("loss=dpo takes one negative, but this selector takes the whole pool: use loss=pl or pairwise")
     if loss["_target_"] == "massdpo.training.losses.dpo" and selector["k"] != 1:
         raise UserError(f"loss=dpo takes one negative, but k={selector['k']}: use k=1, or loss=pl or pairwise")
-    pool = dataset.get("num_negatives")
+    _check_draws(loss, selector)
+    pool, screen = dataset.get("num_negatives"), selector.get("screen")
+    if screen is not None and screen < selector["k"]:
+        raise UserError(f"selector.screen={screen} is below k={selector['k']}: k are picked of what is screened")
     if takes_k and type(pool) is int and selector["k"] > pool and selector.get("short_pool", "error") == "error":
         raise UserError(
             f"k={selector['k']} is above dataset.num_negatives={pool}: use a smaller k, a larger pool,"
             " or selector.short_pool=all to train on the whole pool"
         )
+
+
+def _check_draws(loss: Mapping[str, Any], selector: Mapping[str, Any]) -> None:
+    """A loss that corrects for how negatives were drawn needs a selector that draws them, from the whole pool."""
+    room, _, name = str(selector["_target_"]).rpartition(".")
+    if loss["_target_"] != "massdpo.training.losses.is_pl" or not room.startswith("massdpo."):
+        return
+    if name not in ("Random", "Sampled", "TopRandom"):
+        raise UserError("loss=is_pl corrects for negatives drawn by chance: use selector=random, sampled or top_random")
+    if selector.get("screen") is not None:
+        raise UserError("loss=is_pl knows the chances of draws from the whole pool: use selector.screen=null")
 
 
 def _check_model(model: Mapping[str, Any], max_length: int) -> None:

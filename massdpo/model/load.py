@@ -4,6 +4,7 @@ Each node of conf/model/ builds a `PretrainedModel`, a `PackagedModel` or a `Tin
 model and its tokenizer. Weights are read from safetensors and GGUF only, and no code that comes with a model is run.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -154,6 +155,18 @@ def attention(config: PreTrainedConfig) -> str | None:
     Eager where attention's scores are capped (Gemma 2): SDPA cannot, and some versions then drop the cap.
     """
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else None
+
+
+def tell_of_long_rope(config: PreTrainedConfig, max_length: int) -> None:
+    """Phi-3's long rope turns the positions of a whole batch by its longest row: say so where rows may be that long."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    near = rope.get("original_max_position_embeddings", max_length)
+    if rope.get("rope_type") == "longrope" and max_length > near:
+        print(
+            f"warning: a row of more than {near} tokens changes how this model turns the positions of its whole batch, "
+            f"so that log-probs depend on what else is in it: trainer.max_length={near} avoids that",
+            file=sys.stderr,
+        )
 
 
 def load_model(folder: Path, dtype: str) -> PreTrainedModel:

@@ -32,18 +32,23 @@ METHODS = {  # in the order of tables
     "mppo": Method(SKY, "^", "MPPO (arXiv 2412.15244): k random negatives, no reference"),
     "pairwise": Method(SKY, "v", "k random negatives, one pair each"),
     "lipo": Method(SKY, "<", "LiPO-lambda (arXiv 2402.01878): k random negatives, pairs weighed by their ranks"),
+    "is_pl": Method(
+        *(SKY, "P", "k negatives in proportion to their share of the gradient, Plackett-Luce loss corrected for that")
+    ),
     "ndcg": Method(SKY, ">", "ApproxNDCG: k random negatives, one minus a smooth NDCG"),
     "full": Method(BLACK, "s", "the whole pool, Plackett-Luce loss"),
     "hardest": Method(BLUE, "^", "the k negatives with the largest reward"),
     "hardest_logp": Method(BLUE, "v", "the k negatives that the policy itself finds likeliest"),
-    "top_random": Method(BLUE, "P", "RoDPO's selection (arXiv 2603.29259): k negatives at random from the 10 hardest"),
+    "top_random": Method(BLUE, "P", "RoDPO's selection (arXiv 2603.29259): k negatives at random from the 3 k hardest"),
     "sampled": Method(GREEN, "o", "k negatives in proportion to their share of the gradient"),
     "dpp": Method(GREEN, "s", "k negatives sampled from the determinantal point process that mass maximises"),
     "farthest": Method(GREEN, "^", "the k negatives farthest from one another"),
     "coreset": Method(GREEN, "v", "AMPO's coreset (arXiv 2502.18293): the hardest negative of each of k clusters"),
     "medoids": Method(GREEN, "P", "AMPO's medoids (arXiv 2502.18293): k negatives that the weighed pool is nearest to"),
     "herding": Method(GREEN, "D", "kernel herding: k negatives whose mean matches the whole pool's gradient"),
-    "dynamic": Method(PINK, "s", "DynamicPO's boundary set (arXiv 2605.00327), at most k negatives"),
+    "dynamic": Method(
+        PINK, "s", "DynamicPO (arXiv 2605.00327): its boundary set, at most k negatives, and its varying beta"
+    ),
     "adpo": Method(PINK, "D", "Active DPO (arXiv 2503.01076): k negatives by log-det of pairwise vectors"),
     "interleaved": Method(YELLOW, "D", "three hardness scores take turns in picking k negatives"),
     "mass": Method(ORANGE, "o", "MASS-DPO (arXiv 2605.10784): k negatives by log-det of the Fisher information"),

@@ -104,6 +104,7 @@ def compute(run: Run, model: nn.Module) -> None:
         val=run.data.val,
         reference=reference,
         score=run.score,
+        screen=config.selector.get("screen"),
         log=PickLog(run.folder / PICKS, examples, reference["train"], trainer.picks),
     )
     stage = Stage(

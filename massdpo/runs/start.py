@@ -24,6 +24,7 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
+from massdpo.model.load import tell_of_long_rope
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
@@ -83,6 +84,7 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
+    tell_of_long_rope(model.config, config.trainer.max_length)
     if config.trainer.chat_template:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:
@@ -239,7 +241,8 @@ def checkpointing(policy: Any) -> None:
 
 def instantiate(node: DictConfig) -> Any:
     """The part a config node describes; a UserError of its own stays one."""
+    given = {key: value for key, value in node.items() if key != "screen"} if "screen" in node else node
     try:
-        return hydra.utils.instantiate(node)
+        return hydra.utils.instantiate(given)
     except hydra.errors.InstantiationException as error:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None

@@ -5,12 +5,14 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from massdpo.errors import UserError
 from massdpo.selection import logdet
+from massdpo.selection.inclusion import of_draws_from_the_top, of_successive_draws
 from massdpo.selection.pools import (
     as_picks,
     check_finite,
@@ -36,10 +38,15 @@ class ByScore(ABC):
     @abstractmethod
     def score_BN(self, pool: PoolStatistics) -> Tensor: ...
 
+    def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor | None:
+        """What `is_pl` corrects for, where picks are drawn by chance."""
+        return None
+
     def __call__(self, pool: PoolStatistics) -> Picks:
         if self.needs_scores:
             check_finite(pool)
-        return take_best(pool, self.score_BN(pool), self.k, self.short_pool)
+        picks = take_best(pool, self.score_BN(pool), self.k, self.short_pool)
+        return replace(picks, log_inclusion_BK=self.log_inclusion_BK(pool, picks))
 
 
 class Random(ByScore):
@@ -50,6 +57,9 @@ class Random(ByScore):
     def score_BN(self, pool: PoolStatistics) -> Tensor:
         return pool.noise_BN
 
+    def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor:
+        return torch.zeros_like(picks.mask_BK, dtype=torch.float64)  # all were equally likely
+
 
 class Hardest(ByScore):
     """The k with the largest s_i = r_i - r_0: what the policy has come to prefer most against the reference."""
@@ -59,10 +69,14 @@ class Hardest(ByScore):
 
 
 class TopRandom(ByScore):
-    """k uniformly from the `top` hardest, of which the very first may be false negatives (RoDPO, arXiv 2603.29259)."""
+    """k uniformly from the `top` hardest, of which the very first may be false negatives (RoDPO, arXiv 2603.29259).
 
-    def __init__(self, k: int, top: int = 10, short_pool: str = "error"):
+    top: by default three times k, so that it goes along in a sweep over k.
+    """
+
+    def __init__(self, k: int, top: int | None = None, short_pool: str = "error"):
         super().__init__(k, short_pool)
+        top = 3 * k if top is None else top
         if isinstance(top, bool) or not isinstance(top, int) or top < k:
             raise UserError(f"selector.top must be a whole number of at least k={k}, got {top!r}")
         self.top = top
@@ -72,6 +86,10 @@ class TopRandom(ByScore):
         in_top_BN = torch.zeros_like(pool.noise_BN).scatter_add(1, hardest.index_BK, hardest.mask_BK.to(pool.noise_BN))
         # The noise has decided who is among the top where scores tie: its further digits draw from them.
         return (pool.noise_BN * 2**10).frac() - (in_top_BN == 0).to(pool.noise_BN)
+
+    def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor:
+        value_BC = torch.nn.functional.pad(pool.advantage_BN, (1, 0))
+        return of_draws_from_the_top(value_BC, pool.scores.mask_BC, picks, self.top)
 
 
 class HardestLogp(ByScore):
@@ -93,6 +111,9 @@ class Sampled(ByScore):
     def score_BN(self, pool: PoolStatistics) -> Tensor:
         uniform_BN = pool.noise_BN.double().clamp(min=torch.finfo(torch.float64).tiny)
         return pool.advantage_BN - (-uniform_BN.log()).log()
+
+    def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor:
+        return of_successive_draws(pool.rewards_BC, pool.scores.mask_BC, picks)
 
 
 class Full:
@@ -143,16 +164,20 @@ class Dynamic:
 
     Those that the policy finds at least as likely as the chosen response; where there are none, the top cluster of a
     3-means of the pool's log-probs (centres start at its minimum, middle and maximum). The likeliest k are taken where
-    the set is larger, and all of it where it is smaller. The paper's varying beta belongs to its loss and is left out.
+    the set is larger, and all of it where it is smaller.
+
+    beta_margin: with a margin of m nats, not null, each pick has a beta of its own, beta (1 + tanh((a - b - m) / (|a| +
+    |b|)) / 2), where a is the chosen response's log-prob less the pick's, and b the pick's less the mean of those that
+    are not on the boundary. The formula and m = 6 are those of the authors' code (github.com/xingyuHuxingyu/DynamicPO).
     """
 
     features: str | None = None
     needs_scores = True
     rounds = 50  # of Lloyd's algorithm at most; a pool of 20 settles within ten
 
-    def __init__(self, k: int, short_pool: str = "error"):
+    def __init__(self, k: int, beta_margin: float | None = 6.0, short_pool: str = "error"):
         check_options(k, short_pool)
-        self.k, self.short_pool = k, short_pool
+        self.k, self.beta_margin, self.short_pool = k, beta_margin, short_pool
 
     def __call__(self, pool: PoolStatistics) -> Picks:
         check_finite(pool)
@@ -163,7 +188,17 @@ class Dynamic:
         boundary_BN = torch.where(above_BN.any(-1, keepdim=True), above_BN, self._top_cluster(logp_BN, pool.mask_BN))
         best = take_best(pool, logp_BN.masked_fill(~boundary_BN, -math.inf), self.k, "all")
         info = {"boundary_size": boundary_BN.sum(-1).float()}
-        return as_picks(best.index_BK, best.mask_BK & boundary_BN.gather(1, best.index_BK), info)
+        picks = as_picks(best.index_BK, best.mask_BK & boundary_BN.gather(1, best.index_BK), info)
+        if self.beta_margin is None:
+            return picks
+        easy_BN = pool.mask_BN & ~boundary_BN
+        easy_BN = torch.where(easy_BN.any(-1, keepdim=True), easy_BN, boundary_BN)
+        easy_B1 = (logp_BC[:, 1:] * easy_BN).sum(-1, keepdim=True) / easy_BN.sum(-1, keepdim=True)
+        pick_BK = logp_BC[:, 1:].gather(1, picks.index_BK)
+        to_chosen_BK, to_easy_BK = logp_BC[:, :1] - pick_BK, pick_BK - easy_B1
+        apart_BK = to_chosen_BK - to_easy_BK - self.beta_margin
+        scale_BK = 1 + (apart_BK / (to_chosen_BK.abs() + to_easy_BK.abs())).tanh() / 2
+        return replace(picks, beta_scale_BK=scale_BK)
 
     def _top_cluster(self, value_BN: Tensor, mask_BN: Tensor) -> Tensor:
         low_B = value_BN.masked_fill(~mask_BN, math.inf).amin(-1)

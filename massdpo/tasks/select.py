@@ -50,7 +50,18 @@ def select(config: DictConfig) -> None:
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
     loss = start.instantiate(config.loss)
-    picking = Preference(selector, loss, config.beta, "once", config.seed, rows, data.val, reference, score)
+    picking = Preference(
+        selector,
+        loss,
+        config.beta,
+        "once",
+        config.seed,
+        rows,
+        data.val,
+        reference,
+        score,
+        config.selector.get("screen"),
+    )
     picking.begin_epoch(scorer, 0, observe_every=len(rows))  # nobody logs it
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = list(_rows(examples, index_SK, mask_SK, trainer.chat_template))

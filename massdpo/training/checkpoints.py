@@ -81,8 +81,7 @@ def resume(
     position = _position(place)
     accelerator.load_state(str(place))
     if state:
-        for name, value in load_file(place / "objective.safetensors").items():
-            state[name].copy_(value)
+        state.update(load_file(place / "objective.safetensors"))
     rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer
     schedule.last_epoch, schedule._last_lr = position.step, rates  # step() here would warn of a wrong order
     return position

@@ -4,23 +4,24 @@ Suffixes: S prompts of the training split, B prompts of a batch, C = 1 + N candi
 K picked negatives.
 """
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from massdpo.data.tokens import TokenizedExample
+from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
-from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
-from massdpo.training.picks import Made, PickLog, picked, reasons, unscored
+from massdpo.training.picks import Made, PickLog, noise, picked, reasons, unscored
+from massdpo.training.remembered import Remembered
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of rewards, mean log-probs and a mask, as in losses.py
 
 # At a margin of 16 the loss and its gradient are exp(-16), a ten-millionth of what they were: nothing more is learned.
 RUNAWAY = 16.0
@@ -61,7 +62,8 @@ class Preference:
     """The preference objective: select negatives (at this step, or as last refreshed), score them, compare.
 
     `refresh`: `step` selects with the current policy in the same pass that trains on it; `epoch` and `once` select for
-    the whole split beforehand. A selector that needs no scores picks without a pass over the pool.
+    the whole split beforehand. A selector that needs no scores picks without a pass over the pool; with `screen` the
+    others see a shortlist of as many negatives, and only those are scored.
     """
 
     selector: Selector
@@ -73,6 +75,7 @@ class Preference:
     val: Sequence[TokenizedExample]
     reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
     score: SplitScorer
+    screen: int | None = None
     log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
@@ -80,22 +83,18 @@ class Preference:
     _epoch: int = 0  # theirs
 
     def __post_init__(self) -> None:
-        widest = max(len(example.response_ids) for example in self.rows) - 1
-        shape = len(self.rows), min(getattr(self.selector, "k", widest), widest)
-        self.state = {
-            "index_SK": torch.zeros(shape, dtype=torch.int64),
-            "mask_SK": torch.zeros(shape, dtype=torch.bool),
-            "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
-            "written": torch.tensor([-1, 0]),  # how far `log` is good: the newest epoch in it, and its bytes
-        }
+        self._remembered = Remembered(self.rows, getattr(self.selector, "k", None), self.screen)
+        self.state = self._remembered.state
+        self._corrected = "log_inclusion_BK" in inspect.signature(self.compare).parameters
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each prompt `(B,)` and what is logged of it; `observe` asks for what costs an extra pass."""
         started = time.perf_counter()
         if self.refresh != "step":
-            picks, pool = self._stored(batch), None
+            picks, pool = self._remembered.picks(batch), None
             scored: Scored = scorer(batch.take(picks))
         elif self.selector.needs_scores:
+            batch = self._remembered.shortlist(batch, self._reference(batch))
             scored = scorer(
                 batch, lambda scores: self._pick(self._statistics(batch, scores, epoch, observe), batch, epoch)
             )
@@ -107,11 +106,10 @@ class Preference:
             self.seconds["select"] += time.perf_counter() - started
             scored = scorer(batch.take(picks))
         scores = scored.scores
-        reference_BC = picked(self._reference(batch), picks)
-        rewards_BC = self.beta * (scores.logp_BC - reference_BC)
+        rewards_BC = self.beta * (scores.logp_BC - picked(self._reference(batch), picks))
         if self.refresh == "step" and not self.selector.needs_scores:  # nobody knew them when it picked
             self._own[-1].known["reward"] = rewards_BC[:, 1:].detach()
-        loss_B = self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC)
+        loss_B = self._compare(rewards_BC, scores, picks)
         logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
         with torch.no_grad():
             logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
@@ -127,10 +125,10 @@ class Preference:
         done = int(self.state["selected_in"])
         if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
             return {}
-        started = time.perf_counter()
-        parts, accelerator = [], self.score.accelerator
+        parts, accelerator, started = [], self.score.accelerator, time.perf_counter()
         for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
             number = place * accelerator.num_processes + accelerator.process_index
+            batch = self._remembered.shortlist(batch, self._reference(batch))
             scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
             pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
             picks = self._pick(pool, batch, epoch)
@@ -138,7 +136,7 @@ class Preference:
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
             if done >= 0:
-                logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+                logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), batch.whole(picks))
             parts.append((batch.index_B, {name: value_B.cpu() for name, value_B in logs.items()}))
         self.share()
         values: dict[str, Tensor] = {}
@@ -158,7 +156,9 @@ class Preference:
         self._own.clear()
         places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
         for made in gather_object(own):
-            self._store(made.rows_B, made.picks)
+            self._remembered.store(made.rows_B, made.picks)
+            if made.seen is not None:
+                self._remembered.saw(made.rows_B, *made.seen)
             places |= {row: (made, place) for place, row in enumerate(made.rows_B.tolist())}
         if self.log and places and self.score.accelerator.is_main_process:
             self.log.write(self._epoch, places, self.state["written"])
@@ -182,30 +182,28 @@ class Preference:
 
     def _reference(self, batch: Batch) -> Tensor:
         """Reference log-probs of the batch's candidates, `(B, C)`."""
-        width = batch.response_ids_BCT.shape[1]
-        return self.reference["train"].logp_SC[batch.index_B, :width].to(batch.prompt_ids_BP.device)
+        return self.reference["train"].logp_SC[batch.index_B].to(batch.place_BC.device).gather(1, batch.place_BC)
 
     def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
-        draw = 0 if self.refresh == "once" else epoch
-        noise_BN = noise(batch, self.seed, draw)
+        noise_BN = noise(batch, self.seed, 0 if self.refresh == "once" else epoch)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
     def _pick(self, pool: PoolStatistics, batch: Batch, epoch: int) -> Picks:
-        picks = self.selector(pool)
+        if (picks := self.selector(pool)).log_inclusion_BK is None and self._corrected:  # of ours the config has told
+            raise UserError(f"{type(self.selector).__name__} picks without log_inclusion_BK: use loss=pl, not is_pl")
         known = reasons(pool, picks) if self.log and self.selector.needs_scores else {}
-        self._own.append(Made(batch.index_B, picks, known))
+        seen = None if self.screen is None else (batch.place_BC[:, 1:] - 1, pool.advantage_BN)
+        self._own.append(Made(batch.index_B, batch.whole(picks), known, seen))
         self._epoch = epoch
         return picks
 
-    def _stored(self, batch: Batch) -> Picks:
-        rows_B, device = batch.index_B, batch.prompt_ids_BP.device
-        return Picks(self.state["index_SK"][rows_B].to(device), self.state["mask_SK"][rows_B].to(device))
-
-    def _store(self, rows_B: Tensor, picks: Picks) -> None:
-        width = picks.index_BK.shape[1]
-        self.state["index_SK"][rows_B, :width] = picks.index_BK.cpu()
-        self.state["mask_SK"][rows_B] = False
-        self.state["mask_SK"][rows_B, :width] = picks.mask_BK.cpu()
+    def _compare(self, rewards_BC: Tensor, scores: Scores, picks: Picks) -> Tensor:
+        if picks.beta_scale_BK is not None:
+            apart_BK = picks.beta_scale_BK.to(rewards_BC) * (rewards_BC[:, 1:] - rewards_BC[:, :1])
+            rewards_BC = torch.cat([rewards_BC[:, :1], rewards_BC[:, :1] + apart_BK], dim=1)
+        inclusion_BK = picks.log_inclusion_BK if self._corrected else None
+        given = {} if inclusion_BK is None else {"log_inclusion_BK": inclusion_BK.to(rewards_BC)}
+        return self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC, **given)
 
     def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
         count_B = picks.mask_BK.sum(-1)
@@ -228,7 +226,7 @@ class Preference:
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
         if self.refresh == "step" and epoch and observe:
-            logs["selection/same_as_before"] = overlap(self._stored(batch), picks)
+            logs["selection/same_as_before"] = overlap(self._remembered.picks(batch), batch.whole(picks))
         if observe:
             started = time.perf_counter()
             scores = scorer(batch).scores if pool is None else pool
@@ -241,12 +239,3 @@ def tokens_of(scored: Scored) -> dict[str, Tensor]:
     """What the training loop adds up of the tokens that went through the model."""
     counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
     return {name: count_B for name, count_B in counts.items() if count_B is not None}
-
-
-def noise(batch: Batch, seed: int, draw: int) -> Tensor:
-    """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
-    sizes = (batch.mask_BC.sum(-1) - 1).tolist()
-    noise_BN = np.zeros((len(sizes), batch.mask_BC.shape[1] - 1))
-    for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
-        noise_BN[row, :size] = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(size)
-    return torch.from_numpy(noise_BN).to(batch.mask_BC.device)

@@ -1,4 +1,6 @@
-"""`picks.jsonl`: which negatives a run trained on, and what spoke for them; one line per prompt and epoch.
+"""What a selector is given beside scores, and `picks.jsonl`: which negatives a run trained on, and what spoke for them.
+
+The file has one line per prompt and epoch.
 
 Suffixes: B prompts of a batch, C = 1 + N candidates (column 0 is the chosen one), K picked negatives.
 """
@@ -8,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from massdpo.data.schema import PreferenceExample
 from massdpo.evaluation.scores import SplitScores
+from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
 
 
@@ -22,10 +26,12 @@ class Made(NamedTuple):
     rows_B: Tensor  # of the split
     picks: Picks
     known: dict[str, Tensor]
+    seen: tuple[Tensor, Tensor] | None = None  # where only a shortlist was scored: which negatives, and their s
 
     def on_cpu(self) -> "Made":
-        picks = Picks(self.picks.index_BK.cpu(), self.picks.mask_BK.cpu())
-        return Made(self.rows_B, picks, {name: value.cpu() for name, value in self.known.items()})
+        known = {name: value.cpu() for name, value in self.known.items()}
+        seen = None if self.seen is None else (self.seen[0].cpu(), self.seen[1].cpu())
+        return Made(self.rows_B, self.picks.to("cpu"), known, seen)
 
 
 def reasons(pool: PoolStatistics, picks: Picks) -> dict[str, Tensor]:
@@ -64,6 +70,17 @@ def unscored(batch: Batch) -> Scores:
     """What a selector that needs no scores is given: which candidates there are, and zeros."""
     zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
     return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
+
+
+def noise(batch: Batch, seed: int, draw: int) -> Tensor:
+    """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
+    sizes = (batch.mask_BC.sum(-1) - 1).tolist()
+    place_BN = batch.place_BC[:, 1:].cpu().numpy() - 1
+    noise_BN = np.zeros(place_BN.shape)
+    for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
+        drawn_N = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(1 + place_BN.max())
+        noise_BN[row, :size] = drawn_N[place_BN[row, :size]]
+    return torch.from_numpy(noise_BN).to(batch.mask_BC.device)
 
 
 class PickLog:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
-from massdpo.selection import Adpo, Full, Hardest, Mass, Random, Selector
+from massdpo.selection import Adpo, Full, Hardest, Mass, Random, Sampled, Selector
 from massdpo.store import keyed_seed
 from massdpo.tasks.studies.pools import clustered_pools, pools_of
 from massdpo.tasks.studies.publish import panels, publish, style, with_interval
@@ -22,6 +22,7 @@ CASE = ["rounds", "prompts", "k"]
 MEASURED = {"max_error": "maximum relative logit error", "mean_error": "mean relative logit error"}
 
 APART = "max_error less random"
+CORRECTED = "sampled, is_pl"
 
 
 def loglinear(
@@ -38,6 +39,7 @@ def loglinear(
 
     The chosen response is drawn from the softmax of phi . theta* (|theta*| = `strength`) over pools of clustered
     features. With `rounds` = 1 negatives are selected once, under the uniform reference; with more, after each fit too.
+    `sampled` is fitted twice, the second time corrected for how its negatives were drawn (the loss is_pl).
     Errors are of the logits of fresh pools about their mean, relative to the largest (`max_error`) or the mean
     (`mean_error`) true one: over the number of prompts at k = middle[1], and over k at middle[0] prompts. Differences
     from random's are paired: the same world.
@@ -45,11 +47,11 @@ def loglinear(
     rows = []
     for count, k in sorted({(count, middle[1]) for count in prompts} | {(middle[0], k) for k in ks}):
         rivals: dict[str, Selector] = {"mass": Mass(k), "adpo": Adpo(k), "random": Random(k), "hardest": Hardest(k)}
-        rivals["full"] = Full()
+        rivals |= {"full": Full(), "sampled": Sampled(k), CORRECTED: Sampled(k)}
         for seed in range(seeds):
             world = LoglinearWorld(count, size, seed, strength)
             for name, selector in rivals.items():
-                for turns, theta_D in zip(rounds, world.fits(selector, rounds), strict=True):
+                for turns, theta_D in zip(rounds, world.fits(selector, rounds, name == CORRECTED), strict=True):
                     case = {"rounds": turns, "prompts": count, "k": k, "selector": name, "seed": seed}
                     rows.append({**case, **world.errors(theta_D)})
     frame = pd.DataFrame(rows)
@@ -68,7 +70,9 @@ def loglinear(
     note = (
         f"Mean of {seeds} worlds ± half-width of the 95% t interval. Errors are relative to the true logits: 1 is as "
         "bad as knowing nothing. Selected once, under the uniform reference, all scores tie and `hardest` is `random`. "
-        f"`{APART}` is paired by world: below 0, the selector beats random."
+        f"`{APART}` is paired by world: below 0, the selector beats random. Fitted as if drawn uniformly, "
+        f"picks that depend on the outcome lead away from the truth however many prompts there are; `{CORRECTED}`, "
+        "corrected for its draws, goes to it."
     )
     publish(out, "loglinear", frame, table, figure, note)
     return frame
@@ -111,7 +115,7 @@ class LoglinearWorld:
         assert pools.scores.features_BCD is not None
         return pools.scores.features_BCD.double()
 
-    def fits(self, selector: Selector, rounds: Sequence[int]) -> list[Tensor]:
+    def fits(self, selector: Selector, rounds: Sequence[int], corrected: bool = False) -> list[Tensor]:
         """Select with the policy there is, fit, and so on: theta after each of these numbers of rounds."""
         theta_D = torch.zeros_like(self.theta_D)
         after = {}
@@ -122,7 +126,11 @@ class LoglinearWorld:
             picks = selector(pools_of(self.features_BCD.float(), logits_BC, noise_BN, beta=1.0))
             columns_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))
             chosen_BCD = self.features_BCD.gather(1, columns_BC[..., None].expand(-1, -1, len(theta_D)))
-            theta_D = maximum_likelihood(chosen_BCD)
+            offset_BC = None
+            if corrected:
+                assert picks.log_inclusion_BK is not None
+                offset_BC = torch.nn.functional.pad(-picks.log_inclusion_BK, (1, 0))
+            theta_D = maximum_likelihood(chosen_BCD, offset_BC)
             after[turn] = theta_D
         return [after[turn] for turn in rounds]
 
@@ -136,19 +144,22 @@ class LoglinearWorld:
         }
 
 
-def maximum_likelihood(features_BCD: Tensor, prior: float = 1e-2, steps: int = 100) -> Tensor:
-    """theta `(D,)` that makes column 0 likeliest under softmax(features . theta), by Newton's method with halved steps.
+def maximum_likelihood(
+    features_BCD: Tensor, offset_BC: Tensor | None = None, prior: float = 1e-2, steps: int = 100
+) -> Tensor:
+    """theta `(D,)` that makes column 0 likeliest under softmax(features . theta + offset), by Newton's halved steps.
 
     `prior` (prior / 2 |theta|^2, of the weight of a hundredth of a prompt) keeps it finite where the data separate.
     """
     features_BCD = features_BCD.double()
+    offset_BC = torch.zeros_like(features_BCD[..., 0]) if offset_BC is None else offset_BC
     theta_D = features_BCD.new_zeros(features_BCD.shape[-1])
 
     def loss(theta_D: Tensor) -> Tensor:
-        return -(features_BCD @ theta_D).log_softmax(-1)[:, 0].sum() + prior / 2 * theta_D @ theta_D
+        return -(features_BCD @ theta_D + offset_BC).log_softmax(-1)[:, 0].sum() + prior / 2 * theta_D @ theta_D
 
     for _ in range(steps):
-        share_BC = (features_BCD @ theta_D).softmax(-1)
+        share_BC = (features_BCD @ theta_D + offset_BC).softmax(-1)
         mean_BD = torch.einsum("bc,bcd->bd", share_BC, features_BCD)
         gradient_D = (mean_BD - features_BCD[:, 0]).sum(0) + prior * theta_D
         hessian_DD = torch.einsum("bc,bcd,bce->de", share_BC, features_BCD, features_BCD) - mean_BD.T @ mean_BD
