@@ -113,7 +113,9 @@ def test_two_processes_pick_what_one_picks(tmp_path: Path) -> None:
         assert len(noted) == len(picks[-1]) == 60
         tokens.append(costs(where / "single" / "run"))
     assert picks[0] == picks[1]
-    assert tokens[0]["fed_tokens"] == tokens[1]["fed_tokens"] > tokens[0]["train_tokens"] == tokens[1]["train_tokens"]
+    one, two = tokens
+    # Of all processes; one alone feeds prompts this short twice, with the pool and with the picks.
+    assert one["train_tokens"] == two["train_tokens"] < two["fed_tokens"] <= one["fed_tokens"]
 
 
 @pytest.mark.slow

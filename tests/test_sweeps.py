@@ -167,8 +167,8 @@ def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     again = run("selector=mass", "seed=0,1", "k=2,9", "sweep=second", "runs_dir=runs", *launcher, cwd=tmp_path)
     assert again.returncode == 2
-    assert len(re.findall(r"^job \d of 4: k=2 seed=\d, .*finished before$", again.stdout, re.MULTILINE)) == 2
-    assert len(re.findall(r"^job \d of 4: k=9 seed=\d, failed$", again.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^job \d of 4: seed=\d k=2, .*finished before$", again.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^job \d of 4: seed=\d k=9, failed$", again.stdout, re.MULTILINE)) == 2
     assert again.stdout.count("taken over from") == 2 and "k=9 is above dataset.num_negatives=4" in again.stderr
     second = tmp_path / "runs" / "second"
     for path in second.glob("*/metrics.json"):

@@ -148,11 +148,10 @@ class _Training:
 
     def _tell(self, validation: dict[str, float]) -> None:
         """A line of an epoch that is over."""
-        means = {"loss": sum(self.losses) / len(self.losses)} if self.losses else {}  # none: only validation was left
-        means |= {f"val {name}": validation[name] for name in TOLD if name in validation}
+        loss = f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""  # or validation was all left
         self.losses.clear()
-        told = ", ".join(f"{name} {value:.3f}" for name, value in means.items())
-        say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {told}")
+        told = ", ".join(f"{name} {validation[name]:.3f}" for name in TOLD if name in validation)
+        say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {loss}val {told}")
 
     def step(
         self, loader: Iterator[Batch], rows: Sequence[int], logged: bool, advance: Callable[..., None]

@@ -126,8 +126,7 @@ class Preference:
         done = int(self.state["selected_in"])
         if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
             return {}
-        started = time.perf_counter()
-        parts, accelerator = [], self.score.accelerator
+        parts, accelerator, started = [], self.score.accelerator, time.perf_counter()
         for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
             number = place * accelerator.num_processes + accelerator.process_index
             batch = self._remembered.shortlist(batch, self._reference(batch))
