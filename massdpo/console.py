@@ -69,11 +69,14 @@ def say(line: str) -> None:
 
 @contextmanager
 def patiently(what: str) -> Iterator[None]:
-    """Say what goes on where it takes longer than some seconds, and that it still does every half a minute."""
+    """Say what goes on where it takes longer than some seconds, and that it still does every half a minute.
+
+    On a terminal after `PATIENCE` seconds; elsewhere, where nobody waits, after three times as many.
+    """
     over, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        wait = PATIENCE
+        wait = PATIENCE if sys.stderr.isatty() else 3 * PATIENCE
         while not over.wait(wait):
             say(f"{what}: {time.monotonic() - began:.0f} s so far")
             wait = 30.0

@@ -276,6 +276,8 @@ def run_process(arguments: list[str], folder: Path) -> subprocess.CompletedProce
 NEEDED = {  # what an option cannot do without, or what this machine may not have
     "mcqa": ["dataset.path=quiz.csv"],
     "gpu": ["trainer.device=cpu"],
+    "gpu_24gb": ["trainer.device=cpu"],
+    "gpu_80gb": ["trainer.device=cpu"],
     "paper": ["trainer.device=cpu"],
     "jsonl": ["dataset.path=rows.jsonl"],
     "preferences": ["dataset.path=rows.jsonl"],

@@ -41,7 +41,7 @@ BY_THE_WAY = ("logger.mode=online", "force=true", "trainer.workers=1", "name=oth
 
 @cache
 def composed() -> DictConfig:
-    own = ["dataset=preferences", "dataset.path=a", "model=qwen3_0_6b", "loss._target_=own_part.loss", "logger=wandb"]
+    own = ["dataset=preferences", "dataset.path=a", "model=qwen3_0_6b", "loss._target_=keyed_part.loss", "logger=wandb"]
     return compose([*own, "k=2", "trainer.max_length=128"])
 
 
@@ -54,10 +54,10 @@ class World:
         self.options: list[str] = []
         self.write_data()
         shutil.copytree(root / "downloaded", root / "model")
-        (root / "own_part.py").write_text(
-            "from own_helper import sign\n\n\ndef loss(rewards_BC, *_):\n    return sign\n"
+        (root / "keyed_part.py").write_text(
+            "from keyed_helper import sign\n\n\ndef loss(rewards_BC, *_):\n    return sign\n"
         )
-        (root / "own_helper.py").write_text("sign = 1\n")
+        (root / "keyed_helper.py").write_text("sign = 1\n")
 
     def write_data(self) -> None:
         plain = [{"prompt": prompt, "chosen": chosen, "rejected": others} for prompt, (chosen, *others) in self.rows]
@@ -127,7 +127,7 @@ class World:
         tokenizer.save_pretrained(self.root / "model")
 
     def own_code(self) -> None:
-        file = self.root / self.chance.choice(["own_part.py", "own_helper.py"])
+        file = self.root / self.chance.choice(["keyed_part.py", "keyed_helper.py"])
         file.write_text(file.read_text().replace("return sign", "return -sign").replace("= 1", "= -1"))
 
     def an_option(self) -> None:
@@ -136,7 +136,7 @@ class World:
     # what cannot
 
     def comments(self) -> None:
-        for name in ("own_part.py", "own_helper.py"):
+        for name in ("keyed_part.py", "keyed_helper.py"):
             (self.root / name).write_text(f'"""What it is for."""\n\n{(self.root / name).read_text()}  # a comment\n')
 
     def times(self) -> None:
@@ -190,7 +190,7 @@ def in_world(downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.rmtree(root, ignore_errors=True)
         (root / "data").mkdir(parents=True)
         (root / "downloaded").symlink_to(downloaded)
-        for name in ("own_part", "own_helper"):
+        for name in ("keyed_part", "keyed_helper"):
             sys.modules.pop(name, None)
         return World(root, *given)
 

@@ -176,7 +176,7 @@ def test_prompts_that_carry_the_tokenizers_own_markup_are_told(template):
     tokenizer = bpe()
     tokenizer.chat_template = CHAT
     rows = [example("<s>what?", "green", row=0), example("what?", "green", row=1)]
-    (told,) = [line for line in tokenize_split(rows, tokenizer, 100, template).warnings if "markup" in line]
+    (told,) = [line for line in tokenize_split(rows, tokenizer, 100, template).warnings if "special tokens" in line]
     assert told.startswith("1 of 2 prompts") and ("chat_template=false" in told) == template
 
 
@@ -255,7 +255,7 @@ def test_responses_that_only_the_text_tells_apart_are_told():
     lower = bpe(normalizer=normalizers.Lowercase())
     split = tokenize_split([example("what?", "Green Hill", "green hill"), example("a", "b", "c")], lower, 100)
     assert split.report["chosen_tokens_in_pool"] == 1
-    assert "cannot be told from the chosen one" in split.warnings[0]
+    assert "cannot be told apart" in split.warnings[0]
 
 
 def test_a_split_is_a_sequence():

@@ -45,17 +45,17 @@ def test_two_steps_raise_the_chosen_above_the_rejected(family: str) -> None:
         model.load_state_dict(weights)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # small: no router changes its mind
         objective = Preference(selector, compare, 1.0, "step", 0, rows, rows, reference, score=None)  # type: ignore[arg-type]
-        losses: list[Tensor] = []
+        losses, counts = list[Tensor](), list[Tensor]()
         for _ in range(2):
             loss_B, logs = objective.loss(scorer, batch, 0, observe=True)
             loss_B.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss_B.detach())
-            count_B = logs["k_effective"]
-            assert count_B.tolist() == [2.0] * 4 or name == "dynamic"  # whose set may be smaller
+            counts.append(logs["k_effective"])
+            assert counts[-1].tolist() == [2.0] * 4 or name == "dynamic"  # whose set may be smaller
         tied_BC = torch.zeros(4, 3)
-        mask_BC = torch.arange(3) <= count_B[:, None]
+        mask_BC = torch.arange(3) <= counts[0][:, None]
         given = {"log_inclusion_BK": tied_BC[:, 1:]} if compare is is_pl else {}
         torch.testing.assert_close(losses[0], compare(tied_BC, tied_BC, mask_BC, **given), rtol=1e-3, atol=1e-3)
         with torch.no_grad():
