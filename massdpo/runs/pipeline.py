@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from massdpo.config import resolved, run_name, without_secrets
 from massdpo.console import patiently, screen, show_as, shows, warn
 from massdpo.data.prepare import limited
+from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.scores import SplitScorer
@@ -74,14 +76,7 @@ def compute(run: Run, model: nn.Module) -> None:
     announce(run)
 
     policy = trainable(config, model)
-    kept = is_kept(config, run.data, run.cache, run.accelerator)
-    if screen.level != "sweep" and run.accelerator.is_main_process:
-        for doubt in doubts(config, run.data, rows, run.accelerator.num_processes):
-            warn(doubt)
-    if shows("normal"):
-        planned = plan(config, run.data, policy, rows, selector, run.score, kept)
-        planned.tell(stderr=True)
-        show_as(screen.level, planned.seconds)
+    tell_plan(run, policy, rows, selector)
     start_folder = sft_start(config, run.data, policy, features, run.cache, run.score, run.tracker)
     policy.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
@@ -132,9 +127,26 @@ def compute(run: Run, model: nn.Module) -> None:
     if trainer.save_policy:
         with patiently("writing the policy"):
             save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
+    decorate(run, metrics)
+
+
+def tell_plan(run: Run, policy: nn.Module, rows: Sequence[TokenizedExample], selector: Any) -> None:
+    """What speaks against the run, and what it will do and take, before anything is computed."""
+    kept = is_kept(run.config, run.data, run.cache, run.accelerator)  # every process asks
+    if screen.level != "sweep" and run.accelerator.is_main_process:
+        for doubt in doubts(run.config, run.data, rows, run.accelerator.num_processes):
+            warn(doubt)
+    if shows("normal"):
+        planned = plan(run.config, run.data, policy, rows, selector, run.score, kept)
+        planned.tell(stderr=True)
+        show_as(screen.level, planned.seconds)
+
+
+def decorate(run: Run, metrics: dict[str, Any]) -> None:
+    """What a run shows of its results, once they are written: none of it can cost them."""
     with decorating("history.png"):
         draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
-    if trainer.preference.epochs:
+    if run.config.trainer.preference.epochs:
         with decorating("the table of picks"):
             run.tracker.table("picks", picks_table(run.folder / PICKS))
     with patiently("handing over to the logger"):

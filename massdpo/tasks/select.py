@@ -66,27 +66,31 @@ def select(config: DictConfig) -> None:
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = list(_rows(examples, index_SK, mask_SK, trainer.chat_template))
     if accelerator.is_main_process:
-        import datasets  # seconds
+        _write(out, table, trainer.chat_template)
 
-        datasets.disable_progress_bars()
 
-        def joined(prompt: Any, response: Any) -> Any:
-            return response if trainer.chat_template else joint(prompt, response) + response
+def _write(out: Path, table: list[dict[str, Any]], chat_template: bool) -> None:
+    import datasets  # seconds
 
-        pairs = [
-            {"prompt": row["prompt"], "chosen": joined(row["prompt"], row["chosen"]), "rejected": text}
-            for row in table
-            for text in (joined(row["prompt"], rejected) for rejected in row["rejected"])
-        ]
+    datasets.disable_progress_bars()
 
-        def write(folder: Path) -> None:
-            write_jsonl(folder / "train.jsonl", table)
-            write_jsonl(folder / "pairs.jsonl", pairs)
-            datasets.Dataset.from_list(table).save_to_disk(folder / "dataset")
+    def joined(prompt: Any, response: Any) -> Any:
+        return response if chat_template else joint(prompt, response) + response
 
-        with writing_to(config.out):
-            build_folder(out, write)
-        print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
+    pairs = [
+        {"prompt": row["prompt"], "chosen": joined(row["prompt"], row["chosen"]), "rejected": text}
+        for row in table
+        for text in (joined(row["prompt"], rejected) for rejected in row["rejected"])
+    ]
+
+    def write(folder: Path) -> None:
+        write_jsonl(folder / "train.jsonl", table)
+        write_jsonl(folder / "pairs.jsonl", pairs)
+        datasets.Dataset.from_list(table).save_to_disk(folder / "dataset")
+
+    with writing_to(str(out)):
+        build_folder(out, write)
+    print(f"{len(table)} prompts with {len(pairs)} picked negatives: {out} (train.jsonl, pairs.jsonl, dataset/)")
 
 
 def _rows(

@@ -237,10 +237,9 @@ def _found(raw_dir: str | None, name: str | None, usual: tuple[str, ...], suffix
     folder = Path(raw_dir or "").expanduser()
     if raw_dir is None or name is not None or not folder.is_dir():
         return None
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
     named = [
         file
-        for file in files
+        for file in filter(Path.is_file, sorted(folder.iterdir()))
         if file.name.endswith(suffix) or (file.name.split(".")[0].lower() in usual and file.name.endswith(SUFFIXES))
     ]
     if len(named) > 1:
