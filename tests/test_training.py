@@ -54,6 +54,17 @@ def test_once_and_epoch_agree_in_the_first_epoch(places: list[str]) -> None:  # 
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.parametrize("refresh", ["epoch", "once"])
+def test_uniform_draws_need_no_correction_also_where_they_were_made_before(refresh: str, places: list[str]) -> None:  # noqa: F811
+    """`is_pl` of random picks is `pl`; and the plan's steps, whose picks nobody drew, do not stop it."""
+    runs = [
+        train(*places, "selector=random", f"loss={loss}", f"refresh={refresh}", "verbosity=normal")
+        for loss in ("pl", "is_pl")
+    ]
+    numbers = [[metrics(run)[name] for name in ("margin", "accuracy", "mrr", "chosen_logp_change")] for run in runs]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
 # Loop -----------------------------------------------------------------------------------------------------------------
 
 
