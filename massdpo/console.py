@@ -35,10 +35,12 @@ class Expected:
                 return
             self.seconds[earlier] = self.done.get(earlier, 0.0)
 
-    def left(self) -> float:
+    def left(self, part: str, of_part: float) -> float:
+        """Until the run ends, where the part that goes on will take so much more by its own pace."""
         total, done = sum(self.seconds.values()), sum(self.done.values())
         pace = (time.monotonic() - self.began) / done if done > total / 20 else 1.0
-        return max(0.0, total - done) * pace
+        names = list(self.seconds)
+        return of_part + pace * sum(self.seconds[name] for name in names[names.index(part) + 1 :])
 
 
 class _Screen:
@@ -108,11 +110,12 @@ def progress(total: int, description: str, done: float = 0) -> Iterator[Callable
             nonlocal done
             done = round(done + steps, 6)  # thirds of a step make a whole one
             seconds = time.monotonic() - began
-            left = seconds * (total - done) / max(done - first, 1)
+            left = seconds * (total - done) / (done - first or 1)
             if expected:
                 expected.done[description] = (done - first) * planned
+            of_run = f" (run: {spell(expected.left(description, left))})" if expected else ""
             if shows("sweep"):
-                tell(done, seconds, note, f"about {spell(left)} left" + _of_the_run(expected))
+                tell(done, seconds, note, f"about {spell(left)} left{of_run}")
 
         yield advance
 
@@ -127,10 +130,6 @@ def spell(seconds: float) -> str:
     )
 
 
-def _of_the_run(expected: Expected | None) -> str:
-    return f" (run: {spell(expected.left())})" if expected else ""
-
-
 @contextmanager
 def _bar(total: int, description: str) -> Iterator[Callable[..., None]]:
     """A line of the one display that a terminal has."""
@@ -143,15 +142,24 @@ def _bar(total: int, description: str) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[left]}", markup=False),
     )
     outermost = screen.bars is None
-    bars = screen.bars = screen.bars or Progress(*columns, console=Console(stderr=True), transient=True)
+    # Drawn by the thread that prints: one of rich's own could write its frame after the line that was to follow it.
+    bars = screen.bars = screen.bars or Progress(
+        *columns, console=Console(stderr=True), transient=True, auto_refresh=False
+    )
     if outermost:
         bars.start()
     task = bars.add_task(description, total=total, note="", left="")
 
+    drawn = 0.0
+
     def tell(done: float, seconds: float, note: str, left: str) -> None:
+        nonlocal drawn
         bars.update(task, completed=done, left=left)
         if note:
             bars.update(task, note=note)
+        if time.monotonic() - drawn >= 0.1:
+            bars.refresh()
+            drawn = time.monotonic()
 
     try:
         yield tell

@@ -151,13 +151,14 @@ def test_what_is_left_of_a_run_follows_what_it_took(monkeypatch: pytest.MonkeyPa
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     run = Expected({"sft": 10.0, "reference": 20.0, "preference": 30.0}, began=0.0)
-    assert run.left() == 60
+    assert run.left("sft", 10.0) == 60
     run.begin("sft", 0.0)
     now[0], run.done["sft"] = 10.0, 5.0
-    assert run.left() == pytest.approx(110)
+    assert run.left("sft", 10.0) == pytest.approx(110)
     now[0], run.done["sft"] = 20.0, 10.0
     run.begin("preference", 0.5)  # half of it was done before the run was stopped
-    assert run.left() == pytest.approx(30)
+    assert run.left("preference", 30.0) == pytest.approx(30)
+    assert run.left("preference", 90.0) == pytest.approx(90)  # slower than planned: the run can't end before its stage
 
 
 def test_the_bars_are_one_display(tmp_path: Path) -> None:
