@@ -102,7 +102,8 @@ def collect(folder: Path) -> RunRows:
         for name in FIELDS
         if all(name in run for run in runs_of_set)
     }
-    frame = pd.DataFrame(records)
+    with reading.reading(folder):  # names that no column can have
+        frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
     # Through the text once, so that freshly collected rows and rows read back are the same to the last type.
@@ -146,7 +147,8 @@ def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
     """Name -> {"job", "command", "config"} of the runs that multiruns into this folder were started for."""
     path = folder / EXPECTED
     with reading.reading(path):
-        return dict(reading.read_json(path)) if path.exists() else {}
+        runs = reading.read_json(path) if path.exists() else {}
+        return {name: {**noted, "job": reading.as_cell(noted["job"])} for name, noted in runs.items()}
 
 
 def run_status(folder: Path) -> tuple[str, str]:
