@@ -57,7 +57,7 @@ def searched(root: Path) -> Iterator[tuple[Path, bytes]]:
 def test_planted_secrets_are_in_nothing_that_is_written(tmp_path: Path) -> None:
     """Keys in the environment, in a git remote, in the command: a run with W&B, one that fails, a report on both."""
     if shutil.which("git") is None:
-        pytest.skip("no git here")
+        pytest.skip("git is not installed: there is no remote to plant a secret in")
     checkout, written = tmp_path / "checkout", tmp_path / "written"
     parts = ("massdpo", "conf", "sweeps", "run.py")
     checkout.mkdir()
