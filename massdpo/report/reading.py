@@ -38,8 +38,14 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({why}): delete its run's folder, or make the run again") from error
 
 
+def sound(value: Any) -> Any:
+    """The value itself; UnicodeEncodeError where a text in it is half a character, which no file can hold."""
+    json.dumps(value, ensure_ascii=False, default=str).encode()
+    return value
+
+
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return sound(json.loads(path.read_text(encoding="utf-8")))
 
 
 def read_status(path: Path) -> tuple[str, str]:
@@ -63,7 +69,7 @@ def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Pr
     They are the prompts that `metrics` were measured on: a file cut short, or with a line twice, is refused.
     """
     with reading(path), open(path, encoding="utf-8") as file:
-        lines = sorted(map(json.loads, file), key=lambda line: str(line["id"]))
+        lines = sorted((sound(json.loads(line)) for line in file), key=lambda line: str(line["id"]))
         ids = [str(line["id"]) for line in lines]
         if not lines or len(set(ids)) < len(ids):
             raise ValueError("a prompt twice" if lines else "no prompt")

@@ -102,8 +102,7 @@ def collect(folder: Path) -> RunRows:
         for name in FIELDS
         if all(name in run for run in runs_of_set)
     }
-    with reading.reading(folder):  # names that no column can have
-        frame = pd.DataFrame(records)
+    frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
     # Through the text once, so that freshly collected rows and rows read back are the same to the last type.
@@ -121,7 +120,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
     """One run's row, its config flattened, and its per-prompt results (none: not finished)."""
     status, why = run_status(folder)
     with reading.reading(folder / "config.yaml"):
-        config = store.plain_yaml((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = reading.sound(store.plain_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
         row, options = _row(folder.name, config, status, why), _flatten(config)
     if status != "finished":
         return row, options, {}
