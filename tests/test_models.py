@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -217,23 +218,29 @@ def test_pad_token_where_a_tokenizer_has_none(llama: Loaded, tmp_path: Path) -> 
     assert tokenizer.pad_token == tokenizer.eos_token == "<|eos|>"
 
 
-@pytest.mark.parametrize("extra", ["pad", "word", "image"])
+@pytest.mark.parametrize("extra", ["pad", "word", "turn", "image"])
 def test_a_token_beyond_the_embedding_is_refused_where_texts_can_bring_it(
     llama: Loaded, tmp_path: Path, extra: str
 ) -> None:
-    """A pad token added without resizing, or a word; not a special token that nothing writes (as in Gemma 3)."""
+    """A pad token added without resizing, a word, or what the template writes, for a base model and a policy; not a
+    special token that nothing writes (as in Gemma 3)."""
     model, tokenizer = llama
     if extra == "pad":
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     else:
-        tokenizer.add_tokens([f"<{extra}>"], special_tokens=extra == "image")
+        tokenizer.add_tokens([f"<{extra}>"], special_tokens=extra != "word")
+    if extra == "turn":
+        tokenizer.chat_template = "{% for message in messages %}{{ message.content }}<turn>{% endfor %}"
     save_policy(model, tokenizer, tmp_path / "saved")
     pretrained = PretrainedModel(path=str(tmp_path / "saved"))
     if extra == "image":
         assert len(pretrained.load([], 0, Cache(tmp_path))[1]) == model.config.vocab_size + 1
     else:
         rows = model.config.vocab_size
-        assert f"'<{extra}>' has the id {rows}, but the model's embedding has {rows} rows" in told(pretrained, tmp_path)
+        refused = f"'<{extra}>' has the id {rows}, but the model's embedding has {rows} rows"
+        assert refused in told(pretrained, tmp_path)
+        with pytest.raises(UserError, match=re.escape(refused)):
+            load_policy(tmp_path / "saved")
 
 
 def test_hub_model_comes_from_its_snapshot(llama: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

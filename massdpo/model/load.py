@@ -59,12 +59,12 @@ class PretrainedModel:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, on the CPU; neither depends on the training texts or the seed."""
         if self.path is None or not self.path.endswith(".gguf"):
-            return _fitting(self.model(), load_tokenizer(self.folder()))
+            return fitting(self.model(), load_tokenizer(self.folder()))
         file = Path(self.path).expanduser().resolve()
         if not file.is_file():
             raise UserError(f"model.path: there is no file {file}")
         folder = converted([file], self.dtype, cache)
-        return _fitting(load_model(folder, self.dtype), load_tokenizer(folder))
+        return fitting(load_model(folder, self.dtype), load_tokenizer(folder))
 
     def model(self) -> PreTrainedModel:
         """The hub's or the folder's model; a saved adapter names its base by the `name_or_path` and commit set here."""
@@ -105,7 +105,7 @@ class PackagedModel:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, on the CPU; neither depends on the training texts or the seed."""
         folder = converted(packaged(self.packages), self.dtype, cache, f"; terms: {self.terms}")
-        return _fitting(load_model(folder, self.dtype), load_tokenizer(folder))
+        return fitting(load_model(folder, self.dtype), load_tokenizer(folder))
 
 
 def _known(dtype: str) -> str:
@@ -114,16 +114,21 @@ def _known(dtype: str) -> str:
     return dtype
 
 
-def _fitting(
+def fitting(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The two, which belong together: every id that texts can bring has a row of the embedding.
 
     Special tokens that nothing here writes may lie beyond, as an image's does in the text models of Gemma 3.
+
+    Raises:
+        UserError: another one does; names the token.
     """
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    unwritten = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special} - set(ends)
+    template = str(tokenizer.chat_template)
+    added = tokenizer.added_tokens_decoder.items()
+    unwritten = {index for index, token in added if token.special and token.content not in template} - set(ends)
     if beyond := sorted(index for index in set(tokenizer.get_vocab().values()) - unwritten if index >= rows):
         raise UserError(
             f"the tokenizer's token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the "

@@ -16,6 +16,7 @@ from massdpo.model.load import (
     PretrainedModel,
     as_plain,
     disable_dropout,
+    fitting,
     load_model,
     load_tokenizer,
     seeded,
@@ -112,7 +113,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
     """
     tokenizer = load_tokenizer(folder)
     if not (folder / ADAPTER).is_file():
-        return load_model(folder, "auto"), tokenizer
+        return fitting(load_model(folder, "auto"), tokenizer)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
     adapter = _read_json(folder / ADAPTER)
@@ -121,6 +122,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
     from peft import PeftModel, get_peft_model_state_dict
 
     base = load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
+    fitting(base, tokenizer)
     try:
         with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
             sizes = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118  no dict
