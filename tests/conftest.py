@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from massdpo.console import show_as
+
 # The same inputs each time, so that who sees a failure can see it again; others: pytest --hypothesis-profile=default
 settings.register_profile("repeatable", derandomize=True, database=None)
 settings.load_profile("repeatable")
@@ -27,3 +29,9 @@ needs_shared_cases = pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="the c
 def logger(request: pytest.FixtureRequest) -> str:
     """Tests of errors ask for it: what goes wrong is one line with the default logger, too."""
     return f"logger={request.param}"
+
+
+@pytest.fixture(autouse=True)
+def _shown_as_usual() -> None:
+    """What one test showed and planned is not the next one's, in whatever order they come."""
+    show_as("normal")

@@ -11,7 +11,7 @@ RUNS = {"engine": engine.run, "selection": selection.run, "real": real.run, "gpu
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case [name, *rest] if name in RUNS and len(rest) <= 1:
+        case [name, *rest] if name in RUNS and len(rest) <= 1 and not sys.argv[-1].startswith("-"):
             try:
                 RUNS[name](Path(rest[0] if rest else "results/benchmarks"))
             except UserError as error:

@@ -116,20 +116,24 @@ def run(
     long: list[Setting] = LONG,
     rounds: int = 5,
 ) -> None:
-    """Measure everything and write `real.json` and `real.md` into `out`; long responses get three rounds at most."""
-    rows = [measured(model, setting, rounds) for setting in short]
-    rows += [measured(model, setting, min(rounds, 3)) for setting in long]
-    report = {
+    """Measure everything and write `real.json` and `real.md` into `out`, after each setting what there is so far.
+
+    Long responses get three rounds at most.
+    """
+    report: dict[str, Any] = {
         "model": model,
         "dtype": short[0].dtype,
         "goals": {"at_most": AT_MOST},
-        "short": rows[: len(short)],
-        "long": rows[len(short) :],
+        "short": [],
+        "long": [],
         "commit": machine.commit(),
         "machine": machine.machine(),
     }
-    write_json(out / "real.json", report)
-    write_text(out / "real.md", markdown(report))
+    for name, settings, at_most in (("short", short, rounds), ("long", long, 3)):
+        for setting in settings:
+            report[name].append(measured(model, setting, min(rounds, at_most)))
+            write_json(out / "real.json", report)
+            write_text(out / "real.md", markdown(report))
     print(markdown(report))
 
 
