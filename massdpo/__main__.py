@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 import massdpo
 from massdpo.config import explain, without_secrets
 from massdpo.config.options import on_search_path, root
-from massdpo.console import LEVELS, patiently, show_as, shows
+from massdpo.console import LEVELS, in_any_locale, patiently, show_as, shows
 from massdpo.errors import UserError
 
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
@@ -63,6 +63,7 @@ def failed(code: int, error: Exception) -> Exception:
 
 def main() -> int:
     """Run the command line's jobs; returns the exit code: 0, 1 (a defect), 2 (a mistake in what was asked), 130."""
+    in_any_locale()
     if sys.argv[1:] == ["--version"]:
         print(f"massdpo {massdpo.__version__}")
         return 0
