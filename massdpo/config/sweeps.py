@@ -44,12 +44,12 @@ class NoteExpected(Callback):
             return
         try:
             jobs = jobs_of(config)
+            self.jobs = len(jobs)
             print(f"sweep {config.sweep}: {len(jobs)} jobs", file=sys.stderr)
             with patiently("composing the jobs"):
                 expected = runs_of(config, jobs)
         except (UserError, HydraException, OmegaConfBaseException, ValueError):
             return  # the sweep composes the same jobs in a moment, and reports it
-        self.jobs = len(jobs)
         self.varying = frozenset().union(*jobs) - frozenset(jobs[0]).intersection(*jobs)
         self.runs = {str(folder / name): run["job"] for folder, runs in expected.items() for name, run in runs.items()}
         for folder, runs in expected.items():

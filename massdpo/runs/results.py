@@ -123,7 +123,7 @@ def decorating(what: str) -> Iterator[None]:
     """Something that a result can do without: where it fails, all else is complete."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter is rich's, where nobody reads any more
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         print(f"warning: {what} is left out ({why}); all else is complete", file=sys.stderr)
 
