@@ -76,7 +76,7 @@ def run(out: Path, setting: Setting = SMOLLM2, prompts: tuple[int, ...] = PROMPT
             "this benchmark is for a GPU, and none is here: python -m massdpo.benchmark engine runs on a CPU"
         )
     if importlib.util.find_spec("trl") is None:
-        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[bench]`")
+        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
     off = errors(replace(setting, prompt=prompts[0]))
     if off["float32"] > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:
         raise UserError(f"packed log-probs are wrong here: off by {off} nats per token")
