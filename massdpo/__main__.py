@@ -19,7 +19,7 @@ import massdpo
 from massdpo.config import explain, without_secrets
 from massdpo.config.options import on_search_path, root
 from massdpo.config.sweeps import tell_of_sweep
-from massdpo.console import LEVELS, patiently, show_as, shows
+from massdpo.console import LEVELS, in_any_locale, patiently, show_as, shows
 from massdpo.errors import UserError
 
 INTERRUPTED = 130
@@ -50,9 +50,12 @@ def job(config: DictConfig) -> float | Exception | None:
 
 def validated(folder: Path | None, metric: str) -> float | None:
     """A metric of a run's folder on the validation split; nothing for a task that makes no run."""
-    if folder is None or not (file := folder / "metrics.json").is_file():  # not yet: another process writes it
+    if folder is None:
         return None
-    value: float | None = json.loads(file.read_text(encoding="utf-8")).get(f"val/{metric}")
+    try:
+        value: float | None = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(f"val/{metric}")
+    except (OSError, ValueError):  # not there yet, as another process writes it; or of an old run, and damaged since
+        return None
     return value
 
 
@@ -74,6 +77,7 @@ def failed(code: int, error: Exception) -> Exception:
 
 def main() -> int:
     """Run the command line's jobs; returns the exit code: 0, 1 (a defect), 2 (a mistake in what was asked), 130."""
+    in_any_locale()
     if sys.argv[1:] == ["--version"]:
         print(f"massdpo {massdpo.__version__}")
         return 0

@@ -130,7 +130,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
         return fitting(load_model(folder, "auto"), tokenizer)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
-    adapter = _read_json(folder / ADAPTER)
+    adapter = read_json(folder / ADAPTER)
     if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
         raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
     from peft import PeftModel, get_peft_model_state_dict
@@ -155,17 +155,17 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
 
 def _load_base(folder: Path) -> PreTrainedModel:
     """The model that the adapter in `folder` was trained on, from where it was then."""
-    adapter = _read_json(folder / ADAPTER)
+    adapter = read_json(folder / ADAPTER)
     name = str(adapter.get("base_model_name_or_path"))
     path = name if Path(name).is_absolute() else None
     if path and not Path(path).is_dir():
         raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
-    base = _read_json(folder / BASE)
+    base = read_json(folder / BASE)
     model = PretrainedModel(name, path, adapter.get("revision"), base.get("dtype", "")).model()
     return quantized(model, base["quantize"]) if base.get("quantize") else model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

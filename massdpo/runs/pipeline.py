@@ -152,10 +152,11 @@ def decorate(run: Run, metrics: dict[str, Any]) -> None:
             run.tracker.table("picks", picks_table(run.folder / PICKS))
     with patiently("handing over to the logger"):
         sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
-    if shows("normal"):
-        show(run.folder, metrics, sync)
-    elif not launch.in_multirun():  # there the sweep has a line per job
-        print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
+    with decorating("the table"):  # nobody may read it any more
+        if shows("normal"):
+            show(run.folder, metrics, sync)
+        elif not launch.in_multirun():  # there the sweep has a line per job
+            print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
 
 
 def announce(run: Run) -> None:
