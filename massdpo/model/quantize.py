@@ -1,8 +1,10 @@
 """The frozen weights below an adapter in 4 or 8 bits, by bitsandbytes (QLoRA, Dettmers et al. 2023)."""
 
 from importlib.util import find_spec
+from typing import Any
 
 from accelerate import PartialState
+from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from massdpo.config.messages import comes_with
@@ -31,7 +33,7 @@ def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=model.dtype,
     )
-    copy = type(model).from_pretrained(
+    copy: Any = type(model).from_pretrained(
         None,
         config=model.config,
         state_dict=model.state_dict(),
@@ -50,6 +52,6 @@ def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
     return prepared
 
 
-def bits_of(model: PreTrainedModel) -> str | None:
+def bits_of(model: nn.Module) -> str | None:
     """The `bits` that `quantized` was called with; none where it was not."""
     return next((bits for bits in ("4bit", "8bit") if getattr(model, f"is_loaded_in_{bits}", False)), None)
