@@ -100,7 +100,7 @@ def test_log_probs_are_those_of_the_plain_way(family: str, monkeypatch: pytest.M
     monkeypatch.setattr(kernels, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(transformers.integrations.flex_attention, "compile_friendly_flex_attention", uncompiled)
     model = tiny(FAMILIES[family])
-    monkeypatch.setattr(PreferenceScorer, "_misfit", lambda scorer: "")  # it asks for gradients
+    monkeypatch.setattr(PreferenceScorer, "_misfit", lambda scorer, times=1: "")  # it asks for gradients
     scorer = PreferenceScorer(model, "mean", layout="packed")
     with torch.no_grad():
         expected_BC = plain_logp(model, RAGGED)

@@ -87,7 +87,7 @@ def run(out: Path, setting: Setting = SMOLLM2, prompts: tuple[int, ...] = PROMPT
             "this benchmark is for a GPU, and none is here: python -m massdpo.benchmark engine runs on a CPU"
         )
     if importlib.util.find_spec("trl") is None:
-        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[bench]`")
+        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
     found = [errors(replace(setting, prompt=prompt)) for prompt in prompts[:2]]  # of SDPA, of FlexAttention
     off = {name: max(each[name] for each in found) for name in found[0]}
     if max(off["float32"], off["gradient"]) > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:

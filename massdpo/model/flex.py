@@ -35,13 +35,13 @@ class Flex:
     def __init__(self) -> None:
         self.fewest: float | None = None
 
-    def takes(self, causal_lm: PreTrainedModel, keys: int, misfit: Callable[[], str]) -> bool:
+    def takes(self, causal_lm: PreTrainedModel, keys: int, misfit: Callable[[int], str]) -> bool:
         """Whether a row of so many keys does; plain text, which needs no mask, counts as none."""
         if self.fewest is None and keys >= (fewest := _worth(causal_lm)):
             plain = causal_lm.config._attn_implementation
             _beside(causal_lm, plain.removeprefix(PREFIX))
-            self.fewest = 0  # the probe's rows are short
-            reason = misfit()
+            self.fewest = 0  # the probe's rows are short, but of several lengths in tiles: kernels are compiled anew
+            reason = misfit(min(24, causal_lm.config.get_text_config().max_position_embeddings // 8))
             self.fewest = math.inf if reason else fewest
             if reason:
                 causal_lm.set_attn_implementation(plain)

@@ -117,7 +117,7 @@ class PreferenceScorer(nn.Module):
     def _sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.parameters())
 
-    def _misfit(self) -> str:
+    def _misfit(self, times: int = 1) -> str:
         """Why prompts cannot be shared, or nothing."""
 
         def plain(batch: Batch) -> Tensor:
@@ -132,7 +132,7 @@ class PreferenceScorer(nn.Module):
                 self._score(batch, prompt)
             return self._score(batch, prompt).logp_BC
 
-        return misfit(self.model, self.causal_lm, plain, [one_row, two_phases])
+        return misfit(self.model, self.causal_lm, plain, [one_row, two_phases], times)
 
     @torch.no_grad()
     def _without_gradients(self, batch: Batch, prompt: Prompt | None) -> Scores:

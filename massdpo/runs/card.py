@@ -123,7 +123,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
     }
     return {
         "base model": _base(config) + (f", dequantised from {dequantised_from}" if dequantised_from else ""),
-        "weights": f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}" if adapter else "all trained",
+        "weights": _weights(adapter) if adapter else "all trained",
         "data": f"`{config['choices']['dataset']}`",
         "supervised fine-tuning": stages["sft"],
         **(preference if trainer["preference"]["epochs"] else {"preference stage": "none"}),
@@ -132,6 +132,11 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
         "longest text": f"{trainer['max_length']} tokens",
         "seed": str(config["seed"]),
     }
+
+
+def _weights(adapter: Mapping[str, Any]) -> str:
+    bits = f" on a base quantised to {adapter['quantize']} by bitsandbytes" if adapter.get("quantize") else ""
+    return f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}{bits}"
 
 
 def _base(config: Mapping[str, Any]) -> str:
