@@ -68,10 +68,8 @@ class NoteExpected(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or int(os.environ.get("RANK", 0)) > 0:
             return
-        label, result = (
-            self._label(config.hydra.overrides.task),
-            job_return._return_value,
-        )  # the property raises a failed job's
+        label = self._label(config.hydra.overrides.task)
+        result = job_return._return_value  # the property raises a failed job's
         seconds = time.time() - self.began
         told = "failed" if isinstance(result, BaseException) else f"{seconds:.0f} s"
         if isinstance(result, Path) and (file := result / METRICS).is_file():
