@@ -756,10 +756,10 @@ def test_views_of_another_sweep_show_its_rows(tmp_path: Path) -> None:
             for seed in range(2):
                 make_run(runs / "main", selector, seed, dataset=dataset, method=method)
     assert main(["--runs", str(runs), "--out", str(out)]) == 0
-    assert {path.parent.name for path in out.glob("*/means.md")} == {"main", "ranking", "dynamics", "cost"}
+    assert {path.parent.name for path in out.glob("*/means.md")} == {"main", "ranking", "dynamics"}
     assert [path.parent.name for path in out.glob("*/rows.csv")] == ["main"]  # kept once
-    cost = (out / "cost" / "means.md").read_text()
-    assert "mass" in cost and "dmpo" not in cost and "qasc" not in cost and "runs of sweep main" in cost
+    few = (out / "dynamics" / "means.md").read_text()
+    assert "mass" in few and "dmpo" not in few and "qasc" not in few and "runs of sweep main" in few
     page = (out / "index.html").read_bytes()
     shutil.rmtree(runs)
     assert main(["--render", "--runs", str(runs), "--out", str(out)]) == 0

@@ -37,11 +37,11 @@ KEPT_IN_MEMORY = ("random_packed", "mass", "full_packed")
 AT_MOST = {"sft_over_plain": 1.1, "mass_over_random": 1.25}  # goals where responses are short
 SHORT = [Setting(prompt=prompt, response=4, negatives=20, k=4, prompts=8, dtype="bfloat16") for prompt in (110, 300)]
 LONG = [
-    Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=2, dtype="bfloat16")
+    Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=1, dtype="bfloat16")
     for response in (64, 256)
     for negatives in (8, 20, 100)
 ]
-GRAPH_TOKENS = 1 << 14  # of responses with gradients, all at once, that 32 GB hold: a full pool beyond is left out
+GRAPH_TOKENS = 1 << 13  # of responses with gradients, all at once, that 16 GB hold: a full pool beyond is left out
 
 
 def load(model: str, setting: Setting) -> tuple[PreTrainedModel, Setting]:
@@ -77,20 +77,21 @@ def sides_of(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[],
             scorer(batch)
 
     ours = {"sft_plain": sft_plain, "sft": sft, "pool": pool, **build_sides(setting, model)}
-    if setting.prompts * (1 + setting.negatives) * setting.response > GRAPH_TOKENS:
-        del ours["full_packed"]
-    return {side: ours[side] for side in SIDES if side in ours}
+    return {side: ours[side] for side in SIDES}
 
 
 def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
     """Medians of a setting's sides in alternation, their ratios, and the memory of each in a fresh process."""
-    model, setting = load(model_name, setting)
-    seconds = measure.medians(measure.alternate(sides_of(model, setting), rounds))
+    full = setting.prompts * (1 + setting.negatives) * setting.response <= GRAPH_TOKENS
     arguments = model_name, json.dumps(asdict(setting))
-    memory = {
-        side: int(measure.fresh_process(__name__, side, *arguments)) for side in KEPT_IN_MEMORY if side in seconds
+    memory = {  # first, while this process holds nothing yet
+        side: int(measure.fresh_process(__name__, side, *arguments))
+        for side in KEPT_IN_MEMORY
+        if full or side != "full_packed"
     }
-    full = "full_packed" in seconds
+    model, setting = load(model_name, setting)
+    sides = {side: run for side, run in sides_of(model, setting).items() if full or side != "full_packed"}
+    seconds = measure.medians(measure.alternate(sides, rounds))
     whole = (1 + setting.negatives) * (setting.prompt + setting.response)
     return {
         "prompt": setting.prompt,

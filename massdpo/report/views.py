@@ -61,8 +61,6 @@ class View:
     datasets: tuple[str, ...] = ()
 
 
-FEW_LABELS = ("sdpo", "mass", "hardest", "full")
-FEW_DATASETS = ("synthetic_mcqa", "synthetic_rec", "lastfm")
 QUALITY = ("accuracy", "ndcg@5", "reward_accuracy", "margin")
 DEFAULT = View("{sweep}", QUALITY)
 
@@ -97,12 +95,9 @@ VIEWS = {  # in the order in which a reader asks
     "beta": View("Reward scale", QUALITY, x="beta"),
     "cost": View(
         "Cost",
-        ("accuracy", "ndcg@5", "train_seconds", "select_seconds", "tokens_per_second", "peak_memory_mb"),
+        ("accuracy", "train_seconds", "select_seconds", "fed_tokens", "train_tokens", "peak_memory_mb"),
         "front",
         pairs=(("train_seconds", "accuracy"), ("peak_memory_mb", "accuracy")),
-        rows_of="main",
-        labels=FEW_LABELS,
-        datasets=FEW_DATASETS,
     ),
     "learning_rate": View("Learning rate", QUALITY, best_on="val/accuracy"),
     "dynamics": View(
@@ -111,8 +106,8 @@ VIEWS = {  # in the order in which a reader asks
         "curves",
         curves=("val/accuracy", "val/reward_accuracy", "val/margin", "val/chosen_logp_change"),
         rows_of="main",
-        labels=FEW_LABELS,
-        datasets=FEW_DATASETS,
+        labels=("sdpo", "mass", "hardest", "full"),
+        datasets=("synthetic_mcqa", "synthetic_rec", "lastfm"),
     ),
     "pool": View("Size of the pool", QUALITY),
     "near_duplicates": View("Near-duplicates in the pool", QUALITY),
