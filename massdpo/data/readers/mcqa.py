@@ -15,7 +15,6 @@ import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows, Source
 from massdpo.data.readers.interactions import raw_file
-from massdpo.data.readers.lender import Lender
 from massdpo.data.readers.located import Located
 from massdpo.data.readers.questions import Question, answered, read_questions
 from massdpo.data.schema import PreferenceExample, Splits
@@ -85,7 +84,7 @@ class MultipleChoice(Located):
         report: dict[str, Any] = self._held_out(questions)
         counts: Counter[str] = Counter()
         train, val, test = (list(self._examples(split, questions[split], counts)) for split in SPLITS)
-        report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | counts | bad.report()
+        report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | dict(+counts) | bad.report()
         for reader in readers.values():
             report = (reader.columns.report() if reader.columns else {}) | report
         return Splits(train, val, test, {"answers_read_as": way} | report)
@@ -136,24 +135,22 @@ class MultipleChoice(Located):
             if question.shuffled:
                 question = _shuffled(question, chance)
             chosen = question.options[question.answer]
-            taken = {normalise(chosen)}
-            own = []
+            own: dict[str, str] = {}  # the wrong options that differ, by what a reader would call equal
             for place, option in enumerate(question.options):
+                key = normalise(option)
                 if place == question.answer:
                     continue
-                if normalise(option) in taken:
-                    counts[
-                        "options_equal_to_the_answer" if normalise(option) == normalise(chosen) else "options_repeated"
-                    ] += 1
+                if key == normalise(chosen):
+                    counts["options_equal_to_the_answer"] += 1
+                elif key in own:
+                    counts["options_repeated"] += 1
                 else:
-                    taken.add(normalise(option))
-                    own.append(option)
-            pool = own
+                    own[key] = option
+            pool = list(own.values())
             if isinstance(self.num_negatives, int):
-                if len(own) > self.num_negatives:
-                    counts["own_options_left_out"] += len(own) - self.num_negatives
-                taken |= {normalise(option) for option in question.options}
-                pool = own[: self.num_negatives] + lender.borrow(self.num_negatives - len(own), taken, chance, split)
+                more = self.num_negatives - len(own)
+                counts["own_options_left_out"] += max(0, -more)
+                pool = pool[: self.num_negatives] + lender.borrow(more, {normalise(chosen), *own}, chance, split)
             if not pool:
                 raise UserError(
                     f"{id}: question {question.id} has no wrong option left; set dataset.num_negatives=19, say"
@@ -174,6 +171,31 @@ class MultipleChoice(Located):
         before, between = WORDINGS[choice]
         options = between + "; ".join(question.options) if self.list_options else ""
         return f"{before}{question.stem}{options}\nAnswer:"
+
+
+class Lender:
+    """The distinct options of a split, for questions that have too few of their own."""
+
+    def __init__(self, questions: list[Question]):
+        first: dict[str, str] = {}
+        for question in questions:
+            for option in question.options:
+                first.setdefault(normalise(option), option)
+        self.keys = list(first)
+        self.texts = list(first.values())
+
+    def borrow(self, count: int, taken: set[str], chance: np.random.Generator, split: str) -> list[str]:
+        """`count` options, none of which says what one of `taken` does."""
+        if count <= 0:
+            return []
+        if len(self.keys) < count + len(taken):
+            raise UserError(
+                f"the {split} split has {len(self.keys)} different options, too few for dataset.num_negatives: "
+                "lower it, or set it to own"
+            )
+        draws = chance.choice(len(self.keys), size=count + len(taken), replace=False, shuffle=True)
+        free = [place for place in draws if self.keys[place] not in taken]
+        return [self.texts[place] for place in free[:count]]
 
 
 def _shuffled(question: Question, chance: np.random.Generator) -> Question:
