@@ -154,10 +154,8 @@ COST = (
     Metric("k_effective", "negatives", "negatives per prompt that were really trained on", "negatives", 0),
     Metric("train_seconds", "training", "the preference stage", "s", -1),
     Metric("select_seconds", "selection", "the part of it spent on scoring pools and selecting", "s", -1),
-    Metric(
-        "fed_tokens", "tokens fed", "tokens through the model in the preference stage, selection included", "tokens", -1
-    ),
-    Metric("train_tokens", "tokens learned from", "those of them that gradients went through", "tokens", -1),
+    Metric("fed_tokens", "fed forward", "through the model in the preference stage, selection included", "tokens", -1),
+    Metric("train_tokens", "with gradients", "those of them that gradients went through", "tokens", -1),
     Metric("tokens_per_second", "speed", "tokens fed to the model in the preference stage", "tokens/s"),
     Metric("peak_memory_mb", "peak memory", "the GPU's where there is one, else the process's", "MB", -1),
 )
