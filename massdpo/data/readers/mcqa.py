@@ -72,7 +72,12 @@ class MultipleChoice(Located):
         """Raises UserError for missing or damaged files, unclear answers, and splits too small to fill the pools."""
         bad = BadRows(self.bad_rows)
         readers = {
-            split: read_questions(self._source.rows(split, bad), name, self.columns, bad)
+            split: read_questions(
+                self._source.rows(split, bad),
+                self._place(split).stem if self.train_file else name,  # names the rows without an id
+                self.columns,
+                bad,
+            )
             for split, name in self._source.splits.items()
         }
         everything = [question for reader in readers.values() for question in reader.questions]
