@@ -1,5 +1,6 @@
 """The command: `python run.py`, `massdpo` and `python -m massdpo` alike. Composes the config and hands it to tasks."""
 
+import json
 import os
 import re
 import sys
@@ -17,9 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 import massdpo
 from massdpo.config import explain, without_secrets
 from massdpo.config.options import on_search_path, root
-from massdpo.console import LEVELS, patiently, show_as, shows
+from massdpo.config.sweeps import tell_of_sweep
+from massdpo.console import LEVELS, in_any_locale, patiently, show_as, shows
 from massdpo.errors import UserError
 
+INTERRUPTED = 130
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
 MAIN_PROCESS: list[int] = []  # filled by main(): a launcher's own processes import this module and never call it
 
@@ -27,14 +30,14 @@ on_search_path()
 
 
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
-def job(config: DictConfig) -> Path | Exception | None:
-    """Returns a run's folder, or why the job failed."""
+def job(config: DictConfig) -> float | Exception | None:
+    """A run's `trainer.keep_metric` on the validation split, which sweepers search by, or why the job failed."""
     show_as(level if (level := config.get("verbosity")) in LEVELS else "normal")
     with patiently("loading PyTorch"):
         from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
 
     try:
-        return run(config)
+        return validated(run(config), config.trainer.keep_metric)
     except UserError as error:
         say(f"error: {error}")
         if config.debug or shows("debug"):
@@ -43,6 +46,17 @@ def job(config: DictConfig) -> Path | Exception | None:
     except Exception as error:
         say(traceback.format_exc())
         return failed(1, error)
+
+
+def validated(folder: Path | None, metric: str) -> float | None:
+    """A metric of a run's folder on the validation split; nothing for a task that makes no run."""
+    if folder is None:
+        return None
+    try:
+        value: float | None = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(f"val/{metric}")
+    except (OSError, ValueError):  # not there yet, as another process writes it; or of an old run, and damaged since
+        return None
+    return value
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a field's name can do to a terminal
@@ -63,10 +77,19 @@ def failed(code: int, error: Exception) -> Exception:
 
 def main() -> int:
     """Run the command line's jobs; returns the exit code: 0, 1 (a defect), 2 (a mistake in what was asked), 130."""
+    in_any_locale()
     if sys.argv[1:] == ["--version"]:
         print(f"massdpo {massdpo.__version__}")
         return 0
     MAIN_PROCESS.append(os.getpid())
+    code = compute()
+    if code != INTERRUPTED:
+        tell_of_sweep()  # Hydra's own call of a multirun's end does not come where a launcher's process failed
+    return code
+
+
+def compute() -> int:
+    """The command line's jobs; returns the exit code."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # for a `_target_` of one's own, wherever the command is installed
@@ -79,7 +102,7 @@ def main() -> int:
         return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
         say(f"error: {explain(error)}")
         return 2

@@ -1,5 +1,6 @@
 """What a person sees while a run goes: how far it is and what is left, tables, warnings; as much as was asked for."""
 
+import io
 import sys
 import threading
 import time
@@ -61,6 +62,13 @@ def show_as(level: str, seconds: Mapping[str, float] | None = None) -> None:
 
 def shows(level: str) -> bool:
     return LEVELS.index(screen.level) >= LEVELS.index(level)
+
+
+def in_any_locale() -> None:
+    """What a terminal's encoding lacks is shown as `?`, instead of ending the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def say(line: str) -> None:

@@ -36,6 +36,7 @@ BAD = [
     ("model.hub_id=owner/name", r"the model chosen has no 'model.hub_id': model=.*\| pretrained \|.* has"),
     ("selector=full selector.k=3", r"the selector chosen has no 'selector.k': selector=.*mass.* has"),
     ("trainer.adapter.r=3", r"the trainer chosen has no 'trainer.adapter.r': trainer=lora has"),
+    ("dataset=movielens_100k dataset.path=X", r"for a public one: data_dir=FOLDER or dataset.raw_dir=FOLDER"),
     ("model=pretrained", r"Set model.path=DIR \| FILE.gguf or model.hub_id=OWNER/NAME"),
     ("loss=plackett", r"unknown loss 'plackett'"),
     ("method=sdp", r"did you mean 'sdpo'"),
@@ -352,7 +353,7 @@ def test_option_names_are_frozen() -> None:
     )
     assert set(config["trainer"]["sft"]) == {"epochs", "learning_rate"}
     assert set(config["trainer"]["preference"]) == {"epochs", "learning_rate", "limit"}
-    assert set(config["trainer"]["adapter"]) == {"r", "alpha", "targets", "stages"}
+    assert set(config["trainer"]["adapter"]) == {"r", "alpha", "targets", "stages", "quantize"}
     options = {group: {name for part, name in OPTIONS if part == group} for group in GROUPS}
     assert options["selector"] >= {"mass", "random", "hardest", "full", "adpo", "dpp", "farthest", "hardest_logp"}
     assert options["loss"] >= {"pl", "dpo", "dmpo", "mppo", "pairwise", "lipo", "ndcg"}

@@ -120,7 +120,7 @@ def test_tokens_are_those_that_were_fed_and_those_that_were_learned_from(places:
     assert found["mass"]["train_tokens"] < prompts + pools / 2
 
 
-@pytest.mark.parametrize("part", ["model_card", "draw_history", "picks_table"])
+@pytest.mark.parametrize("part", ["model_card", "draw_history", "picks_table", "show"])
 def test_what_decorates_a_run_costs_none_of_its_results(
     places: list[str], part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,7 +128,8 @@ def test_what_decorates_a_run_costs_none_of_its_results(
         raise RuntimeError("a bomb")
 
     monkeypatch.setattr(results if part == "model_card" else pipeline, part, fails)
-    folder = train(*places, "trainer.save_policy=true", f"name={part}")
+    level = "normal" if part == "show" else "quiet"
+    folder = train(*places, "trainer.save_policy=true", f"name={part}", f"verbosity={level}")
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     assert metrics(folder) and (folder / "policy" / "model.safetensors").is_file()
     assert "is left out (RuntimeError: a bomb)" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from massdpo.model import flex
 from tests.conftest import ROOT
-from tests.test_scoring import LLAMA, RAGGED, assert_all_ways_agree, plain_logp, tiny
+from tests.test_engine_families import FAMILIES
+from tests.test_scoring import LLAMA, RAGGED, assert_all_ways_agree, make_batch, plain_logp, tiny
 from tests.test_selectors import EVERY, make_pool
 
 DEVICE = os.environ.get("DEVICE", "cuda")
@@ -40,6 +43,17 @@ def test_all_ways_agree_there_and_with_the_cpu() -> None:
         found_BC = plain_logp(model.to(DEVICE), RAGGED.to(DEVICE)).cpu()
     assert (found_BC - expected_BC).abs().max() < 1e-4
     assert_all_ways_agree(model, RAGGED.to(DEVICE), 1e-4)
+
+
+@on_a_card
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_all_ways_agree_by_flex_attention(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows of several tiles, under a cap on scores and windows; gradients are compared."""
+    monkeypatch.setattr(flex, "LONG", 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="FlexAttention is not used")
+        batch = make_batch([1300, 700], [[90, 200, 40], [129, 60]])
+        assert_all_ways_agree(tiny(FAMILIES[family]).to(DEVICE), batch.to(DEVICE), 1e-3)
 
 
 @on_a_card

@@ -16,7 +16,7 @@ from massdpo.config import compose, instantiate
 from massdpo.data.prepare import limited
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.runs import launch, machine, pipeline, start
-from massdpo.runs.plan import Plan, doubts, is_kept, plan
+from massdpo.runs.plan import Plan, doubts, plan, what_is_kept
 from massdpo.runs.timing import Timing
 from massdpo.store import Cache
 from massdpo.training import loop
@@ -30,7 +30,7 @@ def planned(config: DictConfig) -> tuple[Plan, nn.Module]:
     score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
     rows = limited(data.train, config.trainer.preference.limit, 0, "preference")
     policy = start.trainable(config, model)
-    return plan(config, data, policy, rows, instantiate(config.selector), score, False), policy
+    return plan(config, data, policy, rows, instantiate(config.selector), score, ()), policy
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_a_start_of_other_threads_is_told(
     data = start.load(config, Cache(Path(config.cache_dir)))[0]
     capsys.readouterr()
     accelerator = launch.start(config)
-    assert is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
+    assert what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    assert not is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
+    assert not what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
     assert "computed with 1 threads" in (said := capsys.readouterr().err) and "anew with 3: trainer.threads=1" in said

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,55 @@ def test_moving_the_raw_folder_changes_nothing(cache: Cache, raw: str, tmp_path:
     before = prepare(node("sequences", raw_dir=raw), cache)
     Path(raw).rename(tmp_path / "moved")
     assert prepare(node("sequences", raw_dir=str(tmp_path / "moved")), cache).digest == before.digest
+
+
+def lines(first: int) -> str:
+    rows = ({"prompt": f"q{row}", "chosen": "a", "rejected": "b"} for row in range(first, first + 4))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def impressions(first: int) -> str:
+    rows = ({"user": row, "history": ["a"], "shown": ["b", "c"], "clicked": ["b"]} for row in range(first, first + 40))
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def questions(first: int) -> str:
+    return lines(first).replace("chosen", "answer").replace('"rejected": "b"', '"wrong": ["b"]')
+
+
+SHARD = "train-00000-of-00002.jsonl", "validation-00000-of-00001.jsonl", "train-00001-of-00002.jsonl"
+
+
+@pytest.mark.parametrize("names", [("train/a.jsonl", "val/b.jsonl", "train/b.jsonl"), SHARD])
+@pytest.mark.parametrize(
+    ("name", "written"), [("preferences", lines), ("mcqa", questions), ("impressions", impressions)]
+)
+def test_the_name_of_a_file_counts_where_it_says_the_split(
+    cache: Cache, tmp_path: Path, name: str, written: Callable[[int], str], names: tuple[str, str, str]
+) -> None:
+    """Its content is the same, and stands in the same place among the others'."""
+    train, before, after = names
+    for place, file in enumerate((train, before, "test/c.jsonl")):
+        (tmp_path / "own" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / file).write_text(written(100 * place))
+    asked = node(name, path=str(tmp_path / "own")) | ({"val_size": 2, "num_negatives": "own"} if name == "mcqa" else {})
+    first = prepare(asked, cache)
+    (tmp_path / "own" / before).rename(tmp_path / "own" / after)
+    second = prepare(asked, cache)
+    assert second.digest != first.digest
+    assert len(second.train) > len(first.train) and len(second.val) < len(first.val)
+
+
+def test_the_card_of_impressions_counts(cache: Cache, tmp_path: Path) -> None:
+    for place, name in enumerate("abc"):
+        (tmp_path / f"{name}.jsonl").write_text(impressions(100 * place))
+    sizes = []
+    for train, val in (("a", "b"), ("ab", "")):
+        parts = [("train", train), ("validation", val), ("test", "c")]
+        config = [{"split": split, "path": [f"{name}.jsonl" for name in names]} for split, names in parts if names]
+        (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': [{'data_files': config}]})}---\n")
+        sizes.append(len(prepare(node("impressions", path=str(tmp_path)), cache).train))
+    assert sizes[1] > sizes[0]
 
 
 def chosen_of(split: Any) -> list[str]:

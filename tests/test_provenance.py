@@ -117,6 +117,26 @@ def test_a_class_of_ones_own_is_in_the_key_with_what_it_imports(own: Path) -> No
     assert target_code(node) != before
 
 
+@pytest.mark.parametrize("shown_by", ["from .inside import loss", "from own_package.inside import loss", ""])
+def test_a_class_is_followed_through_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_by: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "own_package"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{shown_by}\n")
+    (package / "inside.py").write_text("from . import deeper\n\n\ndef loss(*_):\n    return deeper.sign\n")
+    (package / "deeper.py").write_text("sign = 1\n")
+    node = {"_target_": "own_package.loss" if shown_by else "own_package.inside.loss"}
+    try:
+        before = target_code(node)
+        (package / "deeper.py").write_text("sign = -1\n")
+        assert target_code(node) != before
+    finally:
+        for name in [name for name in sys.modules if name.startswith("own_package")]:
+            del sys.modules[name]
+
+
 def test_the_packages_own_classes_have_no_key_of_their_own() -> None:
     assert target_code(OmegaConf.to_container(compose([]), resolve=True)) == []
 

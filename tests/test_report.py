@@ -442,11 +442,13 @@ def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
                 options = {"learning_rate": rate}
                 path = make_run(sweep, selector, seed, options=options, data={"num_negatives": size}) / "metrics.json"
                 at = 0.01 * (place if size == 20 else -place) + easier + 0.001 * seed
-                path.write_text(json.dumps(json.loads(path.read_text()) | {"margin": at, "val/accuracy": at}))
+                path.write_text(
+                    json.dumps(json.loads(path.read_text()) | {"reward_accuracy_pairwise": at, "val/accuracy": at})
+                )
     rows = collect(sweep)
     axis = "option/dataset.num_negatives"
     assert sorted(rows.axes) == [axis, "option/learning_rate"]
-    summary = cells_of(rows, ("margin",))
+    summary = cells_of(rows, ("reward_accuracy_pairwise",))
     best = summary.cells[summary.cells["best"]]
     found = [(line[axis], line["label"], line["option/learning_rate"]) for line in best.to_dict("records")]
     assert found == [(4, "random", 1e-3), (20, "mass", 1e-4)]
@@ -534,14 +536,19 @@ def test_what_is_not_a_number_is_never_best_and_its_run_is_named(value: float, t
     assert f"NaN or infinity in 1 runs, never best: {folder.name}".replace("_", r"\_") in table
 
 
-@pytest.mark.parametrize("damage", ["empty", "twice", "short", "foreign"])
+@pytest.mark.parametrize("damage", ["empty", "twice", "short", "foreign", "short and always right"])
 def test_predictions_that_are_not_those_of_the_metrics_are_refused(damage: str, tmp_path: Path) -> None:
     """Each of them dropped a seed from the comparison without a word."""
     sweep = tmp_path / "main"
     folder = make_run(sweep, "mass", 0)
     lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
     other = json.dumps(json.loads(lines[0]) | {"rank": 21 - json.loads(lines[0])["rank"]}) + "\n"
-    kept = {"empty": [], "twice": [*lines, lines[0]], "short": lines[: len(lines) // 2], "foreign": [other, *lines[1:]]}
+    half = lines[: len(lines) // 2]
+    kept = {"empty": [], "twice": [*lines, lines[0]], "short": half, "foreign": [other, *lines[1:]]}
+    if damage == "short and always right":
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"accuracy": 1.0, "ndcg@5": 1.0}))
+        kept[damage] = [json.dumps(json.loads(line) | {"rank": 1}) + "\n" for line in half]
     (folder / "predictions.jsonl").write_text("".join(kept[damage]))
     with pytest.raises(UserError, match=r"predictions.jsonl cannot be read"):
         collect(sweep)
@@ -549,7 +556,10 @@ def test_predictions_that_are_not_those_of_the_metrics_are_refused(damage: str, 
 
 def test_margins_of_any_size_are_kept(tmp_path: Path) -> None:
     sweep = tmp_path / "main"
-    path = make_run(sweep, "mass", 0) / "predictions.jsonl"
+    folder = make_run(sweep, "mass", 0)
+    path = folder / "predictions.jsonl"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"margin": 614_968.0}))
     lines = [json.loads(line) | {"margin": 614_968.0} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (margins,) = [values for name, values in collect(sweep).prompts.items() if name.endswith("/margin")]
@@ -560,8 +570,17 @@ def test_what_a_spreadsheet_would_compute_is_text(tmp_path: Path) -> None:
     status = {"status": "failed", "why": '=HYPERLINK("http://x","click")'}
     folder = make_run(tmp_path / "main", "mass", 0, status="failed")
     (folder / "status.json").write_text(json.dumps(status))
+    for place, rate in enumerate((1e-3, "=1+1")):
+        folder = make_run(tmp_path / "main", "random", place, options={"rate": rate})
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["choices"]["model"] = config["refresh"] = "=cmd|' /C calc'!A0"
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"=1+2": 1.0, "machine": "@SUM(1)"}))
     collect(tmp_path / "main").write(tmp_path / "out")
-    cells = pd.read_csv(tmp_path / "out" / "rows.csv", dtype=str).to_numpy().ravel()
+    frame = pd.read_csv(tmp_path / "out" / "rows.csv", dtype=str)
+    assert {"option/rate", "'=1+2"} <= set(frame) and "'=1+1" in set(frame["option/rate"])
+    cells = [*frame.columns, *frame.to_numpy().ravel()]
     assert not [text for text in cells if str(text).startswith(("=", "+", "@"))]
 
 

@@ -128,6 +128,24 @@ def test_push_refuses_in_one_line(adapter: Path, hub: list[Any], monkeypatch: py
     assert hub == []
 
 
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.timeout(60)
+def test_a_card_that_would_fill_the_memory_costs_the_card_alone(
+    adapter: Path, hub: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (adapter / "README.md").write_text(f"---\n{BOMB}base_model: *i\n---\n# A trap\n")
+    call("merge", adapter, tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+    assert "warning: the model card is left out" in capsys.readouterr().err
+    refused("model.hub_id=OWNER/NAME", lambda: call("push", adapter, "me/policy"))
+    (adapter / "adapter_config.json").write_text("[" * 100_000)
+    refused("adapter_config.json cannot be read", lambda: call("push", adapter, "me/policy"))
+
+
 def test_what_the_hub_says_is_one_line(adapter: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def upload_folder(*_: Any, **__: Any) -> None:
         raise OSError("no route\nto host")

@@ -139,11 +139,13 @@ def _damage(place: Path, how: str) -> None:
         (place / "more").write_text("?")
     elif how == "no manifest":
         (place / MANIFEST).unlink()
+    elif how == "nested manifest":
+        (place / MANIFEST).write_text("[" * 100_000)
     else:
         (place / MANIFEST).write_text('{"text')
 
 
-@pytest.mark.parametrize("how", ["bytes", "missing", "added", "no manifest", "broken manifest"])
+@pytest.mark.parametrize("how", ["bytes", "missing", "added", "no manifest", "nested manifest", "broken manifest"])
 def test_a_damaged_folder_is_told_set_aside_and_built_again(
     tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Every sweep can be composed and run in both sizes, what it will make is noted, and shared runs are made once."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,9 +15,11 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
+from massdpo import __main__ as command
 from massdpo.config import compose, run_name, validate
 from massdpo.config.options import on_search_path
 from massdpo.config.sweeps import NoteExpected, jobs_of
+from massdpo.errors import UserError
 from massdpo.report.rows import expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
@@ -24,7 +27,7 @@ from massdpo.runs.folder import take_over
 from massdpo.store import digest, write_json
 from tests.conftest import ROOT
 
-SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml"))
+SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml") if file.stem != "optuna")  # which searches
 SETTINGS = sorted(f"{file.parent.name}/{file.stem}" for file in (ROOT / "conf" / "setting").glob("*/*.yaml"))
 METHODS = {
     *("sft", "dpo", "dmpo", "mppo", "sdpo", "hardest", "hardest_logp", "full", "adpo", "interleaved", "mass"),
@@ -142,6 +145,48 @@ def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+# Searches ------------------------------------------------------------------------------------------------------------
+
+has_optuna = importlib.util.find_spec("optuna") is not None
+
+
+def test_a_job_returns_what_validation_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sweepers that search: the metric that `keep_metric` names, of the validation split; or why there is none."""
+    monkeypatch.setattr(command, "MAIN_PROCESS", [os.getpid()])
+    monkeypatch.setattr(command, "FAILURES", [])
+    places = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}", "verbosity=quiet", "name=one"]
+    job = command.job.__wrapped__
+    found = [job(compose([*TINY, *places, "trainer.keep_metric=mrr"])) for _ in ("computed", "finished before")]
+    metrics = json.loads((tmp_path / "runs" / "single" / "one" / "metrics.json").read_text())
+    assert found == [metrics["val/mrr"]] * 2 and metrics["val/mrr"] != metrics["mrr"]
+    assert command.FAILURES == []
+    assert isinstance(job(compose([*TINY, *places, "k=9"])), UserError) and command.FAILURES == [2]
+
+
+@pytest.mark.skipif(has_optuna, reason="Optuna, the extra `optuna`, is installed")
+def test_without_optuna_the_extra_is_named() -> None:
+    with pytest.raises(UserError, match=r"^hydra/sweeper/optuna comes with an extra: pip install '\.\[optuna\]'"):
+        compose(["sweeps=optuna"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_optuna, reason="Optuna, the extra `optuna`, is not installed")
+def test_a_search_looks_at_validation_alone(tmp_path: Path) -> None:
+    few = ["hydra.sweeper.n_trials=3", "runs_dir=runs", "trainer.preference.learning_rate=tag(log,interval(1e-4,1e-2))"]
+    done = run("sweeps=optuna", *few, "k=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    label = r"trainer.preference.learning_rate=[\de.-]+ beta=[\d.]+"
+    jobs = re.findall(rf"^job (\d) of 3: ({label}), val/accuracy ([01]\.\d+), \d+ s$", done.stdout, re.MULTILINE)
+    assert [number for number, *_ in jobs] == ["1", "2", "3"]
+    (best,) = re.findall(rf"^best: val/accuracy ([\d.]+) with ({label})$", done.stdout, re.MULTILINE)
+    assert best[0] == max(value for *_, value in jobs) and best[1] in {label for _, label, _ in jobs}
+    files = (tmp_path / "runs" / "optuna").glob("*/metrics.json")
+    assert sorted(f"{json.loads(file.read_text())['val/accuracy']:.3f}" for file in files) == sorted(
+        value for *_, value in jobs
+    )
+    assert done.stdout.splitlines()[-1] == "report: python -m massdpo.report optuna --runs runs"
+
+
 @pytest.mark.slow  # three processes that import torch
 def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     done = run("selector=random,mass", "seed=0,1", "k=2", "sweep=first", "runs_dir=runs", cwd=tmp_path)
@@ -169,6 +214,10 @@ def test_a_sweep_from_command_to_status(tmp_path: Path) -> None:
     assert again.returncode == 2
     assert len(re.findall(r"^job \d of 4: seed=\d k=2, .*finished before$", again.stdout, re.MULTILINE)) == 2
     assert len(re.findall(r"^job \d of 4: seed=\d k=9, failed$", again.stdout, re.MULTILINE)) == 2
+    assert re.search(r"│ k=2 +│ +2 │", again.stdout), "a launcher's process that failed costs no table"
+    failed = re.findall(r"^failed: seed=(\d) k=9: (k=9 is above dataset.num_negatives=4)", again.stdout, re.MULTILINE)
+    assert [seed for seed, _ in failed] == ["0", "1"]
+    assert again.stdout.splitlines()[-1] == "report: python -m massdpo.report second --runs runs"
     assert again.stdout.count("taken over from") == 2 and "k=9 is above dataset.num_negatives=4" in again.stderr
     second = tmp_path / "runs" / "second"
     for path in second.glob("*/metrics.json"):

@@ -315,6 +315,14 @@ def test_rank_reads_a_socket_in_any_locale_and_outlives_its_reader(trained: Path
     assert error.splitlines() == ["error: out=- cannot be written (Broken pipe)"]
 
 
+def test_a_table_is_shown_in_any_locale(trained: Path) -> None:
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, str(ROOT / "run.py"), "task=show", f"in={trained}"]
+    shown = subprocess.run(command, env=os.environ | ascii_only | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    assert b"accuracy" in shown.stdout and b"next: " in shown.stdout
+
+
 # select ---------------------------------------------------------------------------------------------------------------
 
 

@@ -91,7 +91,7 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
     The setting is the CPU's, or the GPU's where there is one. Raises `UserError` where TRL is not installed.
     """
     if importlib.util.find_spec("trl") is None:
-        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[bench]`")
+        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
     setting = setting or (GPU if torch.cuda.is_available() else CPU)
     memory = {side: int(measure.fresh_process(__name__, side, json.dumps(asdict(setting)))) for side in SIDES}
     rounds_of = measure.alternate(build_sides(setting, build_model(setting)), rounds)

@@ -8,6 +8,7 @@ Suffixes: B prompts, C = 1 + N candidates, P prompt tokens, T response tokens, R
 V vocabulary, K picks, D hidden units.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,9 +79,10 @@ def build_batch(setting: Setting) -> Batch:
     ).to(setting.device)
 
 
-def build_sides(setting: Setting, model: PreTrainedModel) -> dict[str, Callable[[], object]]:
-    """One forward and backward pass of each side, under the PL loss."""
+def build_sides(setting: Setting, model: PreTrainedModel, flex: bool = True) -> dict[str, Callable[[], object]]:
+    """One forward and backward pass of each side, under the PL loss; without `flex` attention goes by dense masks."""
     batch, scorer = build_batch(setting), PreferenceScorer(model, "mean", layout="packed")
+    scorer.flex.fewest = None if flex else math.inf
     noise_BN = torch.rand(batch.mask_BC[:, 1:].shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
     index_BK = noise_BN.argsort(-1)[:, : setting.k]
     small = batch.take(Picks(index_BK, torch.ones_like(index_BK, dtype=torch.bool)))

@@ -16,17 +16,24 @@ OF_YOUR_OWN = {  # what takes more than a group's names say
     "model": "; any other: model=pretrained with model.path=DIR | FILE.gguf or model.hub_id=OWNER/NAME",
 }
 
+PLUGINS = {"optuna": "optuna", "submitit_slurm": "cluster", "submitit_local": "cluster"}  # Hydra's -> the extra with it
+
 
 def explain(error: Exception) -> str:
     """One line for what Hydra or OmegaConf say in several: what is wrong, and the nearest right name."""
     said = str(error)
     if isinstance(error, MissingConfigException) and (found := re.search(r"Could not find '(\w+)/([^']*)'", said)):
         group, option = found.groups()
+        if extra := PLUGINS.get(option.split("/")[-1] if group == "hydra" else ""):
+            return f"{group}/{option} {comes_with(extra)}"
         return f"unknown {group} '{option}'{nearest(option, options_of(group))}{OF_YOUR_OWN.get(group, '')}"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", said):
         if elsewhere := options_with(found[1]):
             group = found[1].split(".")[0]
-            return f"the {group} chosen has no '{found[1]}': {group}={' | '.join(elsewhere)} has"
+            public = (
+                "; for a public one: data_dir=FOLDER or dataset.raw_dir=FOLDER" if found[1] == "dataset.path" else ""
+            )
+            return f"the {group} chosen has no '{found[1]}': {group}={' | '.join(elsewhere)} has{public}"
         return f"unknown key '{found[1]}'{nearest(found[1], known_keys())}"
     if found := re.search(r"Could not append to config\. An item is already at '([^']+)'", said):
         return f"the key '{found[1]}' is there already: write {found[1]}=VALUE, without the +"
@@ -53,6 +60,10 @@ def explain(error: Exception) -> str:
     if found := re.search(r"Environment variable '(\w+)' not found", said):
         return f"the environment variable {found[1]} that the configuration refers to is not set"
     return " ".join(said.split())
+
+
+def comes_with(extra: str) -> str:
+    return f"comes with an extra: pip install '.[{extra}]' in a checkout of massdpo"
 
 
 def nearest(word: str, names: Sequence[str]) -> str:

@@ -20,7 +20,10 @@ NOT_IDENTITY = (
 )
 
 # Options added after the first runs, each with the value that keeps the old behaviour and so the old names.
-ADDED = {"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None, "selector.screen": None}
+ADDED = {
+    **{"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None, "selector.screen": None},
+    "trainer.adapter.quantize": None,
+}
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
 
@@ -44,7 +47,7 @@ def identity(config: DictConfig) -> dict[str, Any]:
 def _above(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     *above, last = key.split(".")
     for name in above:
-        values = values[name]
+        values = values[name] or {}  # an adapter may be null
     return values, last
 
 

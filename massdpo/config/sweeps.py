@@ -16,6 +16,7 @@ import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -29,13 +30,15 @@ from massdpo.errors import UserError
 from massdpo.store import write_json, write_text
 
 TOLD = ("accuracy", "mrr", "reward_accuracy", "margin", "train_seconds")  # means over seeds, in the table at the end
+METRICS = "metrics.json"  # in a run's folder
+BEST = "optimization_results.yaml"  # what a sweeper that searches leaves in Hydra's folder
 
 
 class NoteExpected(Callback):
-    """Hydra calls this in the parent around a multirun, and in each job's process around that job."""
+    """Hydra calls this in the parent as a multirun begins, and in each job's process around that job."""
 
     jobs = 0
-    varying: frozenset[str] = frozenset()  # overrides that not every job has
+    fixed: frozenset[str] = frozenset()  # overrides that every job has
     runs: dict[str, str] = {}  # noqa: RUF012  a run's folder -> its job's overrides; set anew for each multirun
     began = 0.0
 
@@ -43,20 +46,22 @@ class NoteExpected(Callback):
         if int(os.environ.get("RANK", 0)) > 0:  # torchrun: every process starts the same multirun
             return
         try:
-            jobs = jobs_of(config)
-            print(f"sweep {config.sweep}: {len(jobs)} jobs", file=sys.stderr)
+            jobs = [] if _searches(config) else jobs_of(config)
+            self.jobs = len(jobs) or config.hydra.sweeper.n_trials
+            print(f"sweep {config.sweep}: {self.jobs} jobs", file=sys.stderr)
             with patiently("composing the jobs"):
                 expected = runs_of(config, jobs)
         except (UserError, HydraException, OmegaConfBaseException, ValueError):
             return  # the sweep composes the same jobs in a moment, and reports it
-        self.jobs = len(jobs)
-        self.varying = frozenset().union(*jobs) - frozenset(jobs[0]).intersection(*jobs)
+        fixed = [override for override in _overrides(config) if not override.is_sweep_override()]
+        self.fixed = frozenset(f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in fixed)
         self.runs = {str(folder / name): run["job"] for folder, runs in expected.items() for name, run in runs.items()}
         for folder, runs in expected.items():
             file = folder / EXPECTED
             before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
             asked = {run["job"] for run in runs.values()}  # before an edit of conf/, the same job had another name
             write_json(file, {name: run for name, run in before.items() if run["job"] not in asked} | runs)
+        UNDER_WAY[:] = [(self, config, time.time())]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra has kept the command as it was typed, secrets and all."""
@@ -68,52 +73,85 @@ class NoteExpected(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         if config.hydra.mode != RunMode.MULTIRUN or int(os.environ.get("RANK", 0)) > 0:
             return
-        label = self._label(config.hydra.overrides.task)
-        result = job_return._return_value  # the property raises a failed job's
-        seconds = time.time() - self.began
-        told = "failed" if isinstance(result, BaseException) else f"{seconds:.0f} s"
-        if isinstance(result, Path) and (file := result / METRICS).is_file():
+        failed, run = isinstance(job_return._return_value, BaseException), job_return.cfg  # the property raises it
+        told = "failed" if failed else f"{time.time() - self.began:.0f} s"
+        if not failed and run is not None and run.task == "train":
+            file = Path(run.runs_dir) / run.sweep / (run.name or run_name(run)) / METRICS
             told = told if file.stat().st_mtime >= self.began else "finished before"
-            told = f"accuracy {_metrics(file)['accuracy']:.3f}, {told}"
+            metric = f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"  # a search looks at no test
+            told = f"{metric} {_read(file)[metric]:.3f}, {told}"
+        label = self._label(config.hydra.overrides.task)
         print(f"job {config.hydra.job.num + 1} of {self.jobs}: {', '.join(filter(None, [label, told]))}", flush=True)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """One table of what there is, seeds together, and the command that reports it in full."""
+    def tell_end(self, config: DictConfig, began: float) -> None:
+        """One table of what there is, seeds together, which jobs failed, and the command that reports it in full."""
         found: dict[str, list[dict[str, Any]]] = {}
+        failed = []
         for folder, job in self.runs.items():
-            if (file := Path(folder) / METRICS).is_file():
-                words = [word for word in shlex.split(job) if not word.startswith("seed=")]
-                found.setdefault(self._label(words), []).append(_metrics(file))
-        if not found:
+            words = shlex.split(job)
+            status = _read(Path(folder) / "status.json")
+            if status.get("status") == "failed":
+                failed.append(f"failed: {self._label(words)}: {status.get('why')}")
+            elif set(TOLD) <= (metrics := _read(Path(folder) / METRICS)).keys():
+                label = self._label(word for word in words if not word.startswith("seed="))
+                found.setdefault(label, []).append(metrics)
+        rows = [
+            {"job": label, "runs": len(runs)} | {name: sum(run[name] for run in runs) / len(runs) for name in TOLD}
+            for label, runs in found.items()
+        ]
+        if rows:
+            summary_table(f"sweep {config.sweep}: means over seeds, test split", rows, whole=1)
+        for line in failed:
+            print(line)
+        best = Path(config.hydra.sweep.dir) / BEST
+        if _searches(config) and best.is_file() and best.stat().st_mtime >= began:
+            result = yaml.safe_load(best.read_text(encoding="utf-8"))
+            options = shlex.join(f"{key}={value}" for key, value in result["best_params"].items())
+            print(f"best: val/{config.trainer.keep_metric} {result['best_value']:.3f} with {options}")
+        elif not rows:
             return
-        means = {
-            label: {name: sum(run[name] for run in runs) / len(runs) for name in TOLD} for label, runs in found.items()
-        }
-        rows = [{"job": label, "runs": len(found[label])} | mean for label, mean in means.items()]
-        summary_table(f"sweep {config.sweep}: means over seeds, test split", rows, whole=1)
         sweep = config.hydra.runtime.choices.get("sweeps") or config.sweep
         places = [] if config.runs_dir == "results/runs" else ["--runs", config.runs_dir]
         print(f"report: {shlex.join(['python', '-m', 'massdpo.report', sweep, *places])}")
 
     def _label(self, overrides: Iterable[str]) -> str:
-        return " ".join(str(without_secrets(word)) for word in overrides if word in self.varying)
+        return " ".join(str(without_secrets(word)) for word in overrides if word not in self.fixed)
 
 
-METRICS = "metrics.json"  # in a run's folder
+UNDER_WAY: list[tuple[NoteExpected, DictConfig, float]] = []  # the multirun of this process, and when it began
 
 
-def _metrics(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+def tell_of_sweep() -> None:
+    """What came of this process's multirun, if it is one."""
+    while UNDER_WAY:
+        note, config, began = UNDER_WAY.pop()
+        note.tell_end(config, began)
+
+
+def _searches(config: DictConfig) -> bool:
+    """Does the sweeper decide as it goes what it tries? Hydra's own knows all jobs beforehand."""
+    return not str(config.hydra.sweeper._target_).endswith(".BasicSweeper")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a run's file holds; nothing where it is missing or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def jobs_of(config: DictConfig) -> list[list[str]]:
     """The overrides of each job that a multirun of this config makes: the sweep's options, then the command line's."""
+    jobs: list[list[str]] = BasicSweeper.split_arguments(_overrides(config), None)[0]
+    return jobs
+
+
+def _overrides(config: DictConfig) -> list[Override]:
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    overrides = parser.parse_overrides([*given, *config.hydra.overrides.task])
-    jobs: list[list[str]] = BasicSweeper.split_arguments(overrides, None)[0]
-    return jobs
+    return parser.parse_overrides([*given, *config.hydra.overrides.task])
 
 
 def runs_of(config: DictConfig, jobs: list[list[str]]) -> dict[Path, dict[str, Any]]:

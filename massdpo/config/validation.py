@@ -4,6 +4,7 @@
 know the option (its signature), do the options make sense together, and can this machine do it.
 """
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +13,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from massdpo.config.composition import plain
-from massdpo.config.messages import explain, near, nearest, shown
+from massdpo.config.messages import comes_with, explain, near, nearest, shown
 from massdpo.config.options import leaves, options_of
 from massdpo.config.parts import check_part
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
 
+TRAINING = ("train", "plan", "select")  # tasks that train a policy
 OF_POLICIES = ("rank", "merge", "push")
 OF_RUNS = ("evaluate", "explain", "show")  # tasks whose `in` is a run's folder
 TASKS_OF = {
@@ -41,6 +43,8 @@ def validate(config: DictConfig) -> None:
         check_part(part, values[part])
     _check_together(values)
     _check_model(values["model"], values["trainer"]["max_length"])
+    if values["task"] in TRAINING and (bits := (values["trainer"]["adapter"] or {}).get("quantize")):
+        _check_quantize(bits, values["model"], values["trainer"])
     _check_machine(values["trainer"])
 
 
@@ -82,7 +86,8 @@ def _check_trainer(values: Mapping[str, Any]) -> None:
         if key not in known:
             raise UserError(f"unknown key '{key}'{nearest(key, known)}")
     for key in known:
-        _require(values, key)
+        if key != "trainer.adapter.quantize":  # which an adapter given on the command line may leave out
+            _require(values, key)
 
 
 def _require(values: Mapping[str, Any], key: str) -> None:
@@ -175,6 +180,27 @@ def _check_model(model: Mapping[str, Any], max_length: int) -> None:
             raise UserError(
                 f"model.config.{parts}={options[parts]} does not divide model.config.{size}={options[size]}"
             )
+
+
+def _check_quantize(bits: str, model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
+    """Weights in few bits are bitsandbytes's, below one adapter, and made again from where they are."""
+    asked = f"trainer.adapter.quantize={bits}"
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(f"{asked} takes bitsandbytes, which {comes_with('quantized')}")
+    if "hub_id" not in model or str(model["path"]).endswith(".gguf"):
+        raise UserError(f"{asked} takes a model of the hub or a folder: model.hub_id=OWNER/NAME or model.path=DIR")
+    if bits == "8bit" and not _has_gpu(trainer):
+        raise UserError(
+            f"{asked} takes a GPU: on a CPU, training and evaluation compute it differently; 4bit they do not"
+        )
+    if trainer["adapter"]["stages"] == "two":
+        raise UserError(f"{asked} cannot merge the SFT adapter into its weights: use trainer.adapter.stages=one")
+
+
+def _has_gpu(trainer: Mapping[str, Any]) -> bool:
+    import torch  # seconds
+
+    return trainer["device"] != "cpu" and torch.cuda.is_available()
 
 
 def _check_machine(trainer: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """From a dataset's config node to splits: fetched if need be, prepared once, cached by content, read from disk."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +38,7 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     """
     source, node, limits, name, terms = _source_of(dataset, cache)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
-    key = digest(package_code("data", "store"), target_code(node), options, *source.files())
+    key = digest(package_code("data", "store"), target_code(node), options, *_named(source.files()))
 
     def build(folder: Path) -> None:
         if terms:
@@ -56,6 +57,13 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
         print(line, file=sys.stderr)
     content = digest((folder / MANIFEST).read_text(encoding="utf-8"))
     return _limit(Splits(train, val, test, report, content, catalogue), limits, node)
+
+
+def _named(files: list[Path]) -> list[str | Path]:
+    """Names and contents: a name may say to which split a file belongs, and how it is to be read."""
+    whole = [os.path.abspath(file) for file in files]
+    root = os.path.commonpath([os.path.dirname(file) for file in whole]) if whole else ""
+    return [*(os.path.relpath(file, root) for file in whole), *files]
 
 
 def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:

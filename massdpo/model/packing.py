@@ -5,10 +5,13 @@ D hidden units, M fed response tokens of a whole batch end to end, U any positio
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import DynamicCache, PreTrainedModel
 
 from massdpo.tensors import Batch
@@ -17,6 +20,11 @@ PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 ROW_TOKENS = 1024  # of responses in a row; one response may be longer
 SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
 ALIGNED = 16  # kernels copy a mask whose rows don't begin at multiples of so many numbers, in every layer
+TILE = 128  # FlexAttention goes by tiles of so many queries and keys, and skips those in which nothing is seen
+
+Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # prompt, head, place of a query and of a key -> bool
+Mask = Tensor | BlockMask
+Masks = Mask | dict[str, Mask]  # the latter has one a layer type
 
 
 @dataclass
@@ -34,6 +42,15 @@ class Row:
         segment_BP = torch.full_like(position_BP, PROMPT).masked_fill(~mask_BP, PADDING)
         return cls(_padded(batch, batch.prompt_ids_BP, mask_BP), position_BP, segment_BP)
 
+    def in_tiles(self) -> Self:
+        """The row with padding up to whole tiles."""
+        more = -self.ids_BL.shape[1] % TILE
+        first_B1 = self.ids_BL[:, :1]  # as everywhere in padding
+        ids_BL = torch.cat([self.ids_BL, first_B1.expand(-1, more)], dim=1)
+        position_BL = torch.nn.functional.pad(self.position_BL, (0, more))
+        segment_BL = torch.nn.functional.pad(self.segment_BL, (0, more), value=PADDING)
+        return replace(self, ids_BL=ids_BL, position_BL=position_BL, segment_BL=segment_BL)
+
 
 @dataclass
 class ResponseRow(Row):
@@ -46,6 +63,11 @@ class ResponseRow(Row):
 
     place_M: Tensor
     next_M: Tensor
+
+    def in_tiles(self) -> Self:
+        row, length = super().in_tiles(), self.ids_BL.shape[1]
+        more = row.ids_BL.shape[1] - length
+        return replace(row, place_M=self.place_M + self.place_M // length * more)
 
     @classmethod
     def of(cls, batch: Batch, prompt: bool) -> "ResponseRow":
@@ -121,50 +143,68 @@ class Prompt:
         return branch
 
 
-def attention_mask(causal_lm: PreTrainedModel, query: Row, *keys: Row) -> Tensor | dict[str, Tensor]:
+def attention_mask(causal_lm: PreTrainedModel, query: Row, *keys: Row, tiled: bool = False) -> Masks:
     """A token sees its prompt and its own response up to itself, in the form in which the model's layers want it.
 
     Padding sees padding: no row of a softmax may be empty.
     """
+    position_BQ, segment_BQ = query.position_BL, query.segment_BL
     position_BK = torch.cat([key.position_BL for key in keys], dim=1)
-    segment_BK = torch.cat([key.segment_BL for key in keys], dim=1)[:, None, None, :]
-    own_BQK = (segment_BK == PROMPT) | (segment_BK == query.segment_BL[:, None, :, None])
-    seen_BQK = own_BQK & (query.position_BL[:, None, :, None] >= position_BK[:, None, None, :])
-    return layer_masks(causal_lm, seen_BQK, query.position_BL, position_BK)
+    segment_BK = torch.cat([key.segment_BL for key in keys], dim=1)
+
+    def sees(b: Tensor, _head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        own = (segment_BK[b, k] == PROMPT) | (segment_BK[b, k] == segment_BQ[b, q])
+        return own & (position_BQ[b, q] >= position_BK[b, k])
+
+    return layer_masks(causal_lm, sees, position_BQ, position_BK, tiled)
 
 
 def layer_masks(
-    causal_lm: PreTrainedModel, seen_BQK: Tensor, position_BQ: Tensor, position_BK: Tensor
-) -> Tensor | dict[str, Tensor]:
-    """Masks that are added to attention's scores: one, or one a layer type where the family has several.
+    causal_lm: PreTrainedModel, sees: Sees, position_BQ: Tensor, position_BK: Tensor, tiled: bool = False
+) -> Masks:
+    """What `sees` and the model's windows allow, as masks: one, or one a layer type where the family has several.
 
-    They come in the type that attention is computed in: SDPA would turn a boolean mask into that in every layer, and
-    eager attention would add it as it is, which is silently wrong. Raises `KeyError` for a kind of layer that no mask
-    is known for.
+    Each is made once for all layers: `tiled` for FlexAttention, else to be added to attention's scores. Raises
+    `KeyError` for a kind of layer that no mask is known for.
     """
     config = causal_lm.config.get_text_config()
-    query_BQ1, key_B1K = position_BQ[:, None, :, None], position_BK[:, None, None, :]
-    device = seen_BQK.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else causal_lm.dtype
-    width = -(-seen_BQK.shape[-1] // ALIGNED) * ALIGNED
+    window: Any = getattr(config, "sliding_window", None)
 
-    def additive(visible_BQK: Tensor) -> Tensor:
-        mask_BQK = torch.zeros(*visible_BQK.shape[:-1], width, dtype=dtype, device=visible_BQK.device)
-        return mask_BQK[..., : visible_BQK.shape[-1]].masked_fill_(~visible_BQK, torch.finfo(dtype).min)
+    def windowed(b: Tensor, head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        return sees(b, head, q, k) & (position_BQ[b, q] - window < position_BK[b, k])
 
-    def windowed() -> Tensor:
-        window = getattr(config, "sliding_window", None)
-        return additive(seen_BQK if window is None else seen_BQK & (query_BQ1 - window < key_B1K))
+    def chunked(b: Tensor, head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        size = config.attention_chunk_size
+        return sees(b, head, q, k) & (position_BQ[b, q] // size == position_BK[b, k] // size)
 
-    def chunked() -> Tensor:
-        return additive(seen_BQK & (query_BQ1 // config.attention_chunk_size == key_B1K // config.attention_chunk_size))
+    def mask(sees: Sees) -> Mask:
+        sizes = len(position_BQ), position_BQ.shape[1], position_BK.shape[1]
+        if tiled:
+            return create_block_mask(sees, sizes[0], None, *sizes[1:], position_BQ.device, TILE)
+        return _additive(causal_lm, sees, *(torch.arange(size, device=position_BQ.device) for size in sizes))
 
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo's name
-    if kinds is None:
-        return windowed()
     known = {
-        "full_attention": lambda: additive(seen_BQK),
-        "sliding_attention": windowed,
+        "full_attention": sees,
+        "sliding_attention": sees if window is None else windowed,
         "chunked_attention": chunked,
     }
-    return {kind: known[kind]() for kind in set(kinds)}
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)  # GPT-Neo's name
+    if kinds is None:
+        return mask(known["sliding_attention"])
+    return {kind: mask(known[kind]) for kind in set(kinds)}
+
+
+def _additive(causal_lm: PreTrainedModel, sees: Sees, b: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The mask in the type that attention is computed in: SDPA would turn a boolean one into that in every layer, and
+    eager and flex attention would add it as it is, which is silently wrong."""
+    dtype = precision(causal_lm)
+    visible_BQK = sees(b[:, None, None, None], None, q[:, None], k)
+    width = -(-len(k) // ALIGNED) * ALIGNED
+    mask_BQK = torch.zeros(*visible_BQK.shape[:-1], width, dtype=dtype, device=k.device)
+    return mask_BQK[..., : len(k)].masked_fill_(~visible_BQK, torch.finfo(dtype).min)
+
+
+def precision(causal_lm: PreTrainedModel) -> torch.dtype:
+    """What the layers compute in: the weights' dtype, or that of autocast."""
+    device = causal_lm.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else causal_lm.dtype

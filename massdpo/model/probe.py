@@ -16,13 +16,13 @@ GRADIENT_ELEMENTS = 2**22  # gradients of at most this many weights are compared
 Way = Callable[[Batch], Tensor]  # to log-probs (B, C)
 
 
-def misfit(model: nn.Module, causal_lm: PreTrainedModel, plain: Way, packed: Sequence[Way]) -> str:
+def misfit(model: nn.Module, causal_lm: PreTrainedModel, plain: Way, packed: Sequence[Way], times: int) -> str:
     """Why the packed ways miss the plain way's log-probs or gradients on a tiny batch, or nothing.
 
-    `model` is `causal_lm` or an adapter around it.
+    `model` is `causal_lm` or an adapter around it; texts are `times` as long as they need be.
     """
     device, training = causal_lm.device, model.training
-    batch = _batch(causal_lm.config.get_text_config().vocab_size).to(device)
+    batch = _batch(causal_lm.config.get_text_config().vocab_size, times).to(device)
     weight_BC = torch.linspace(1, 2, batch.mask_BC.numel(), device=device).view(batch.mask_BC.shape)
     # The smallest weights are enough: their gradients have passed through all that lies above them.
     weights: list[Tensor] = []
@@ -52,11 +52,11 @@ def misfit(model: nn.Module, causal_lm: PreTrainedModel, plain: Way, packed: Seq
         model.train(training)
 
 
-def _batch(vocabulary: int) -> Batch:
-    """Two ragged prompts with three and two ragged responses."""
-    prompt_mask_BP = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    response_mask_BCT = torch.arange(3) < torch.tensor([[3, 1, 2], [2, 3, 0]])[..., None]
-    ids = (torch.arange(28) * 7 + 3) % vocabulary
-    ids_BP, ids_BCT = ids[:10].view(2, 5), ids[10:].view(2, 3, 3)
+def _batch(vocabulary: int, times: int) -> Batch:
+    """Two ragged prompts with three and two ragged responses; the longest text has 8 tokens, times `times`."""
+    prompt_mask_BP = torch.arange(5 * times) < torch.tensor([[5], [3]]) * times
+    response_mask_BCT = torch.arange(3 * times) < torch.tensor([[3, 1, 2], [2, 3, 0]])[..., None] * times
+    ids = (torch.arange(28 * times) * 7 + 3) % vocabulary
+    ids_BP, ids_BCT = ids[: 10 * times].view(2, -1), ids[10 * times :].view(2, 3, -1)
     names = ["first prompt of the probe", "second prompt of the probe"]
     return Batch(names, torch.arange(2), ids_BP, prompt_mask_BP, ids_BCT, response_mask_BCT)

@@ -21,23 +21,27 @@ from massdpo.model.load import (
     load_tokenizer,
     seeded,
 )
+from massdpo.model.quantize import bits_of, quantized
 from massdpo.store import digest, keyed_seed, write_json, write_text
 
 if TYPE_CHECKING:
     from peft import PeftModel  # at run time only where there is an adapter: importing it takes seconds
 
-BASE = "base.json"  # beside an adapter: the type of its base's weights, which the adapter's own config lacks
+BASE = "base.json"  # beside an adapter: type and bits of its base's weights, which the adapter's own config lacks
 
 
 def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> "PeftModel":
     """Freeze `model` and put a LoRA adapter (Hu et al. 2021) on it, trained in float32, that changes nothing yet.
 
-    `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names); `seed` draws the A matrices.
+    `adapter` has `r`, `alpha` and `targets` (`all-linear` or a list of module names), and may have the bits that the
+    frozen weights are put into (`quantize`); `seed` draws the A matrices.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     options = as_plain(adapter)
+    if options.get("quantize") and not bits_of(model):
+        model = quantized(model, options["quantize"])
     config = LoraConfig(
         r=options["r"],
         lora_alpha=options["alpha"],
@@ -61,7 +65,16 @@ def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -
 
 
 def merge_adapter(model: "PeftModel") -> PreTrainedModel:
-    """The plain model with the adapter's update added to its weights, in place."""
+    """The plain model with the adapter's update added to its weights, in place.
+
+    Raises:
+        UserError: they are quantised.
+    """
+    if bits := bits_of(model.get_base_model()):
+        raise UserError(
+            f"this adapter was trained on weights in {bits}, which cannot take it up without rounding most of it away: "
+            "use it beside its base"
+        )
     merged = model.merge_and_unload()
     merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
     return merged
@@ -90,7 +103,8 @@ def save_policy(
     base.generation_config.eos_token_id = tokenizer.eos_token_id  # a chat template may end turns with another
     if not isinstance(model, PreTrainedModel):
         if base.name_or_path:
-            write_json(folder / BASE, {"dtype": str(base.dtype).removeprefix("torch.")})
+            bits = {"quantize": bits_of(base)} if bits_of(base) else {}
+            write_json(folder / BASE, {"dtype": str(base.config.dtype).removeprefix("torch.")} | bits)
         else:
             without_adapter = {name: weight for name, weight in weights.items() if ".lora_" not in name}
             names = {
@@ -116,7 +130,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
         return fitting(load_model(folder, "auto"), tokenizer)
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
-    adapter = _read_json(folder / ADAPTER)
+    adapter = read_json(folder / ADAPTER)
     if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
         raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
     from peft import PeftModel, get_peft_model_state_dict
@@ -141,15 +155,17 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
 
 def _load_base(folder: Path) -> PreTrainedModel:
     """The model that the adapter in `folder` was trained on, from where it was then."""
-    adapter = _read_json(folder / ADAPTER)
+    adapter = read_json(folder / ADAPTER)
     name = str(adapter.get("base_model_name_or_path"))
     path = name if Path(name).is_absolute() else None
     if path and not Path(path).is_dir():
         raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
-    return PretrainedModel(name, path, adapter.get("revision"), _read_json(folder / BASE).get("dtype", "")).model()
+    base = read_json(folder / BASE)
+    model = PretrainedModel(name, path, adapter.get("revision"), base.get("dtype", "")).model()
+    return quantized(model, base["quantize"]) if base.get("quantize") else model
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,16 @@ from transformers import DynamicCache, PreTrainedModel
 
 from massdpo.errors import UserError
 from massdpo.model.features import head_kernel, last_features, mean_features
+from massdpo.model.flex import Flex
 from massdpo.model.head import decoder_name, logit_transform, predicting_states, prompt_end, states_logp, token_logp
-from massdpo.model.packing import Prompt, ResponseRow, Row, attention_mask, in_parts, worth_a_pass
+from massdpo.model.packing import Masks, Prompt, ResponseRow, Row, attention_mask, in_parts, precision, worth_a_pass
 from massdpo.model.plain import repeated_prompts
 from massdpo.model.probe import misfit
 from massdpo.model.trie import Catalogue
 from massdpo.tensors import Batch, Picks, Scored, Scores
 
 Select = Callable[[Scores], Picks]
+SomeRow = TypeVar("SomeRow", bound=Row)
 
 
 class PreferenceScorer(nn.Module):
@@ -57,6 +59,7 @@ class PreferenceScorer(nn.Module):
         if features == "head" and not isinstance(self.causal_lm.get_output_embeddings(), nn.Linear):
             raise UserError("features=head needs an output matrix without an adapter: use mean or last")
         self.features = features
+        self.flex = Flex()
         self.packed = layout != "repeated"
         if self.packed and (reason := self._misfit()):
             name = f"{type(self.causal_lm).__name__} with {self.causal_lm.config._attn_implementation} attention"
@@ -111,16 +114,10 @@ class PreferenceScorer(nn.Module):
         return torch.autocast(self.causal_lm.device.type, enabled=False)
 
     @property
-    def _precision(self) -> torch.dtype:
-        """What the layers compute in: the weights' dtype, or that of autocast."""
-        device = self.causal_lm.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.causal_lm.dtype
-
-    @property
     def _sharded(self) -> bool:
         return any(isinstance(weight, DTensor) for weight in self.parameters())
 
-    def _misfit(self) -> str:
+    def _misfit(self, times: int = 1) -> str:
         """Why prompts cannot be shared, or nothing."""
 
         def plain(batch: Batch) -> Tensor:
@@ -135,7 +132,7 @@ class PreferenceScorer(nn.Module):
                 self._score(batch, prompt)
             return self._score(batch, prompt).logp_BC
 
-        return misfit(self.model, self.causal_lm, plain, [one_row, two_phases])
+        return misfit(self.model, self.causal_lm, plain, [one_row, two_phases], times)
 
     @torch.no_grad()
     def _without_gradients(self, batch: Batch, prompt: Prompt | None) -> Scores:
@@ -150,7 +147,7 @@ class PreferenceScorer(nn.Module):
         parts = [self._score_some(some, prompt, features) for some in in_parts(batch, self._sharded)]
         token_logp_BCT = torch.cat([token_logp_BCT for token_logp_BCT, _ in parts], dim=1)
         logp_BC = token_logp_BCT.sum(-1)
-        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=self._precision)
+        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=precision(self.causal_lm))
         if features == "head":
             output = cast(nn.Linear, self.causal_lm.get_output_embeddings())
             hidden_BCTD = torch.cat([cast(Tensor, hidden_BCTD) for _, hidden_BCTD in parts], dim=1)
@@ -213,24 +210,31 @@ class PreferenceScorer(nn.Module):
 
     def _encode(self, batch: Batch) -> Prompt:
         """The prompts alone, with their cache. Their padding is on the right, where a causal mask alone hides it."""
-        row = Row.prompts(batch)
+        row, mask = self._masked(Row.prompts(batch), plain=True)
         cache = DynamicCache()  # made without a config, it keeps every token in every layer: the masks do the windowing
-        return Prompt(row, prompt_end(batch, self._decode(row, None, cache)), cache)
+        return Prompt(row, prompt_end(batch, self._decode(row, mask, cache)), cache)
 
     def _continued(self, batch: Batch, prompt: Prompt) -> tuple[ResponseRow, Tensor, Tensor]:
         """All responses in one row, off the prompts' cache."""
-        row = ResponseRow.of(batch, prompt=False)
-        hidden_BLD = self._decode(row, attention_mask(self.causal_lm, row, prompt.row, row), prompt.branch())
+        row, mask = self._masked(ResponseRow.of(batch, prompt=False), prompt.row)
+        hidden_BLD = self._decode(row, mask, prompt.branch())
         return row, prompt.end_BD, hidden_BLD.flatten(0, 1)[row.place_M]
 
     def _one_row(self, batch: Batch) -> tuple[ResponseRow, Tensor, Tensor]:
         """Prompt and all responses in one row, which asks for no cache. One response alone makes plain text."""
-        row = ResponseRow.of(batch, prompt=True)
-        mask = None if batch.response_ids_BCT.shape[1] == 1 else attention_mask(self.causal_lm, row, row)
+        row, mask = self._masked(ResponseRow.of(batch, prompt=True), plain=batch.response_ids_BCT.shape[1] == 1)
         hidden_BLD = self._decode(row, mask, None)
         return row, prompt_end(batch, hidden_BLD), hidden_BLD.flatten(0, 1)[row.place_M]
 
-    def _decode(self, row: Row, mask: Tensor | dict[str, Tensor] | None, cache: DynamicCache | None) -> Tensor:
+    def _masked(self, row: SomeRow, *before: Row, plain: bool = False) -> tuple[SomeRow, Masks | None]:
+        """A row and what it sees of itself and of what lies before it; the model itself masks plain text."""
+        keys = 0 if plain else row.ids_BL.shape[1] + sum(each.ids_BL.shape[1] for each in before)
+        if self.flex.takes(self.causal_lm, keys, self._misfit):
+            row = row.in_tiles()
+            return row, attention_mask(self.causal_lm, row, *before, row, tiled=True)
+        return row, None if plain else attention_mask(self.causal_lm, row, *before, row)
+
+    def _decode(self, row: Row, mask: Masks | None, cache: DynamicCache | None) -> Tensor:
         """The last hidden states of a row. Without a mask it is plain text, which the model masks and counts itself."""
         positions = {"position_ids": None if mask is None else row.position_BL}
         options = {"attention_mask": mask, "past_key_values": cache, "use_cache": cache is not None}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from massdpo.model.packing import PROMPT, Prompt, Row, layer_masks
+from massdpo.model.packing import PROMPT, Masks, Prompt, Row, layer_masks
 from massdpo.tensors import Batch, first
 
 PART_TOKENS = 512  # beginnings of a part: their keys cost little beside the layers, and few are fed twice
@@ -43,12 +43,17 @@ class Part:
         ids_BM = self.ids_M.expand(len(length_B1), -1)
         return Row(ids_BM, length_B1 + self.depth_M, torch.full_like(ids_BM, PROMPT + 1))
 
-    def mask(self, causal_lm: PreTrainedModel, prompt: Prompt, row: Row) -> Tensor | dict[str, Tensor]:
+    def mask(self, causal_lm: PreTrainedModel, prompt: Prompt, row: Row) -> Masks:
         """A beginning sees the prompt and what it starts with."""
+        pad = torch.nn.functional.pad
         position_BK = torch.cat([prompt.row.position_BL, row.position_BL], dim=1)
-        prompt_BQK = (prompt.row.segment_BL == PROMPT)[:, None, None, :].expand(-1, -1, len(self.ids_M), -1)
-        own_BQK = self.sees_MM.expand(len(prompt_BQK), 1, -1, -1)
-        return layer_masks(causal_lm, torch.cat([prompt_BQK, own_BQK], dim=-1), row.position_BL, position_BK)
+        there_BK = pad(prompt.row.segment_BL == PROMPT, (0, len(self.ids_M)), value=True)
+        sees_MK = pad(self.sees_MM, (prompt.row.ids_BL.shape[1], 0), value=True)
+
+        def sees(b: Tensor, _head: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+            return there_BK[b, k] & sees_MK[q, k]
+
+        return layer_masks(causal_lm, sees, row.position_BL, position_BK)
 
     def response_logp(self, logp_BUC: Tensor) -> Tensor:
         """Log-probs of whole responses `(B, N)` from those of what goes on from each source."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from massdpo import store
-from massdpo.console import summary_table
+from massdpo.console import in_any_locale, summary_table
 from massdpo.errors import UserError
 from massdpo.report import figures, status, tables
 from massdpo.report.latex import to_latex
@@ -24,6 +24,7 @@ PRINTED = 60  # lines; a longer table is only written
 
 
 def main(arguments: list[str] | None = None) -> int:
+    in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m massdpo.report", description=__doc__)
     parser.add_argument("sweeps", nargs="*", help="sweeps to report; none: all that have rows or runs")
     parser.add_argument("--status", action="store_true", help="only list which runs are finished, failed or missing")

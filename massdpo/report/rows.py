@@ -18,7 +18,7 @@ from massdpo import store
 from massdpo.config import EXPECTED, NOT_IDENTITY
 from massdpo.errors import UserError
 from massdpo.report import reading
-from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, run_status
+from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, as_cell, run_status
 
 DATA = "dataset."  # options that change what is asked
 NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
@@ -95,7 +95,10 @@ def collect(folder: Path) -> RunRows:
     for row, options, predictions in runs:
         if predictions:
             by_set.setdefault(row["prompts"], []).append(predictions)
-        records.append(row | {f"option/{name}": options.get(path) for name, path in axes.items()})
+        row = row | {f"option/{name}": options.get(path) for name, path in axes.items()}
+        records.append(
+            {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+        )
     prompts: Prompts = {
         f"{key}/{name}": np.stack([run[name] for run in runs_of_set])
         for key, runs_of_set in by_set.items()

@@ -48,7 +48,9 @@ def model_card(
 
 
 def merged_card(text: str) -> str:
-    """The card of an adapter as that of the whole model which it was merged into."""
+    """The card of an adapter as that of the whole model which it was merged into; ValueError where it is no card."""
+    if head := FRONT_MATTER.match(text):
+        plain_yaml(head[1])  # a few lines of it could fill the memory
     card = ModelCard(text)
     card.data["library_name"] = "transformers"
     card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != "lora"]
@@ -76,16 +78,21 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _licence(model: Mapping[str, Any]) -> dict[str, str]:
-    """The licence that the base model's own card names, where that card lies beside its weights."""
-    card = _base_folder(model) / "README.md"
+def read_front_matter(card: Path) -> dict[str, Any]:
+    """What a card says of its model to the hub; nothing where there is no card, or none that can be read."""
     try:
         with open(card, encoding="utf-8") as file:
             front = FRONT_MATTER.match(file.read(100_000))
         said = plain_yaml(front[1]) if front else {}
-    except (OSError, ValueError):  # there is none, or none that can be read
+    except (OSError, ValueError):
         return {}
-    return {key: said[key] for key in LICENCE if isinstance(said, dict) and isinstance(said.get(key), str)}
+    return said if isinstance(said, dict) else {}
+
+
+def _licence(model: Mapping[str, Any]) -> dict[str, str]:
+    """The licence that the base model's own card names, where that card lies beside its weights."""
+    said = read_front_matter(_base_folder(model) / "README.md")
+    return {key: said[key] for key in LICENCE if isinstance(said.get(key), str)}
 
 
 def _base_folder(model: Mapping[str, Any]) -> Path:
@@ -110,7 +117,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
     }
     return {
         "base model": _base(config) + (f", dequantised from {dequantised_from}" if dequantised_from else ""),
-        "weights": f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}" if adapter else "all trained",
+        "weights": _weights(adapter) if adapter else "all trained",
         "data": f"`{config['choices']['dataset']}`",
         "supervised fine-tuning": stages["sft"],
         **(preference if trainer["preference"]["epochs"] else {"preference stage": "none"}),
@@ -119,6 +126,11 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
         "longest text": f"{trainer['max_length']} tokens",
         "seed": str(config["seed"]),
     }
+
+
+def _weights(adapter: Mapping[str, Any]) -> str:
+    bits = f" on a base quantised to {adapter['quantize']} by bitsandbytes" if adapter.get("quantize") else ""
+    return f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}{bits}"
 
 
 def _base(config: Mapping[str, Any]) -> str:

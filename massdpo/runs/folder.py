@@ -72,7 +72,7 @@ def status(folder: Path) -> dict[str, Any]:
     """What status.json says; nothing where it is missing or damaged."""
     try:
         found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) and {"status", "key"} <= found.keys() else {}
 

@@ -53,6 +53,7 @@ def start(config: DictConfig) -> Accelerator:
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
     # It reports every tied weight at every checkpoint.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of every product that it rounds
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
@@ -63,11 +64,14 @@ def start(config: DictConfig) -> Accelerator:
         raise UserError(f"{expected} processes were asked for, {accelerator.num_processes} started: use torchrun")
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         check_sharding(accelerator)
-    if config.trainer.generate and accelerator.distributed_type == DistributedType.FSDP:
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if config.trainer.generate and sharded:
         raise UserError(
             "trainer.generate=true cannot decode with sharded weights: leave it out here, and let "
             "task=evaluate in=RUN trainer.generate=true do it afterwards"
         )
+    if config.trainer.adapter and config.trainer.adapter.get("quantize") and sharded:
+        raise UserError("trainer.adapter.quantize: weights in few bits are not sharded: leave FSDP's settings out")
     reset_peak_memory()
     return accelerator
 

@@ -19,7 +19,7 @@ from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
-from massdpo.runs.plan import doubts, is_kept, plan
+from massdpo.runs.plan import doubts, plan, what_is_kept
 from massdpo.runs.provenance import run_parts
 from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
 from massdpo.runs.shown import draw_history, show
@@ -77,7 +77,8 @@ def compute(run: Run, model: nn.Module) -> None:
     policy = trainable(config, model)
     tell_plan(run, policy, rows, selector)
     start_folder = sft_start(config, run.data, policy, features, run.cache, run.score, run.tracker)
-    policy.to("meta")  # it is saved: from here on one model's weights are in memory, the policy's
+    for weight in policy.parameters():  # they are saved: from here on one model's are in memory, the policy's
+        weight.data = weight.data.new_empty(0)
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
 
@@ -131,7 +132,7 @@ def compute(run: Run, model: nn.Module) -> None:
 
 def tell_plan(run: Run, policy: nn.Module, rows: Sequence[TokenizedExample], selector: Any) -> None:
     """What speaks against the run, and what it will do and take, before anything is computed."""
-    kept = is_kept(run.config, run.data, run.cache, run.accelerator)  # every process asks
+    kept = what_is_kept(run.config, run.data, run.cache, run.accelerator)  # every process asks
     if screen.level != "sweep" and run.accelerator.is_main_process:
         for doubt in doubts(run.config, run.data, rows, run.accelerator.num_processes):
             warn(doubt)
@@ -150,10 +151,11 @@ def decorate(run: Run, metrics: dict[str, Any]) -> None:
             run.tracker.table("picks", picks_table(run.folder / PICKS))
     with patiently("handing over to the logger"):
         sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
-    if shows("normal"):
-        show(run.folder, metrics, sync)
-    elif not launch.in_multirun():  # there the sweep has a line per job
-        print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
+    with decorating("the table"):  # nobody may read it any more
+        if shows("normal"):
+            show(run.folder, metrics, sync)
+        elif not launch.in_multirun():  # there the sweep has a line per job
+            print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
 
 
 def announce(run: Run) -> None:

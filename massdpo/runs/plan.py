@@ -5,8 +5,9 @@ Time and memory are measured: a few steps of the run's own model, batches and se
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from rich.console import Console
 from torch import nn
 
 from massdpo.console import patiently, say, spell, summary_table
+from massdpo.evaluation.catalogue import rank_catalogue
+from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.runs.machine import check_memory, free_bytes, peak_memory_mb, training_bytes
-from massdpo.runs.provenance import start_key
+from massdpo.runs.provenance import reference_key, start_key
 from massdpo.runs.start import Data
 from massdpo.runs.timing import LOOKED_AT, Rows, Timing
 from massdpo.selection import Selector
@@ -46,9 +49,15 @@ class Plan:
 
 
 def plan(
-    config: DictConfig, data: Data, policy: nn.Module, rows: Rows, selector: Selector, score: SplitScorer, kept: bool
+    config: DictConfig,
+    data: Data,
+    policy: nn.Module,
+    rows: Rows,
+    selector: Selector,
+    score: SplitScorer,
+    kept: Collection[str],
 ) -> Plan:
-    """The plan of a run on these rows; `kept`: its SFT start is there already. Several processes time nothing.
+    """The plan of a run on these rows; `kept`: which of its parts are there already. Several processes time nothing.
 
     Raises:
         UserError: more memory is needed than is free.
@@ -56,28 +65,29 @@ def plan(
     trainer, processes = config.trainer, score.accelerator.num_processes
     check_memory(policy, score.accelerator)
     timing = Timing(config, policy, selector, score) if processes == 1 else None
-    size = sum(weight.numel() for weight in policy.parameters())
-    trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
+    count: Any = policy.num_parameters  # of what is held in few bits, too
+    size, trained = count(), count(only_trainable=True)
     part = f", {trained / size:.1%} of them trained" if trained < size else ""
     made = Plan(f"plan: {config.choices.model}, {size / 1e6:.3g} M parameters{part}")
     for name, of in (("sft", data.train), ("preference", rows)):
         epochs = trainer[name].epochs
         steps = -(-len(of) // (trainer.batch_size * trainer.accumulate * processes)) * epochs
-        tokens, told = "", "kept" if name == "sft" and kept else ""
+        tokens, told = "", "kept" if name in kept else ""
         if timing and epochs and not told:
             fed, seconds = timing.stage(name, of, epochs, steps)
             made.seconds[name] = seconds + epochs * timing.scoring(data.val)
+            made.seconds[name] += timing.observing(of, epochs) if name == "preference" else 0.0
             tokens, told = f"{fed / 1e6:.3g} M" if fed >= 1e6 else f"{fed / 1e3:.3g} k", spell(made.seconds[name])
         made.stages.append(
             {"stage": name, "prompts": len(of), "epochs": epochs, "steps": steps, "tokens": tokens, "time": told}
         )
-        if name == "sft" and timing:
+        if name == "sft" and timing and "reference" not in kept:
             splits = {"train": rows, "val": data.val, "test": data.test}
             made.seconds |= {f"reference {split}": timing.scoring(part) for split, part in splits.items()}
     if timing:
-        made.seconds["test"] = timing.scoring(data.test)
+        made.seconds |= at_the_end(timing, trainer.generate, data, score)
         scoring = sum(seconds for name, seconds in made.seconds.items() if name not in trainer)
-        prompts = len(rows) + len(data.val) + 2 * len(data.test)
+        prompts = len(data.test) + (0 if "reference" in kept else len(rows) + len(data.val) + len(data.test))
         timing.end()
         made.stages.append(dict(zip(made.stages[0], ["scoring", prompts, "", "", "", spell(scoring)], strict=True)))
     state = training_bytes(policy, score.accelerator)
@@ -87,6 +97,18 @@ def plan(
         f"{free_bytes(score.accelerator) / 1e9:.1f} GB are free"
     )
     return made
+
+
+def at_the_end(timing: Timing, generate: bool, data: Data, score: SplitScorer) -> dict[str, float]:
+    """Seconds of what follows the stages, by the name of its bar."""
+    seconds, model = {"test": timing.scoring(data.test)}, timing.scorer
+    if generate:
+        answer = partial(generate_split, model, splits=score, tokenizer=data.tokenizer)
+        seconds["generate"] = timing.by_part(data.test, answer)
+    if data.catalogue:
+        rank = partial(rank_catalogue, model, data.splits, title_ids=data.catalogue, score=score)
+        seconds["catalogue"] = timing.by_part(data.test, rank)
+    return seconds
 
 
 def doubts(config: DictConfig, data: Data, rows: Rows, processes: int) -> Iterator[str]:
@@ -117,13 +139,15 @@ def doubts(config: DictConfig, data: Data, rows: Rows, processes: int) -> Iterat
         yield f"no pool has more than k={k} negatives: every selector takes all of them; lower k"
 
 
-def is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Accelerator) -> bool:
-    """Is the SFT start there already? Where it is for another number of threads alone, that is told."""
+def what_is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Accelerator) -> set[str]:
+    """Which of `sft` and `reference` are there already. Where the first is for other threads alone, that is told."""
     key = start_key(config, data.key, data.model_key, accelerator)
     with patiently("checking the SFT start"):
-        kept = cache.believes("sft", key)
-    if kept or cache.path("sft", f"{key}.checkpoints").is_dir():
-        return kept
+        if cache.believes("sft", key):
+            reference = reference_key(config, cache.path("sft", key))
+            return {"sft", "reference"} if cache.believes("reference", reference) else {"sft"}
+    if cache.path("sft", f"{key}.checkpoints").is_dir():
+        return set()
     for other in range(1, (os.cpu_count() or 1) + 1):
         place = cache.path("sft", start_key(config, data.key, data.model_key, accelerator, other))
         if place.is_dir() or place.with_name(f"{place.name}.checkpoints").is_dir():
@@ -132,4 +156,4 @@ def is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Accelerat
                 f"with {torch.get_num_threads()}: trainer.threads={other} goes on from it"
             )
             break
-    return False
+    return set()

@@ -121,12 +121,12 @@ def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics
 
 @contextmanager
 def decorating(what: str) -> Iterator[None]:
-    """Something that a run can do without: where it fails, the run's results are complete all the same."""
+    """Something that a result can do without: where it fails, all else is complete."""
     try:
         yield
     except Exception as error:
         why = one_line(error, with_type=True)
-        print(f"warning: {what} is left out ({why}); the run's results are complete", file=sys.stderr)
+        print(f"warning: {what} is left out ({why}); all else is complete", file=sys.stderr)
 
 
 def command_line() -> str:

@@ -1,7 +1,7 @@
 """How long a run's kinds of work take: a few steps of each on its own rows, whose updates have length 0."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -44,6 +44,9 @@ class Timing:
         self.scorer.train()
         paces: list[float] = []  # seconds per token
         updates: list[float] = []  # seconds
+        began = self._now()
+        objective.begin_epoch(self.scorer, 0, self.config.trainer.log_every)
+        before = (self._now() - began) / sum(tokens_of(row, chosen_only) for row in some)
         fed: list[float] = []  # tokens that went through the model, per token
         while len(paces) < 3 or (sum(paces[1:]) < ENOUGH and len(paces) <= MOST):
             start = len(paces) * size % (-(-len(some) // size) * size)
@@ -60,35 +63,48 @@ class Timing:
             paces.append((between - began) / tokens)
             updates.append(self._now() - between)
             fed.append(float(logs["fed_tokens"].sum()) / tokens)
-        whole = mean_tokens(rows, chosen_only) * len(rows) * epochs
-        return median(fed) * whole, median(paces[1:]) * whole + median(updates[1:]) * steps
+        epoch = mean_tokens(rows, chosen_only) * len(rows)
+        selecting = before * epoch * (1 if self.config.refresh == "once" else epochs)
+        return median(fed) * epoch * epochs, selecting + median(paces[1:]) * epoch * epochs + median(
+            updates[1:]
+        ) * steps
 
     @torch.no_grad()
     def scoring(self, rows: Rows) -> float:
         """Seconds to score every candidate of a split."""
         if not self._scoring:
             order = by_length(rows, self.config.trainer.eval_batch_size)
-            numbers = order[-1] if len(order) == 1 else order[-2]  # the longest that are a whole batch
-            self.scorer.eval()
-            for _ in range(2):
-                began = self._now()
-                with self.score.accelerator.autocast():
-                    batch = collate([(row, rows[row]) for row in numbers], self.score.pad_id)
-                    self.scorer(batch.to(self.score.accelerator.device))
-                self._scoring = (self._now() - began) / sum(tokens_of(rows[row]) for row in numbers)
+            whole = order[:-1] or order
+            some = [[rows[row] for row in numbers] for numbers in (whole[-1], whole[len(whole) // 2], whole[0])]
+            self.score(self.scorer, some[0], "plan")  # the first time takes longer
+            began = self._now()
+            for part in some:
+                self.score(self.scorer, part, "plan")
+            self._scoring = (self._now() - began) / sum(tokens_of(row) for part in some for row in part)
         return self._scoring * mean_tokens(rows) * len(rows)
+
+    def observing(self, rows: Rows, epochs: int) -> float:
+        """Seconds to score pools for what the log alone needs, on the steps that are logged."""
+        if self.config.refresh == "step" and self.selector.needs_scores:
+            return 0.0  # they are scored anyway
+        return self.scoring(rows) * epochs / self.config.trainer.log_every
+
+    def by_part(self, rows: Rows, work: Callable[[Rows], object]) -> float:
+        """Seconds of what is done to all rows, by those of a batch of middling length."""
+        order = by_length(rows, self.config.trainer.eval_batch_size)
+        some = [rows[row] for row in order[(len(order) - 1) // 2]]
+        began = self._now()
+        work(some)
+        return (self._now() - began) * len(rows) / len(some)
 
     def _preference(self, rows: Rows) -> Preference:
         config, widest = self.config, max(len(row.response_ids) for row in rows)
         nothing = torch.zeros(len(rows), widest)
         reference = {"train": SplitScores(nothing, nothing.long())}
         compare = instantiate(config.loss)
-        found = Preference(
-            self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference, self.score
-        )
-        found.state["index_SK"] += torch.arange(found.state["index_SK"].shape[1])  # where nothing is selected anew
-        found.state["mask_SK"].fill_(True)
-        return found
+        screen = config.selector.get("screen")
+        given = self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference, self.score
+        return Preference(*given, screen=screen)
 
     def end(self) -> None:
         """Accelerate forgets the scorer, which checkpoints would hold beside the one that is trained."""

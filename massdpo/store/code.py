@@ -49,7 +49,7 @@ def target_code(node: Any) -> list[str]:
             continue
         defining = importlib.import_module(module)
         try:
-            _follow(Path(inspect.getsourcefile(defining) or ""), module.rpartition(".")[0], found)
+            _follow(Path(inspect.getsourcefile(defining) or ""), defining.__package__ or "", found)
         except (OSError, TypeError):  # typed into a notebook, or compiled
             found[target] = _typed(getattr(defining, name))
     return sorted(found.values())

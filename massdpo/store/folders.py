@@ -162,7 +162,7 @@ def is_whole(place: Path) -> bool:
         if _COMPARED.get(os.path.abspath(place)) == seen:
             return True
         whole: bool = manifest == {name: file_digest(place / name) for name in seen if name != MANIFEST}
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return False
     except OSError as error:
         raise UserError(f"{error.filename or place} cannot be read ({error.strerror}): ask who wrote it") from error

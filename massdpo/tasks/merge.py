@@ -9,6 +9,7 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy, merge_adapter, save_policy
 from massdpo.runs import launch
 from massdpo.runs.card import merged_card
+from massdpo.runs.results import decorating
 from massdpo.store import build_folder
 from massdpo.tasks.rank import writing_to
 
@@ -26,8 +27,10 @@ def merge(config: DictConfig) -> None:
     policy, tokenizer = load_policy(folder)
     if isinstance(policy, PreTrainedModel):
         raise UserError(f"{folder} holds a whole model: there is no adapter to merge")
-    card = folder / "README.md"
-    text = merged_card(card.read_text(encoding="utf-8")) if card.is_file() else None
+    card, text = folder / "README.md", None
+    if card.is_file():
+        with decorating("the model card"):
+            text = merged_card(card.read_text(encoding="utf-8"))
     with writing_to(config.out):
         build_folder(out, lambda place: save_policy(merge_adapter(policy), tokenizer, place, text))
     print(f"{out}: the whole model, as save_pretrained writes one")

@@ -24,7 +24,7 @@ def plan(config: DictConfig) -> None:
     selector = instantiate(config.selector)
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
-    kept = plans.is_kept(config, data, cache, accelerator)
+    kept = plans.what_is_kept(config, data, cache, accelerator)
     found = plans.plan(config, data, start.trainable(config, model), rows, selector, score, kept)
     if accelerator.is_main_process:
         for doubt in plans.doubts(config, data, rows, accelerator.num_processes):

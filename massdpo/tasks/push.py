@@ -1,20 +1,19 @@
 """`task=push`: a policy to the Hugging Face hub, after a look at what would be sent."""
 
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, ModelCard, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from omegaconf import DictConfig
 
 from massdpo.errors import UserError, one_line
 from massdpo.model.load import ADAPTER
-from massdpo.runs.card import HUB
+from massdpo.model.save import read_json
+from massdpo.runs.card import HUB, read_front_matter
 from massdpo.store import MANIFEST, write_json
 
 
@@ -57,11 +56,10 @@ def _ready(folder: Path, place: Path) -> list[Path]:
         if file.is_file() and file.name != MANIFEST and not file.name.startswith("."):
             shutil.copy(file, place)  # a link's target too: what is sent is what it holds
     if (place / ADAPTER).is_file():
-        adapter: dict[str, Any] = json.loads((place / ADAPTER).read_text(encoding="utf-8"))
-        if Path(str(adapter["base_model_name_or_path"])).is_absolute():
-            card = place / "README.md"
-            base = ModelCard.load(card).data.base_model if card.is_file() else None
-            if base is None:
+        adapter = read_json(place / ADAPTER)
+        if Path(str(adapter.get("base_model_name_or_path"))).is_absolute():
+            base = read_front_matter(place / "README.md").get("base_model")
+            if not isinstance(base, str):
                 raise UserError(
                     f"the adapter in {folder} belongs to a model in a folder of this machine: train it with "
                     "model.hub_id=OWNER/NAME beside model.path, or make a whole model of it (task=merge)"

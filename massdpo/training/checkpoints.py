@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from massdpo.store import build_folder, is_whole, remove_unfinished, set_aside, writing
@@ -64,8 +64,18 @@ def write(place: Path, position: Position, state: dict[str, Tensor], accelerator
 def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
     """Every process takes part, as weights may be sharded; the main one says into which folder."""
     (place,) = broadcast_object_list([str(folder)])
+    hook = accelerator.register_save_state_pre_hook(_trained_alone)
     accelerator.save_state(place)
+    hook.remove()
     accelerator.wait_for_everyone()
+
+
+def _trained_alone(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """Frozen weights are there again when a stage goes on; FSDP hands over none, and writes all."""
+    for model, state in zip(models, weights, strict=False):
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        for name in state.keys() - trained:
+            del state[name]
 
 
 def resume(
@@ -79,7 +89,7 @@ def resume(
         return Position()
     (place,) = places
     position = _position(place)
-    accelerator.load_state(str(place))
+    accelerator.load_state(str(place), strict=False)  # frozen weights are not in it
     if state:
         state.update(load_file(place / "objective.safetensors"))
     rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer

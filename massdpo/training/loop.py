@@ -58,7 +58,7 @@ def fit(
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
             training.scorer.reshard()
-        accelerator.load_state(str(stage.checkpoints / "best"))
+        accelerator.load_state(str(stage.checkpoints / "best"), strict=False)
     return training.scorer, position
 
 

@@ -203,11 +203,9 @@ class Preference:
             apart_BK = picks.beta_scale_BK.to(rewards_BC) * (rewards_BC[:, 1:] - rewards_BC[:, :1])
             rewards_BC = torch.cat([rewards_BC[:, :1], rewards_BC[:, :1] + apart_BK], dim=1)
         given = {}
-        if self._corrected:  # steps that are only timed have picks that nobody drew
-            drawn_BK = picks.log_inclusion_BK
-            given["log_inclusion_BK"] = (
-                torch.zeros_like(rewards_BC[:, 1:]) if drawn_BK is None else drawn_BK.to(rewards_BC)
-            )
+        if self._corrected:
+            assert picks.log_inclusion_BK is not None  # or they would not have been taken
+            given["log_inclusion_BK"] = picks.log_inclusion_BK.to(rewards_BC)
         return self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC, **given)
 
     def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:

@@ -52,11 +52,15 @@ class Impressions(ImpressionTables, Prompting):
     list_candidates: bool = False
 
     @cached_property
-    def _files(self) -> tuple[dict[str, list[Path]], list[Path]]:
-        """The files of impressions by split, and those of titles."""
+    def _source(self) -> Source:
         if not self.path:
             raise UserError("dataset=impressions needs dataset.path: a table of history, shown, clicked, or a folder")
-        source = Source(Path(self.path), names=self.splits)
+        return Source(Path(self.path), names=self.splits)
+
+    @cached_property
+    def _files(self) -> tuple[dict[str, list[Path]], list[Path]]:
+        """The files of impressions by split, and those of titles."""
+        source = self._source
         parts = {
             split: [file for file in source.found[name] if not is_about_items(file)]
             for split, name in source.splits.items()
@@ -72,7 +76,7 @@ class Impressions(ImpressionTables, Prompting):
     def files(self) -> list[Path]:
         """The files that `load` reads: their content, with the options, decides the outcome."""
         parts, about_items = self._files
-        return [file for files in parts.values() for file in files] + about_items
+        return [*self._source.cards, *(file for files in parts.values() for file in files), *about_items]
 
     def load(self) -> Splits:
         """Raises UserError for a missing or damaged file, a row that cannot be read, and a split without examples."""
