@@ -199,7 +199,9 @@ def test_a_start_of_other_threads_is_told(
     data = start.load(config, Cache(Path(config.cache_dir)))[0]
     capsys.readouterr()
     accelerator = launch.start(config)
-    assert what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
+    assert what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator) == {"sft", "reference"}
+    fewer = compose([*TINY, *places, "seed=7", "trainer.preference.limit=9"])  # has another reference
+    assert what_is_kept(fewer, data, Cache(Path(config.cache_dir)), accelerator) == {"sft"}
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert not what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
