@@ -21,7 +21,7 @@ from massdpo.training.stage import Objective
 
 Rows = Sequence[TokenizedExample]
 LOOKED_AT = 500  # rows whose lengths stand for those of their split
-ENOUGH, MOST = 1.0, 8  # seconds, and number, of steps that are timed after the first; two at least
+ENOUGH, MOST = 5.0, 8  # seconds, and number, of steps that are timed after the first; two at least
 
 
 class Timing:
@@ -48,7 +48,8 @@ class Timing:
         objective.begin_epoch(self.scorer, 0, self.config.trainer.log_every)
         before = (self._now() - began) / sum(tokens_of(row, chosen_only) for row in some)
         fed: list[float] = []  # tokens that went through the model, per token
-        while len(paces) < 3 or (sum(paces[1:]) < ENOUGH and len(paces) <= MOST):
+        spent: list[float] = []  # seconds
+        while len(paces) < 3 or (sum(spent[1:]) < ENOUGH and len(paces) <= MOST):
             start = len(paces) * size % (-(-len(some) // size) * size)
             part = list(enumerate(some))[start : start + size]
             began = self._now()
@@ -61,13 +62,13 @@ class Timing:
             optimizer.zero_grad()
             tokens = sum(tokens_of(row, chosen_only) for _, row in part)
             paces.append((between - began) / tokens)
+            spent.append(self._now() - began)
             updates.append(self._now() - between)
             fed.append(float(logs["fed_tokens"].sum()) / tokens)
         epoch = mean_tokens(rows, chosen_only) * len(rows)
         selecting = before * epoch * (1 if self.config.refresh == "once" else epochs)
-        return median(fed) * epoch * epochs, selecting + median(paces[1:]) * epoch * epochs + median(
-            updates[1:]
-        ) * steps
+        learning = median(paces[1:]) * epoch * epochs + median(updates[1:]) * steps
+        return median(fed) * epoch * epochs, selecting + learning
 
     @torch.no_grad()
     def scoring(self, rows: Rows) -> float:
