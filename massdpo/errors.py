@@ -8,5 +8,7 @@ class UserError(Exception):
     """
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def one_line(error: BaseException, with_type: bool = False) -> str:
+    """What an error says, on one line; its type as well if asked, or where it says nothing."""
+    said, name = " ".join(str(error).split())[:300], type(error).__name__
+    return f"{name}: {said}" if with_type else said or name

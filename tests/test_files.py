@@ -40,7 +40,7 @@ table = st.lists(
 
 
 def read(path, **options):
-    splits = Preferences(str(path), **options).load()
+    splits = Preferences(path=str(path), **options).load()
     return {(row.prompt, row.chosen, row.pool) for part in (splits.train, splits.val, splits.test) for row in part}
 
 
@@ -240,14 +240,14 @@ def test_several_chosen_are_an_example_each_or_refused(tmp_path):
     path.write_text(
         lines_of({"prompt": f"q{row}", "chosen": ["a", "b"], "rejected": "c", "id": row} for row in range(4))
     )
-    splits = Preferences(str(path)).load()
+    splits = Preferences(path=str(path)).load()
     examples = [*splits.train, *splits.val, *splits.test]
     assert sorted((row.id, row.chosen, row.pool) for row in examples) == [
         (f"{row}/{place}", text, ("c",)) for row in range(4) for place, text in enumerate("ab")
     ]
     assert "4 rows have several chosen" in splits.report["notes"][0]
     with pytest.raises(UserError, match=r"own.jsonl:1: 2 chosen responses; dataset.several_chosen=each"):
-        Preferences(str(path), several_chosen="error").load()
+        Preferences(path=str(path), several_chosen="error").load()
 
 
 def test_dialogues_in_one_text_are_cut_at_the_assistants_last_turn(tmp_path):
@@ -257,7 +257,7 @@ def test_dialogues_in_one_text_are_cut_at_the_assistants_last_turn(tmp_path):
         for row in range(4)
     ]
     (tmp_path / "own.jsonl").write_text(lines_of(rows))
-    splits = Preferences(str(tmp_path / "own.jsonl")).load()
+    splits = Preferences(path=str(tmp_path / "own.jsonl")).load()
     row = splits.test[0]
     assert (row.prompt[: -len(start)] in start or row.prompt.endswith("Assistant:")) and (row.chosen, row.pool) == (
         "So.",
@@ -272,13 +272,13 @@ def test_splits_by_their_names(tmp_path):
     for name, count in parts.items():
         rows = [{"prompt": f"{name} {row}", "chosen": "a", "rejected": "b"} for row in range(count)]
         (tmp_path / f"{name}.jsonl").write_text(lines_of(rows))
-    splits = Preferences(str(tmp_path)).load()
+    splits = Preferences(path=str(tmp_path)).load()
     assert {row.prompt.split()[0] for row in splits.train} == {"train_prefs"} and len(splits.test) == 2
     assert "train_sft" in splits.report["notes"][-1]
-    other = Preferences(str(tmp_path), splits={"train": "train_sft", "val": "test_prefs"}).load()
+    other = Preferences(path=str(tmp_path), splits={"train": "train_sft", "val": "test_prefs"}).load()
     assert {row.prompt.split()[0] for row in other.train} == {"train_sft"} and len(other.val) == 2
     with pytest.raises(UserError, match=r"dataset.splits.train=nothing: .* has .*train_prefs"):
-        Preferences(str(tmp_path), splits={"train": "nothing"}).load()
+        Preferences(path=str(tmp_path), splits={"train": "nothing"}).load()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_what_cannot_be_read_is_refused_in_a_line_that_helps(tmp_path, row, opti
     path = tmp_path / "own.jsonl"
     path.write_text(lines_of([row] * 3))
     with pytest.raises(UserError, match=told) as error:
-        Preferences(str(path), **options).load()
+        Preferences(path=str(path), **options).load()
     assert "\n" not in str(error.value) and "\x1b" not in str(error.value)
 
 
@@ -353,7 +353,7 @@ def test_damaged_files_are_refused_in_a_line(tmp_path, name, content, told):
     single = [tmp_path / name] * (name != "README.md")
     for path in single + [tmp_path] * (content is not None and name != "own.gz"):
         with pytest.raises(UserError, match=told) as error:
-            Preferences(str(path)).load()
+            Preferences(path=str(path)).load()
         assert "\n" not in str(error.value)
 
 
@@ -366,7 +366,7 @@ def test_a_folder_reads_nothing_outside_itself(tmp_path, named):
     state = tmp_path / "saved" / "state.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": [{"filename": named}]}))
     with pytest.raises(UserError, match=r"lies outside .*dataset.outside=true|is missing"):
-        Preferences(str(tmp_path / "saved")).load()
+        Preferences(path=str(tmp_path / "saved")).load()
     if named == "../outside.arrow":
         assert len(read(tmp_path / "saved", outside=True)) == 3
 
@@ -382,7 +382,7 @@ def test_links_and_cards_do_not_lead_outside_either(tmp_path):
     (tmp_path / "starred" / "README.md").write_text("---\nconfigs:\n- data_files: ../*.jsonl\n---\n")
     for name in ("linked", "carded", "starred"):
         with pytest.raises(UserError, match=r"lies outside .*dataset.outside=true"):
-            Preferences(str(tmp_path / name)).files()
+            Preferences(path=str(tmp_path / name)).files()
         assert len(read(tmp_path / name, outside=True)) == 3
 
 
@@ -391,7 +391,7 @@ def test_every_file_that_decides_the_rows_is_named(tmp_path):
     (tmp_path / "a[1].jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q", "chosen": "a", "rejected": "b"}\n'))
     (tmp_path / "b.jsonl").write_text("not read")
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: x\n  data_files: 'a[1].jsonl.gz'\n---\n")
-    assert [file.name for file in Preferences(str(tmp_path)).files()] == ["README.md", "a[1].jsonl.gz"]
+    assert [file.name for file in Preferences(path=str(tmp_path)).files()] == ["README.md", "a[1].jsonl.gz"]
     assert len(list(Source(tmp_path).rows("train", STRICT))) == 1
 
 
@@ -455,7 +455,7 @@ def test_a_separator_that_is_not_the_names_own_is_told_once(tmp_path, capsys, na
 
 def test_holding_out_takes_time_in_proportion(tmp_path):
     """Against twice as many prompts: a quadratic way would take four times as long."""
-    dataset = Preferences("x")
+    dataset = Preferences(path="x")
     times = []
     for count in (200_000, 400_000):
         prompts = {"train": np.random.default_rng(0).integers(0, 1 << 62, count)}
@@ -475,7 +475,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             "from massdpo.data.readers.preferences import Preferences",
             "from massdpo.runs.machine import peak_resident",
             "before = peak_resident()",
-            "Preferences(sys.argv[1]).load()",
+            "Preferences(path=sys.argv[1]).load()",
             "print(before, peak_resident())",
         ]
     )
@@ -526,7 +526,7 @@ def test_every_case_is_known():
 @needs_shared_cases
 @pytest.mark.parametrize("name", READ)
 def test_a_case_is_read(name):
-    splits = Preferences(str(SHARED_CASES / name)).load()
+    splits = Preferences(path=str(SHARED_CASES / name)).load()
     examples = [*splits.train, *splits.val, *splits.test]
     assert len(examples) == READ[name]
     assert all(row.prompt.strip() and row.chosen.strip() and row.pool and Path(row.where).name for row in examples)

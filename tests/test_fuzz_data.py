@@ -152,12 +152,12 @@ def write_saved(folder: Path) -> None:
 OWN: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, ...]]] = {
     "preferences": (
         write_jsonl,
-        lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
+        lambda folder, **options: Preferences(path=str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
     ),
     "saved": (
         write_saved,
-        lambda folder, **options: Preferences(str(folder / "saved"), **options).load(),
+        lambda folder, **options: Preferences(path=str(folder / "saved"), **options).load(),
         (
             *(f"saved/train/{name}" for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json")),
             "saved/dataset_dict.json",

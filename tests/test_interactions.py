@@ -188,7 +188,7 @@ def test_titles_beside_the_interactions_and_titles_that_are_missing(tmp_path: Pa
     assert whole.report["interactions"] == 160 and whole.report["items"] == 27
     assert whole.train[0].chosen.startswith("Thing ")
     alone.write_text(alone.read_text().replace("product_name", "x"))
-    with pytest.raises(UserError, match=r"alone.csv:2: item '0' has no title: give a file of item and title"):
+    with pytest.raises(UserError, match=r"alone.csv:2: item '0' has no title .*dataset.columns={title: NAME}"):
         UserSequences(raw_dir=str(alone)).load()
 
 

@@ -40,7 +40,7 @@ def path(tmp_path):
 
 
 def test_every_row_arrives_once_as_it_was(path):
-    splits = Preferences(write(path, lines(40))).load()
+    splits = Preferences(path=write(path, lines(40))).load()
     read = {(row.prompt, row.chosen, row.pool) for row in everything(splits)}
     assert read == {(f"question {row}", f"right {row}", ("a", "b")) for row in range(40)}
     assert [len(splits.train), len(splits.val), len(splits.test)] == [32, 4, 4]
@@ -50,26 +50,28 @@ def test_every_row_arrives_once_as_it_was(path):
 
 
 def test_bom_crlf_blank_lines_and_a_missing_last_line_end_change_nothing(tmp_path):
-    plain = Preferences(write(tmp_path / "a", lines(20))).load()
-    windows = Preferences(write(tmp_path / "b", lines(20), end="\r\n\r\n", start=b"\xef\xbb\xbf")).load()
+    plain = Preferences(path=write(tmp_path / "a", lines(20))).load()
+    windows = Preferences(path=write(tmp_path / "b", lines(20), end="\r\n\r\n", start=b"\xef\xbb\xbf")).load()
     (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes().rstrip())
-    assert everything(plain) == everything(windows) == everything(Preferences(str(tmp_path / "c")).load())
+    assert everything(plain) == everything(windows) == everything(Preferences(path=str(tmp_path / "c")).load())
 
 
 def test_one_prompt_is_held_out_whole_and_the_seed_decides(path):
     rows = [line(prompt=f"question {row % 17}", chosen=f"right {row}") for row in range(170)]
     given = write(path, rows)
-    splits = Preferences(given, seed=3).load()
+    splits = Preferences(path=given, seed=3).load()
     prompts = [{row.prompt for row in part} for part in (splits.train, splits.val, splits.test)]
     assert sum(map(len, prompts)) == 17 == len(set.union(*prompts))
     assert [len(splits.val), len(splits.test)] == [20, 20]  # 17 wanted, ten rows a prompt
-    assert everything(splits) == everything(Preferences(given, seed=3).load())
-    assert {row.prompt for row in Preferences(given, seed=4).load().test} != prompts[2]
+    assert everything(splits) == everything(Preferences(path=given, seed=3).load())
+    assert {row.prompt for row in Preferences(path=given, seed=4).load().test} != prompts[2]
 
 
 def test_held_out_rows_do_not_depend_on_the_order_of_the_file(tmp_path):
     rows = lines(50)
-    one, other = (Preferences(write(tmp_path / name, part)).load() for name, part in (("a", rows), ("b", rows[::-1])))
+    one, other = (
+        Preferences(path=write(tmp_path / name, part)).load() for name, part in (("a", rows), ("b", rows[::-1]))
+    )
     assert {row.prompt for row in one.test} == {row.prompt for row in other.test}
 
 
@@ -77,23 +79,23 @@ def test_files_of_their_own_for_validation_and_test(tmp_path):
     train, val, test = (
         write(tmp_path / name, rows) for name, rows in zip("abc", (lines(9), lines(3), lines(2)), strict=True)
     )
-    splits = Preferences(train, val_path=val, test_path=test).load()
+    splits = Preferences(path=train, val_path=val, test_path=test).load()
     assert [len(splits.train), len(splits.val), len(splits.test)] == [9, 3, 2]
     assert splits.report["val_prompts_also_in_train"] == 3 and splits.report["test_prompts_also_in_train"] == 2
-    partly = Preferences(train, val_path=val).load()
+    partly = Preferences(path=train, val_path=val).load()
     assert [len(partly.train), len(partly.val), len(partly.test)] == [8, 3, 1]
 
 
 def test_the_place_of_the_chosen_one_says_nothing(path):
     """300 slates of 3: each place has 100 +- 8.2 (binomial); five of these are never reached by chance."""
-    splits = Preferences(write(path, lines(300)), val_fraction=0.01, test_fraction=0.01).load()
+    splits = Preferences(path=write(path, lines(300)), val_fraction=0.01, test_fraction=0.01).load()
     places = Counter(row.candidates.index(row.chosen) for row in everything(splits))
     assert all(abs(places[place] - 100) < 41 for place in range(3))
 
 
 def test_candidates_and_ids_are_taken_as_given(path):
     rows = [line(prompt=f"q{row}", candidates=["b", "c", "a"], id=row) for row in range(5)]
-    splits = Preferences(write(path, rows)).load()
+    splits = Preferences(path=write(path, rows)).load()
     assert {row.candidates for row in everything(splits)} == {("b", "c", "a")}
     assert {row.id for row in everything(splits)} == set("01234")
 
@@ -104,8 +106,8 @@ def test_conversations_read_as_their_texts(tmp_path):
         {"prompt": [message(row["prompt"])], "chosen": [message("yes", "assistant")], "rejected": answers}
         for row, answers in zip(plain, [[message("no", "assistant")], [[message("no", "assistant")]]] * 3, strict=True)
     ]
-    one = everything(Preferences(write(tmp_path / "a", plain)).load())
-    other = everything(Preferences(write(tmp_path / "b", talk)).load())
+    one = everything(Preferences(path=write(tmp_path / "a", plain)).load())
+    other = everything(Preferences(path=write(tmp_path / "b", talk)).load())
     assert [(r.prompt, r.chosen, r.pool) for r in one] == [(r.prompt, r.chosen, r.pool) for r in other]
     assert all(row.meta == {"messages": [message(row.prompt)]} for row in other)
 
@@ -113,14 +115,14 @@ def test_conversations_read_as_their_texts(tmp_path):
 def test_a_conversation_of_several_turns_is_flattened(path):
     turns = [message("be brief", "system"), message("hello"), message("hi", "assistant"), message("why?")]
     rows = [*lines(5), line(prompt=turns)]
-    (row,) = [row for row in everything(Preferences(write(path, rows)).load()) if row.meta]
+    (row,) = [row for row in everything(Preferences(path=write(path, rows)).load()) if row.meta]
     assert row.prompt == "system: be brief\nuser: hello\nassistant: hi\nuser: why?\nassistant:"
     assert row.meta["messages"] == turns
 
 
 def test_what_is_changed_on_the_way_is_counted(path):
     rows = [*lines(5), line(prompt="p ", chosen=" c", rejected=["a", "a", "b"], score=3), line(rejected="a")]
-    splits = Preferences(write(path, rows), strip=True).load()
+    splits = Preferences(path=write(path, rows), strip=True).load()
     changed = {
         key: splits.report[key] for key in ("texts_stripped", "rejected_repeats_dropped", "ignored_column_score")
     }
@@ -137,7 +139,7 @@ def test_texts_stay_as_they_are(path):
     rows = [
         line(prompt=f"def f{row}(x):\n", chosen="    return x\n", rejected=["\tpass", "a", "a "]) for row in range(5)
     ]
-    splits = Preferences(write(path, rows)).load()
+    splits = Preferences(path=write(path, rows)).load()
     assert {(row.chosen, row.pool) for row in everything(splits)} == {("    return x\n", ("\tpass", "a", "a "))}
     assert {row.prompt for row in everything(splits)} == {row["prompt"] for row in rows}
     assert splits.report["notes"] == []
@@ -147,12 +149,15 @@ def test_a_folder_saved_by_datasets_equals_the_file(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = lines(30)
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
-    file, folder = Preferences(write(tmp_path / "a", rows)).load(), Preferences(str(tmp_path / "saved")).load()
+    file, folder = (
+        Preferences(path=write(tmp_path / "a", rows)).load(),
+        Preferences(path=str(tmp_path / "saved")).load(),
+    )
     assert everything(file) == everything(folder)
     parts = {"train": rows[:20], "validation": rows[20:25], "test": rows[25:]}
     saved = datasets.DatasetDict({name: datasets.Dataset.from_list(part) for name, part in parts.items()})
     saved.save_to_disk(tmp_path / "whole")
-    splits = Preferences(str(tmp_path / "whole")).load()
+    splits = Preferences(path=str(tmp_path / "whole")).load()
     assert [len(splits.train), len(splits.val), len(splits.test)] == [20, 5, 5]
     assert [row.prompt for row in splits.test] == [row["prompt"] for row in rows[25:]]
 
@@ -207,7 +212,7 @@ def test_folders_that_datasets_knows_bring_their_splits(tmp_path, monkeypatch, l
         monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(folder))
         dataset = Preferences(hub_id="owner/name", revision="1234", **options)
     else:
-        dataset = Preferences(str(folder), **options)
+        dataset = Preferences(path=str(folder), **options)
     splits = dataset.load()
     assert [row.prompt for row in everything(splits)] == [
         row["prompt"] for row in (*rows[:20], *rows[20:25], *rows[25:])
@@ -219,7 +224,7 @@ def test_folders_that_datasets_knows_bring_their_splits(tmp_path, monkeypatch, l
         assert not {"*.py", "*.pkl", "*.bin"} & set(how["allow_patterns"])
     if options:
         with pytest.raises(UserError, match="wanted"):
-            Preferences(str(folder)).load()
+            Preferences(path=str(folder)).load()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -232,8 +237,8 @@ def test_a_single_file_of_datasets(tmp_path, suffix):
         datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
         (arrow,) = (tmp_path / "saved").glob("*.arrow")
         arrow.rename(tmp_path / "own.arrow")
-    splits = Preferences(str(tmp_path / f"own.{suffix}")).load()
-    assert everything(splits) == everything(Preferences(write(tmp_path / "own.jsonl", rows)).load())
+    splits = Preferences(path=str(tmp_path / f"own.{suffix}")).load()
+    assert everything(splits) == everything(Preferences(path=write(tmp_path / "own.jsonl", rows)).load())
 
 
 @pytest.mark.parametrize("in_folder", [True, False])
@@ -247,7 +252,7 @@ def test_offsets_that_arrow_would_follow_blindly(tmp_path, in_folder):
     assert content.count(offsets) == 1
     arrow.write_bytes(content.replace(offsets, struct.pack("<4i", 0, 11, 5, 33)))
     with pytest.raises(UserError, match=r"cannot be read after row 0") as error:
-        Preferences(str(tmp_path / "saved" if in_folder else arrow)).load()
+        Preferences(path=str(tmp_path / "saved" if in_folder else arrow)).load()
     assert "\n" not in str(error.value)
 
 
@@ -260,7 +265,7 @@ def test_folders_that_datasets_cannot_read(tmp_path, name, content):
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"cannot be read after row 0|holds no file of rows|not JSON") as error:
-        Preferences(str(path if path.parent == tmp_path else path.parent)).load()
+        Preferences(path=str(path if path.parent == tmp_path else path.parent)).load()
     assert "\n" not in str(error.value)
 
 
@@ -283,9 +288,9 @@ def test_a_prompt_may_stand_in_the_conversations_alone(path):
     row = {"chosen": answers[0], "rejected": answers[1:]}
     spelt_out = {"prompt": start, "chosen": answers[0][-1:], "rejected": [each[-1:] for each in answers[1:]]}
     others = lines(9)
-    one, other = (Preferences(write(path, [each, *others])).load() for each in (row, spelt_out))
+    one, other = (Preferences(path=write(path, [each, *others])).load() for each in (row, spelt_out))
     assert everything(one) == everything(other)
-    single = Preferences(write(path, [row | {"rejected": answers[1]}, *others])).load()
+    single = Preferences(path=write(path, [row | {"rejected": answers[1]}, *others])).load()
     assert {each.pool for each in everything(single)} == {("no idea",), ("a", "b")}
     for bad, told in [
         (row | {"rejected": [[message("how?"), answers[1][-1]]]}, "must share every message"),
@@ -293,7 +298,7 @@ def test_a_prompt_may_stand_in_the_conversations_alone(path):
         (row | {"rejected": "no idea"}, "must share every message"),
     ]:
         with pytest.raises(UserError, match=told):
-            Preferences(write(path, [bad, *others])).load()
+            Preferences(path=write(path, [bad, *others])).load()
 
 
 START = b'{"prompt": "p", '
@@ -328,9 +333,9 @@ def test_a_bad_row_is_told_by_file_and_line_or_skipped_and_counted(path, told, b
     good = [json.dumps(row).encode() for row in lines(5)]
     path.write_bytes(b"\n".join([*good[:2], b"", bad, *good[2:]]))
     with pytest.raises(UserError, match=told) as error:
-        Preferences(str(path)).load()
+        Preferences(path=str(path)).load()
     assert str(error.value).startswith(f"{path}:4: ") and "\n" not in str(error.value)
-    splits = Preferences(str(path), bad_rows="skip").load()
+    splits = Preferences(path=str(path), bad_rows="skip").load()
     assert len(everything(splits)) == 5
     assert splits.report["bad_rows_skipped"] == 1 and splits.report["first_bad_row"] == str(error.value)
 
@@ -338,29 +343,29 @@ def test_a_bad_row_is_told_by_file_and_line_or_skipped_and_counted(path, told, b
 def test_ids_given_twice(path):
     rows = [line(prompt=f"q{row}", id=f"row {row % 4}") for row in range(5)]
     with pytest.raises(UserError, match=r"own.jsonl:5: .*'row 0'.*own.jsonl:1"):
-        Preferences(write(path, rows)).load()
+        Preferences(path=write(path, rows)).load()
     with pytest.raises(UserError, match="only some rows"):
-        Preferences(write(path, [line(id=1), line(prompt="q")])).load()
+        Preferences(path=write(path, [line(id=1), line(prompt="q")])).load()
 
 
 def test_files_that_cannot_be_used(tmp_path, path):
     with pytest.raises(UserError, match=r"dataset\.path=FILE"):
-        Preferences(None).load()
+        Preferences(path=None).load()
     with pytest.raises(UserError, match=r"absent\.jsonl cannot be read: No such file"):
-        Preferences(str(tmp_path / "absent.jsonl")).load()
+        Preferences(path=str(tmp_path / "absent.jsonl")).load()
     path.write_text("\n \n")
     with pytest.raises(UserError, match=r"own\.jsonl is empty"):
-        Preferences(str(path)).load()
+        Preferences(path=str(path)).load()
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no file of rows"):
-        Preferences(str(tmp_path / "empty")).load()
+        Preferences(path=str(tmp_path / "empty")).load()
     path.write_text("nonsense\n")
     with pytest.raises(UserError, match="no usable row"):
-        Preferences(str(path), bad_rows="skip").load()
+        Preferences(path=str(path), bad_rows="skip").load()
 
 
 def test_too_few_prompts_and_impossible_options(path):
     with pytest.raises(UserError, match="2 different prompts are too few"):
-        Preferences(write(path, lines(2))).load()
+        Preferences(path=write(path, lines(2))).load()
     with pytest.raises(UserError, match="below 1"):
-        Preferences(write(path, lines(9)), val_fraction=0.5, test_fraction=0.5)
+        Preferences(path=write(path, lines(9)), val_fraction=0.5, test_fraction=0.5)

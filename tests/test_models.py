@@ -525,13 +525,30 @@ def test_dropout_is_off_everywhere() -> None:
 # saved policies
 
 
+def check_saved(policy: Any, tokenizer: Any, folder: Path, by_others: bool = True) -> None:
+    """What is saved gives the same log-probs when it is loaded here, and, `by_others`, with transformers alone."""
+    save_policy(policy, tokenizer, folder)
+    expected = logits(policy, tokenizer)
+    assert torch.equal(logits(*load_policy(folder)), expected)
+    if by_others:
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(folder)), expected)
+
+
+def from_folder(start: Loaded, folder: Path, dtype: str = "float32") -> Loaded:
+    """The model as a pretrained one that lies in `folder`."""
+    save_policy(*start, folder)
+    return PretrainedModel("a/b", str(folder), dtype=dtype).load([], 0, Cache(folder.parent))
+
+
+def trained_adapter(model: Any, seed: int = 0) -> Any:
+    adapted = add_adapter(model, ADAPTER, seed)
+    train_adapter(adapted)
+    return adapted
+
+
 def test_full_policy_is_an_ordinary_folder(tiny: Loaded, tmp_path: Path) -> None:
-    model, tokenizer = tiny
-    save_policy(model, tokenizer, tmp_path / "policy")
-    expected = logits(model, tokenizer)
-    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
+    check_saved(*tiny, tmp_path / "policy")
     assert not [path for path in (tmp_path / "policy").iterdir() if path.suffix in (".bin", ".pt")]
 
 
@@ -544,40 +561,22 @@ def test_the_card_that_stays_is_ours(llama: Loaded, tmp_path: Path, adapter: boo
 
 def test_adapter_on_random_weights_is_saved_with_them(tiny: Loaded, tmp_path: Path) -> None:
     model, tokenizer = tiny
-    adapted = add_adapter(model, ADAPTER, 0)
-    train_adapter(adapted)
-    save_policy(adapted, tokenizer, tmp_path / "policy")
-    expected = logits(adapted, tokenizer)
-    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
+    check_saved(trained_adapter(model), tokenizer, tmp_path / "policy")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapter_on_a_base_in_a_folder(tiny: Loaded, tmp_path: Path, dtype: str) -> None:
-    save_policy(*tiny, tmp_path / "base")
-    model, tokenizer = PretrainedModel("a/b", str(tmp_path / "base"), dtype=dtype).load([], 0, Cache(tmp_path))
-    adapted = add_adapter(model, ADAPTER, 0)
-    train_adapter(adapted)
-    save_policy(adapted, tokenizer, tmp_path / "policy")
+    model, tokenizer = from_folder(tiny, tmp_path / "base", dtype)
+    by_others = dtype == "float32"  # the base's own type, in which others load it
+    check_saved(trained_adapter(model), tokenizer, tmp_path / "policy", by_others)
     assert not (tmp_path / "policy" / "model.safetensors").exists()  # the adapter alone
-    expected = logits(adapted, tokenizer)
-    assert torch.equal(logits(*load_policy(tmp_path / "policy")), expected)
-    if dtype == "float32":  # the base's own type, in which others load it
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-        assert torch.equal(logits(plain, AutoTokenizer.from_pretrained(tmp_path / "policy")), expected)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_second_adapter_on_a_merged_first_is_saved_with_its_base(tiny: Loaded, tmp_path: Path, dtype: str) -> None:
-    save_policy(*tiny, tmp_path / "base")
-    model, tokenizer = PretrainedModel("a/b", str(tmp_path / "base"), dtype=dtype).load([], 0, Cache(tmp_path))
-    first = add_adapter(model, ADAPTER, 0)
-    train_adapter(first)
-    second = add_adapter(merge_adapter(first), ADAPTER, 1)
-    train_adapter(second)
-    save_policy(second, tokenizer, tmp_path / "policy")
-    assert torch.equal(logits(*load_policy(tmp_path / "policy")), logits(second, tokenizer))
+    model, tokenizer = from_folder(tiny, tmp_path / "base", dtype)
+    second = trained_adapter(merge_adapter(trained_adapter(model)), seed=1)
+    check_saved(second, tokenizer, tmp_path / "policy", by_others=False)
 
 
 @pytest.mark.parametrize("known_base", [False, True])

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from massdpo import tasks
-from massdpo.config import compose
+from massdpo.config import compose, instantiate
 from massdpo.data.prepare import limited
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.runs import launch, machine, pipeline, start
@@ -30,7 +30,7 @@ def planned(config: DictConfig) -> tuple[Plan, nn.Module]:
     score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
     rows = limited(data.train, config.trainer.preference.limit, 0, "preference")
     policy = start.trainable(config, model)
-    return plan(config, data, policy, rows, start.instantiate(config.selector), score, ()), policy
+    return plan(config, data, policy, rows, instantiate(config.selector), score, ()), policy
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_steps_that_are_timed_move_no_weight(places: list[str]) -> None:  # noqa
     score = SplitScorer(accelerator, 8, data.pad_id)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     chance = torch.get_rng_state()
-    timing = Timing(config, model, start.instantiate(config.selector), score)
+    timing = Timing(config, model, instantiate(config.selector), score)
     timing.stage("sft", data.train, 1, 4)
     timing.stage("preference", data.train, 1, 4)
     broken = compose([*TINY, *places, "model.config.hidden_size=32", "beta=1e38"])
-    Timing(broken, model, start.instantiate(config.selector), score).stage("preference", data.train, 1, 4)
+    Timing(broken, model, instantiate(config.selector), score).stage("preference", data.train, 1, 4)
     assert torch.equal(chance, torch.get_rng_state())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) and weight.grad is None, name
@@ -199,7 +199,9 @@ def test_a_start_of_other_threads_is_told(
     data = start.load(config, Cache(Path(config.cache_dir)))[0]
     capsys.readouterr()
     accelerator = launch.start(config)
-    assert what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)
+    assert what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator) == {"sft", "reference"}
+    fewer = compose([*TINY, *places, "seed=7", "trainer.preference.limit=9"])  # has another reference
+    assert what_is_kept(fewer, data, Cache(Path(config.cache_dir)), accelerator) == {"sft"}
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert not what_is_kept(config, data, Cache(Path(config.cache_dir)), accelerator)

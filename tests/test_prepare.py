@@ -316,7 +316,7 @@ def test_mistakes_come_out_as_user_errors(cache: Cache, raw: str) -> None:
     with pytest.raises(UserError, match=r"no published address: set dataset.raw_dir"):
         prepare(node("sequences"), cache)
     (Path(raw) / "items.csv").write_text("item,title\n1,\n")
-    with pytest.raises(UserError, match=r"items.csv:2: 'title' is empty"):
+    with pytest.raises(UserError, match=r"items.csv:2: item '1' has no title"):
         prepare(node("sequences", raw_dir=raw), cache)
     assert not list((cache.root / "prepared").glob("[!.]*/")), "a failed preparation must leave nothing behind"
 

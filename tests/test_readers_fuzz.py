@@ -129,7 +129,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[..., Any], tuple[str, 
     "jsonl": (write_jsonl_interactions, sequences("jsonl"), ("interactions.jsonl", "items.jsonl")),
     "preferences": (
         write_preferences,
-        lambda folder, **options: Preferences(str(folder / "own.jsonl"), **options).load(),
+        lambda folder, **options: Preferences(path=str(folder / "own.jsonl"), **options).load(),
         ("own.jsonl",),
     ),
     "impressions": (

@@ -454,7 +454,7 @@ def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
     assert found == [(4, "random", 1e-3), (20, "mass", 1e-4)]
     table = tables.means_table(summary, "t")
     assert table.head[:5] == ["dataset", "model", "dataset.num_negatives", "method", "learning_rate"]
-    assert len(table.block_starts) == 1 and table.lines[table.block_starts[0]][2].text == "20"
+    assert [block[0][2].text for block in table.blocks] == ["4", "20"]
     _, told = at_best(rows, "val/accuracy")
     rates = {(4, "mass"): "0.001", (4, "random"): "0.001", (20, "mass"): "0.0001", (20, "random"): "0.0001"}
     model = "synthetic_mcqa, tiny_llama"
@@ -656,11 +656,12 @@ def test_a_latex_float_holds_a_block_and_every_value() -> None:
     head = ["dataset", "model", "method", *(f"m{value}" for value in range(13))]
     line = [tables.Cell(name) for name in ("data", "net", "mass")]
     line += [tables.Cell(f"{value}.5", p=0.01 if value % 2 else 0.2) for value in range(13)]
-    table = tables.ReportTable("t", [], head, [line, line], block_starts=[1], block_names=2, names=3)
+    other = [line[0], tables.Cell("other"), *line[2:]]
+    table = tables.ReportTable("t", [], head, [line, other], block_names=2, names=3)
     floats = to_latex(table, "x").split(r"\end{table*}")[:-1]
     assert len(floats) == 2
-    for text in floats:
-        assert "dataset data, model net" in text and text.count(r"\toprule") == 3  # 13 values, at most 6 beside
+    for model, text in zip(("net", "other"), floats, strict=True):
+        assert f"dataset data, model {model}" in text and text.count(r"\toprule") == 3  # 13 values, at most 6 beside
         assert re.findall(r"(\d+)\.5", text) == [str(value) for value in range(13)]
         assert re.findall(r"(\d+)\.5\$\^\*\$", text) == [str(value) for value in range(1, 13, 2)]
         assert text.count("\nmass & ") == 3

@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from massdpo import selection
+from massdpo.config import instantiate
 from massdpo.errors import UserError
-from massdpo.runs.start import instantiate
 from massdpo.selection import (
     Adpo,
     Coreset,

@@ -35,6 +35,23 @@ def objective_of(
     return Preference(Mass(3), pl, 0.5, "step", 0, rows, rows, reference, None, screen)  # type: ignore[arg-type]
 
 
+class Training:
+    """A tiny policy that takes a step at a time on one batch."""
+
+    def __init__(self, rows: list[TokenizedExample], screen: int | None, rate: float):
+        self.batch = collate(list(enumerate(rows)), 0)
+        self.scorer = PreferenceScorer(tiny(LLAMA), "mean")
+        self.objective = objective_of(rows, self.batch, self.scorer, screen)
+        self.optimizer = torch.optim.SGD(self.scorer.parameters(), lr=rate)
+
+    def step(self, number: int, observe: bool = False) -> float:
+        loss_B, _ = self.objective.loss(self.scorer, self.batch, number, observe=observe)
+        loss_B.mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss_B.mean().detach())
+
+
 def test_the_shortlist_is_the_largest_last_rewards_then_the_likeliest() -> None:
     rows = rows_of(3, 6)
     batch = collate(list(enumerate(rows)), 0)
@@ -55,22 +72,12 @@ def test_the_shortlist_is_the_largest_last_rewards_then_the_likeliest() -> None:
 
 def test_a_shortlist_of_the_whole_pool_changes_nothing() -> None:
     """Losses and picks of some steps, to rounding; the candidates only come in another order."""
-    rows = rows_of(6, 7)
-    batch = collate(list(enumerate(rows)), 0)
     found = []
     for screen in (None, 7):
-        model = tiny(LLAMA)
-        scorer = PreferenceScorer(model, "mean")
-        objective = objective_of(rows, batch, scorer, screen)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        losses = []
-        for step in range(4):
-            loss_B, _ = objective.loss(scorer, batch, step, observe=True)
-            loss_B.mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(float(loss_B.mean().detach()))
-        objective._remembered.store(batch.index_B, objective._own[-1].picks)
+        training = Training(rows_of(6, 7), screen, rate=0.1)
+        losses = [training.step(number, observe=True) for number in range(4)]
+        objective = training.objective
+        objective._remembered.store(training.batch.index_B, objective._own[-1].picks)
         sets = [set(row.tolist()) for row in objective.state["index_SK"]]
         found.append((losses[1:], sets))
     assert found[0][1] == found[1][1]
@@ -83,19 +90,13 @@ def test_what_a_shortlist_costs_in_log_det(screen: int, least: float) -> None:
     93% with 6 of 20 negatives scored and 97% with 10."""
     rows = rows_of(12, 22)
     rows = [TokenizedExample(row.id, row.prompt_ids, row.response_ids[:21]) for row in rows]
-    batch = collate(list(enumerate(rows)), 0)
-    model = tiny(LLAMA)
-    scorer = PreferenceScorer(model, "mean")
-    objective = objective_of(rows, batch, scorer, screen)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    training = Training(rows, screen, rate=0.3)
+    batch, objective = training.batch, training.objective
     shares = []
-    for step in range(24):
+    for number in range(24):
         with torch.no_grad():
-            pool = objective._statistics(batch, scorer(batch).scores, step)
-        loss_B, _ = objective.loss(scorer, batch, step, observe=False)
-        loss_B.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            pool = objective._statistics(batch, training.scorer(batch).scores, number)
+        training.step(number)
         gram_BNN, ridge_B = mass_design(pool)
         best_B, ours_B = (value_of(gram_BNN, ridge_B, picks) for picks in (Mass(3)(pool), objective._own[-1].picks))
         shares.append(float((ours_B / best_B).mean()))

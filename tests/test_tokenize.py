@@ -165,7 +165,7 @@ def test_as_few_of_the_oldest_items_are_cut_as_will_do(max_length):
 def test_what_cannot_fit_is_refused_by_name():
     with pytest.raises(UserError, match=r"^train/4: prompt \(without its history.*max_length=20.*at least"):
         tokenize_split([viewer(4, ["blue moon"], end=" and so on" * 9)], TOKENIZER, 20)
-    with pytest.raises(UserError, match=r"^train/0: .* \d+ \+ \d+ tokens"):
+    with pytest.raises(UserError, match=r"^train/0: .*\(\d+ \+ \d+ tokens\)"):
         tokenize_split([example("what is the home? " * 9, "green")], TOKENIZER, 20)
     with pytest.raises(UserError, match=r"^train/0: .* shorten them, or set dataset.long_rows"):
         tokenize_split([example("what?", "green hill " * 20)], TOKENIZER, 20)

@@ -9,14 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, GraniteConfig, PretrainedConfig
 
-from massdpo.config import compose
+from massdpo.config import compose, instantiate
 from massdpo.data.batches import collate
 from massdpo.data.readers.recommendation import LastFM
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
 from massdpo.model import trie
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.trie import Catalogue
-from massdpo.runs.start import instantiate
 from massdpo.store import Cache
 from tests.conftest import SHARED_DATA, needs_real_models, needs_shared_data
 from tests.test_scoring import GPT2, LLAMA, SHAPE, VOCABULARY, make_batch, tiny

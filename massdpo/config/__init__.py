@@ -4,6 +4,7 @@ from massdpo.config.composition import as_composed, compose
 from massdpo.config.messages import explain
 from massdpo.config.naming import EXPECTED, NOT_IDENTITY, identity, resolved, run_name
 from massdpo.config.options import root
+from massdpo.config.parts import instantiate
 from massdpo.config.rules import RULES, Rule
 from massdpo.config.secrets import without_secrets
 from massdpo.config.validation import check_dataset, validate
@@ -18,6 +19,7 @@ __all__ = [
     "compose",
     "explain",
     "identity",
+    "instantiate",
     "resolved",
     "root",
     "run_name",

@@ -13,21 +13,8 @@ from massdpo.config.secrets import without_secrets
 
 # Options that cannot change what a run computes; content (weights, data) has digests of its own.
 NOT_IDENTITY = (
-    *(
-        "sweep",
-        "name",
-        "runs_dir",
-        "cache_dir",
-        "data_dir",
-        "force",
-        "debug",
-        "verbosity",
-        "id",
-        "policy",
-        "out",
-        "size",
-        "logger",
-    ),
+    *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "verbosity", "logger"),
+    *("id", "policy", "out", "size"),
     *("choices", "trainer.workers", "trainer.checkpoint_every", "dataset.name", "dataset.terms"),
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )

@@ -8,6 +8,9 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import hydra.errors
+import hydra.utils
+
 from massdpo.config.messages import nearest, shown
 from massdpo.errors import UserError
 
@@ -43,6 +46,15 @@ def check_part(part: str, node: Mapping[str, Any]) -> None:
             raise UserError(f"the key '{part}.{key}' is missing: it was removed or overwritten")
     if part in ("dataset", "model", "selector"):  # their constructors compute nothing, but check what is theirs
         built(**{key: value for key, value in node.items() if key in parameters})
+
+
+def instantiate(node: Mapping[str, Any], **how: Any) -> Any:
+    """The object that a group's node describes; a UserError of its own stays one."""
+    given = {key: value for key, value in node.items() if key != "screen"} if "screen" in node else node
+    try:
+        return hydra.utils.instantiate(given, **how)
+    except hydra.errors.InstantiationException as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
 
 
 def _is_a(value: Any, hint: Any) -> bool:

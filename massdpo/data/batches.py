@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -56,7 +57,7 @@ def batches(
     loader: DataLoader[Any] = DataLoader(
         Numbered(examples),
         batch_sampler=found,
-        collate_fn=_Collate(pad_id),
+        collate_fn=partial(collate, pad_id=pad_id),
         num_workers=options.workers,
         worker_init_fn=_outlive_signals,
     )
@@ -80,14 +81,6 @@ class Numbered(Dataset[tuple[int, TokenizedExample]]):
 
     def __getitem__(self, row: int) -> tuple[int, TokenizedExample]:
         return row, self.rows[row]
-
-
-@dataclass(frozen=True)
-class _Collate:
-    pad_id: int
-
-    def __call__(self, rows: list[tuple[int, TokenizedExample]]) -> Batch:
-        return collate(rows, self.pad_id)
 
 
 def real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator: Accelerator) -> Tensor:

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: read the same every day, and its end of a turn is the end of every response."""
+"""A tokenizer's chat template, made to read the same every day; what ends a turn also ends every response."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from massdpo.errors import UserError
 
-SECONDS, MEGABYTES = 10, 256  # of one rendering, which takes some microseconds and kilobytes
+SECONDS, MEGABYTES = 10, 256  # allowed for one rendering, which needs some microseconds and kilobytes
 TODAY = date(2024, 7, 26)  # for templates that print the date: what Llama 3's prints where it has no clock
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write `TODAY` where the template asks a clock, and make the token that closes a turn the end token, in place.
+    """Write `TODAY` where the template asks for the date, and make what closes a turn the end token, in place.
 
-    A saved tokenizer keeps both, so that whoever loads the policy gives it the prompts that it was trained on and stops
-    where it stops. A template that closes turns with no token of its own leaves the end token as it is.
+    A saved tokenizer keeps both, so that whoever loads the policy builds the prompts that it was trained on and stops
+    where it stops. Where a template closes turns with no token of its own, the end token stays as it is.
 
     Raises:
         UserError: there is no template, or none for a user's turn and its answer.
@@ -82,7 +82,7 @@ def _renderer() -> "subprocess.Popen[str]":
 
 
 def _asked(request: dict[str, Any]) -> dict[str, str]:
-    """What the process that renders makes of a request."""
+    """The rendering process's answer to a request."""
     process = _renderer()
     assert process.stdin and process.stdout
     try:
@@ -90,7 +90,7 @@ def _asked(request: dict[str, Any]) -> dict[str, str]:
         process.stdin.flush()
         found: dict[str, str] = json.loads(process.stdout.readline())
         return found
-    except BaseException as error:  # it has ended, or its answer stays unread
+    except BaseException as error:  # it has ended, or its answer was not read
         process.kill()
         process.communicate()
         _renderer.cache_clear()

@@ -4,18 +4,17 @@ Only formats that hold nothing but data are read, piece by piece: memory does no
 """
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from massdpo.data.json_text import JsonText
-from massdpo.data.text import COMPRESSED, json_object, read_jsonl, read_lines
-from massdpo.errors import UserError
+from massdpo.data.text import COMPRESSED, Bad, json_object, read_jsonl, read_lines
+from massdpo.errors import UserError, one_line
 
 PlacedRow = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
-Bad = Callable[[UserError], None]
 
 JSON = (".jsonl", ".json", ".ndjson")
 RECBOLE = (".inter", ".item", ".user")  # tabs, and quotation marks that mean nothing
@@ -29,16 +28,16 @@ SEPARATORS = (",", "\t", ";", "|")
 DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, MemoryError)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What a file does not say of itself. `separator` None: found in its first line; `rows`: the key of the array;
-    `header`: the first columns of a table without one, where quotation marks mean nothing and further columns are left
-    out."""
+    """The options that say what files do not say of themselves.
+
+    `separator` None: found in a table's first line; `rows`: the key of the array in a JSON file.
+    """
 
     separator: str | None = None
     encoding: str = "utf-8"
     rows: str | None = None
-    header: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.separator == "":
@@ -49,32 +48,40 @@ class Reading:
             raise UserError(f"dataset.encoding={self.encoding} is not known: utf-8, latin-1, cp1252, utf-16") from error
 
 
+USUAL_READING = Reading()
+
+
 def suffix_of(path: Path) -> str:
     """What the name ends in, without .gz or .zst."""
     name = path.with_suffix("") if path.suffix in COMPRESSED else path
     return name.suffix.lower()
 
 
-def placed_rows(path: Path, bad: Bad, reading: Reading | None = None) -> Iterator[PlacedRow]:
+def placed_rows(
+    path: Path, bad: Bad, reading: Reading = USUAL_READING, header: Sequence[str] = ()
+) -> Iterator[PlacedRow]:
     """The rows of a file, by what its name ends in; a name that says nothing, by its first character.
+
+    `header` names the first columns of a table without one, where quotation marks mean nothing and further columns are
+    left out.
 
     Raises:
         UserError: the file is missing, empty, damaged, or not what it seems; what is wrong with a single row is handed
             to `bad`.
     """
-    reading, suffix = reading or Reading(), suffix_of(path)
+    suffix = suffix_of(path)
     if suffix in PARQUET + ARROW:
         return _table_rows(path, _parquet_batches(path) if suffix in PARQUET else _arrow_batches(path))
     if not _has_columns(path):
         return _json_rows(path, bad, reading)
-    return _column_rows(path, bad, reading)
+    return _column_rows(path, bad, reading, header)
 
 
 def _has_columns(path: Path) -> bool:
     """Whether a file of text holds separated columns: by its name, else by its first character."""
     if (suffix := suffix_of(path)) in JSON + COLUMNS:
         return suffix in COLUMNS
-    return next((line.lstrip()[:1] not in "{[" for _, line in read_lines(path, None, "latin-1")), False)
+    return next((line.lstrip()[:1] not in "{[" for _, line in read_lines(path, encoding="latin-1")), False)
 
 
 def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
@@ -95,24 +102,24 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
         yield f"{path}:{number}", row
 
 
-def _column_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
-    """Rows of separated columns, named by the first line. A cell is a text, whatever it looks like."""
-    names = list(reading.header or ())
-    for number, cells in _cells(path, reading):
+def _column_rows(path: Path, bad: Bad, reading: Reading, header: Sequence[str]) -> Iterator[PlacedRow]:
+    """Rows of separated columns, named by the header or the first line. A cell is a text, whatever it looks like."""
+    names = list(header)
+    for number, cells in _cells(path, reading, quoted=not header and suffix_of(path) not in RECBOLE):
         where = f"{path}:{number}"
         if not names:
             names = [name.strip() for name in cells]
             if len(set(names)) < len(names):
                 raise UserError(f"{where}: the header has the same name twice: {', '.join(names)[:200]}")
-        elif len(cells) < len(names) or (len(cells) > len(names) and not reading.header):
+        elif len(cells) < len(names) or (len(cells) > len(names) and not header):
             bad(UserError(f"{where}: {len(cells)} fields, but the header has {len(names)} (see dataset.separator)"))
         else:
-            yield where, dict(zip(names, cells, strict=not reading.header))
+            yield where, dict(zip(names, cells, strict=not header))
 
 
-def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, list[str]]]:
     """The cells of every row that is not blank, with the line in which it begins."""
-    lines = (line for _, line in read_lines(path, None, reading.encoding, whole=True))
+    lines = (line for _, line in read_lines(path, encoding=reading.encoding, whole=True))
     begun = [next(lines)]
     while not begun[-1].strip():
         begun.append(next(lines))
@@ -123,7 +130,7 @@ def _cells(path: Path, reading: Reading) -> Iterator[tuple[int, list[str]]]:
             if line.strip():
                 yield number, line.rstrip("\r\n").split(separator)
         return
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if reading.header or suffix_of(path) in RECBOLE else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     rows = csv.reader(chain(begun, lines), delimiter=separator, strict=True, quoting=quoting)
     while True:
         number = rows.line_num + 1
@@ -142,7 +149,7 @@ def unusual_separators(files: list[Path], encoding: str) -> list[str]:
     found = {}
     for path in files:
         if suffix_of(path) in COLUMNS:
-            lines = (line for _, line in read_lines(path, None, encoding, whole=True))
+            lines = (line for _, line in read_lines(path, encoding=encoding, whole=True))
             header = next(line for line in lines if line.strip())
             found[separator_of(header)] = "," if suffix_of(path) == ".csv" else "\t"
     return [separator for separator, usual in found.items() if separator != usual]
@@ -185,5 +192,4 @@ def _table_rows(path: Path, batches: Iterator[Any]) -> Iterator[PlacedRow]:
                 number += 1
                 yield f"{path} (row {number})", row
     except DAMAGED as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} cannot be read after row {number} ({reason}): it may be damaged") from error
+        raise UserError(f"{path} cannot be read after row {number} ({one_line(error)}): it may be damaged") from error

@@ -4,7 +4,6 @@ Addresses are pinned: files by their SHA-256, hub sets by their revision. Withou
 is not the pinned one, a single error says what to put where.
 """
 
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,26 @@ class WebFiles:
         named = ", ".join(f"{address.rsplit('/', 1)[1]} (SHA-256 {sha256})" for address, sha256 in self.files)
         return f"unpack {named}, take its folder {self.inside}" if self.inside else f"put {named} into a folder"
 
+    def fetch(self, name: str, folder: Path) -> None:
+        import pooch  # here and below: slow to import, seldom needed
+        import requests
+
+        for address, sha256 in self.files:
+            file_name = address.rsplit("/", 1)[1]
+            unpack = pooch.Unzip(extract_dir=".") if file_name.endswith(".zip") else None  # cuts `..` out of names
+            try:
+                pooch.retrieve(address, f"sha256:{sha256}", file_name, folder, processor=unpack, progressbar=True)
+            except (OSError, requests.RequestException) as error:
+                reason = (
+                    "no connection" if isinstance(error, requests.ConnectionError | requests.Timeout) else str(error)
+                )
+                raise _unreachable(name, address, self.wanted(), reason) from error
+            except ValueError as error:  # what pooch raises for another checksum
+                raise UserError(
+                    f"{address} is not the published file (its SHA-256 is not {sha256}): "
+                    "get the right one and set dataset.raw_dir to its folder"
+                ) from error
+
 
 @dataclass(frozen=True)
 class HubSet:
@@ -32,6 +51,23 @@ class HubSet:
     repo: str
     revision: str
     files: dict[str, str]
+    inside: str = ""
+
+    def fetch(self, name: str, folder: Path) -> None:
+        import httpx
+        import pyarrow.parquet
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()  # it reports every retry; the error at the end says it once
+        for file_name, remote in self.files.items():
+            try:
+                local = hf_hub_download(self.repo, remote, repo_type="dataset", revision=self.revision)
+            except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
+                from_hub = f"huggingface.co/datasets/{self.repo} (revision {self.revision})"
+                raise _unreachable(name, from_hub, f"put {', '.join(self.files)} into a folder", str(error)) from error
+            write_jsonl(folder / file_name, pyarrow.parquet.read_table(local).to_pylist())
 
 
 S_DPO = "https://raw.githubusercontent.com/chenyuxin1999/S-DPO/07befa4141239c1ecd8d13b1136d226315d0227b/sample_data/"
@@ -103,53 +139,8 @@ def fetch(name: str, cache: Cache) -> Path:
     if source is None:
         raise UserError(f"dataset {name!r} has no published address: set dataset.raw_dir to the folder with its files")
 
-    def build(folder: Path) -> None:
-        if isinstance(source, WebFiles):
-            _fetch_files(name, source, folder)
-        else:
-            _fetch_hub(name, source, folder)
-
-    folder = Cache(cache.root).folder("raw", f"{name}-{digest(asdict(source))[:12]}", build)
-    return folder / source.inside if isinstance(source, WebFiles) else folder
-
-
-def _fetch_files(name: str, source: WebFiles, folder: Path) -> None:
-    import pooch  # here and below: slow to import, seldom needed
-    import requests
-
-    for address, sha256 in source.files:
-        file_name = address.rsplit("/", 1)[1]
-        try:
-            pooch.retrieve(address, f"sha256:{sha256}", fname=file_name, path=folder, progressbar=True)
-        except (OSError, requests.RequestException) as error:
-            reason = "no connection" if isinstance(error, requests.ConnectionError | requests.Timeout) else str(error)
-            raise _unreachable(name, address, source.wanted(), reason) from error
-        except ValueError as error:  # what pooch raises for another checksum
-            raise UserError(
-                f"{address} is not the published file (its SHA-256 is not {sha256}): "
-                "get the right one and set dataset.raw_dir to its folder"
-            ) from error
-        if file_name.endswith(".zip"):
-            with zipfile.ZipFile(folder / file_name) as archive:  # leaves out the `..` and roots of members' names
-                archive.extractall(folder)
-            (folder / file_name).unlink()
-
-
-def _fetch_hub(name: str, source: HubSet, folder: Path) -> None:
-    import httpx
-    import pyarrow.parquet
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import logging as hub_logging
-
-    hub_logging.set_verbosity_error()  # it reports every retry; the error at the end says it once
-    for file_name, remote in source.files.items():
-        try:
-            local = hf_hub_download(source.repo, remote, repo_type="dataset", revision=source.revision)
-        except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
-            from_hub = f"huggingface.co/datasets/{source.repo} (revision {source.revision})"
-            raise _unreachable(name, from_hub, f"put {', '.join(source.files)} into a folder", str(error)) from error
-        write_jsonl(folder / file_name, pyarrow.parquet.read_table(local).to_pylist())
+    key = f"{name}-{digest(asdict(source))[:12]}"
+    return Cache(cache.root).folder("raw", key, lambda folder: source.fetch(name, folder)) / source.inside
 
 
 def _unreachable(name: str, address: str, remedy: str, reason: str) -> UserError:

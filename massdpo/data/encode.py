@@ -139,9 +139,7 @@ class Encoder:
             encoded = self.tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
             )
-        except (
-            Exception
-        ) as error:  # all that tokenizers raise, as where a text needs an unknown token that there is not
+        except Exception as error:  # whatever tokenizers raise, as of a text that needs an unknown token they lack
             raise UserError(f"the tokenizer fails on a text of the data ({one_line(error)}): fix it") from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 

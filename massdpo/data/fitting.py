@@ -51,12 +51,7 @@ def _history_to_cut(examples: Sequence[PreferenceExample], encoder: Encoder, roo
     return high
 
 
-def named(
-    examples: Sequence[PreferenceExample],
-    rows: Counts,
-    prompt_B: Counts,
-    longest_B: Counts,
-) -> str:
+def named(examples: Sequence[PreferenceExample], rows: Counts, prompt_B: Counts, longest_B: Counts) -> str:
     """Rows by file and line, with the tokens of each one's prompt and longest response."""
     some = [examples[row] for row in rows[:NAMED].tolist()]
     places = [
@@ -67,15 +62,11 @@ def named(
     return f"{len(rows)} of {len(examples)} rows, {', '.join(places)}{more}"
 
 
-def refusal(
-    first: PreferenceExample, told: str, rows: Counts, prompt_B: Counts, longest_B: Counts, max_length: int
-) -> UserError:
-    others = f"; so do others: {told}" if len(rows) > 1 else ""
+def refusal(first: PreferenceExample, told: str, max_length: int, needed: int) -> UserError:
     return UserError(
-        f"{first.where or first.id}: prompt (without its history) and longest response, {prompt_B[rows[0]]} + "
-        f"{longest_B[rows[0]]} tokens, exceed max_length={max_length}: raise it to at least "
-        f"{(prompt_B + longest_B)[rows].max()} (if the model allows), shorten them, or set dataset.long_rows=skip or "
-        f"truncate{others}"
+        f"{first.where or first.id}: prompt (without its history) and longest response exceed max_length={max_length}: "
+        f"raise it to at least {needed} (if the model allows), shorten them, or set dataset.long_rows=skip or "
+        f"truncate; too long are {told}"
     )
 
 

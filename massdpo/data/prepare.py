@@ -1,4 +1,4 @@
-"""From a dataset's config node to splits: fetched if need be, prepared once, kept by content, read from the disk."""
+"""From a dataset's config node to splits: fetched if need be, prepared once, cached by content, read from disk."""
 
 import json
 import os
@@ -8,25 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import hydra.errors
-import hydra.utils
 import numpy as np
 from omegaconf import OmegaConf
 
-from massdpo.config import check_dataset
+from massdpo.config import check_dataset, instantiate
 from massdpo.data.containers import unusual_separators
 from massdpo.data.download import fetch
 from massdpo.data.raw import SPLITS
 from massdpo.data.schema import Splits
 from massdpo.data.stored import StoredExamples, Subset
-from massdpo.errors import UserError
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
 TOLD = {
     "equal_times": "equal times",
     "rating_is_ignored": "a column of ratings is ignored",
     "separator": "columns are separated (dataset.separator) by",
-}  # of the report, each time
+}  # entries of the report that are shown at every use
 
 T = TypeVar("T")
 
@@ -70,7 +67,7 @@ def _named(files: list[Path]) -> list[str | Path]:
 
 
 def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
-    """What `prepare` gives, for a look at it: read anew, rows made when they are asked for, nothing kept, no digest."""
+    """What `prepare` gives, for a quick look: read afresh, rows made on demand, nothing cached, no digest."""
     source, node, limits, name, _ = _source_of(dataset, cache)
     splits = _loaded(source, node)
     for line in _notes(name, splits.report):
@@ -84,25 +81,22 @@ def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str,
     check_dataset(node)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
     name, terms = node.pop("name", ""), node.pop("terms", None)
-    node.pop("long_rows", None)  # which decides what becomes of its tokens
+    node.pop("long_rows", None)  # for the tokeniser
     if "raw_dir" in node and node["raw_dir"] is None:
         node["raw_dir"] = str(fetch(name, cache))
-    try:
-        return hydra.utils.instantiate(node, _convert_="all"), node, limits, name, terms
-    except hydra.errors.InstantiationException as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
+    return instantiate(node, _convert_="all"), node, limits, name, terms
 
 
 def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
     splits: Splits = source.load()
-    is_open = node.get("separator", "") is None  # an option that the dataset has, and nobody gave
+    is_open = node.get("separator", "") is None  # the dataset has this option, and nobody set it
     if is_open and (found := unusual_separators(source.files(), node.get("encoding", "utf-8"))):
         splits.report["separator"] = ", ".join(map(repr, found))
     return splits
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
-    """What a user should know of the preparation whenever the data are used, whether made anew or not."""
+    """What a user should know of the preparation, whenever the data are used: prepared now or found in the cache."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
     notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
     if count := report.get("bad_rows_skipped"):

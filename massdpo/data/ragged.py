@@ -39,7 +39,7 @@ class Ragged:
     @classmethod
     def load(cls, folder: Path, name: str) -> "Ragged":
         """What `appending` wrote."""
-        # plain views of the mapped files: slicing numpy's own class for them takes ten times as long
+        # plain views of the mapped files: slicing numpy's memmap class takes ten times as long
         return cls(*(np.asarray(np.load(folder / f"{name}{end}.npy", mmap_mode="r")) for end in ("", "_offsets")))
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class Ragged:
 def appending(folder: Path, name: str, kind: DTypeLike = np.int32) -> Iterator[Callable[[Any], None]]:
     """Yield what adds a row (a buffer of `kind`) to the files `name.npy` and `name_offsets.npy`.
 
-    They take the place of older ones at the end: those may be mapped still.
+    Older ones are replaced at the end, not overwritten: they may still be mapped.
     """
     beside, ends = folder / f".{name}.npy", array("q", [0])
     with open(beside, "wb") as file:

@@ -9,17 +9,18 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from massdpo.data.containers import SUFFIXES, PlacedRow, Reading, placed_rows
+from massdpo.data.containers import SUFFIXES, USUAL_READING, PlacedRow, Reading, placed_rows
 from massdpo.data.text import reading_errors
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 from massdpo.store import plain_yaml
 
 SPLITS = ("train", "val", "test")
-# the names that splits usually have, the most telling first; the word alone, where a longer name has it
+# the usual names of splits, the most telling first; those that are one word are found in longer names, too
 NAMES = {
     "train": ("train", "train_prefs", "training"),
     "val": ("validation", "val", "valid", "dev", "eval", "validation_prefs", "val_prefs"),
@@ -48,6 +49,7 @@ class BadRows:
         return {"bad_rows_skipped": self.count, "first_bad_row": self.first} if self.count else {}
 
 
+@dataclass
 class Source:
     """The rows at a path, by split.
 
@@ -55,27 +57,24 @@ class Source:
     README.md assigns them to splits and, by `subset`, to configurations), or what `datasets.save_to_disk` wrote.
     `names` says which of the splits found there is train, val and test; without it, those with the usual names are.
     Files that name no split are train. `outside`: files may lie elsewhere, by links or by what the folder says.
+    `parts`: the files of each split, where that is known already.
 
     Raises:
         UserError: there is nothing, or nothing that could hold rows; a file outside the folder; a missing split.
     """
 
-    def __init__(
-        self,
-        place: Path,
-        reading: Reading | None = None,
-        subset: str | None = None,
-        names: Mapping[str, str] | None = None,
-        outside: bool = False,
-    ):
-        self.place = place.expanduser()
-        self.reading = reading or Reading()
-        self.subset = subset
-        self.names = names or {}
-        if unknown := [name for name in self.names if name not in SPLITS]:
+    place: Path
+    reading: Reading = USUAL_READING
+    subset: str | None = None
+    names: Mapping[str, str] | None = None
+    outside: bool = False
+    parts: Mapping[str, list[Path]] | None = None
+    cards: list[Path] = field(default_factory=list, init=False)  # what says which files belong to which split
+
+    def __post_init__(self) -> None:
+        self.place = self.place.expanduser()
+        if unknown := [name for name in self.names or () if name not in SPLITS]:
             raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
-        self.outside = outside
-        self.cards: list[Path] = []  # what says which files belong to which split
 
     @cached_property
     def found(self) -> dict[str, list[Path]]:
@@ -88,7 +87,7 @@ class Source:
                 return {"train": [self.place]}
             if not self.place.is_dir():
                 raise UserError(f"{shown} cannot be read: neither a file nor a folder")
-        parts = self._saved() or self._by_card() or self._by_name()
+        parts = dict(self.parts or self._saved() or self._by_card() or self._by_name())
         for files in parts.values():
             for file in files:
                 self._check_inside(file)
@@ -211,29 +210,12 @@ def _split_name(file: Path) -> str:
     return ""
 
 
-def hub_folder(hub_id: str, revision: str | None) -> Path:
-    """The folder of a hub set's data files, fetched if the hub's cache does not hold them; offline, what it holds."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    patterns = [*(f"*{suffix}" for suffix in SUFFIXES), "README.md"]  # the card says which files are which split
-    try:
-        return Path(snapshot_download(hub_id, repo_type="dataset", revision=revision, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(
-            f"dataset.hub_id={hub_id} (revision {revision or 'main'}) cannot be fetched ({reason}): go online once, "
-            "check its name, or set dataset.path to a copy of it"
-        ) from error
-
-
 def _json(file: Path, key: str, kind: type) -> Any:
     """What stands below `key` in a small JSON file."""
     try:
         value = json.loads(file.read_bytes())[key]
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}): it may be damaged") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)}): it may be damaged") from error
     if not isinstance(value, kind):
         raise UserError(f'{file}: "{key}" must be a {kind.__name__}')
     return value

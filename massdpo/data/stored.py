@@ -9,7 +9,7 @@ import mmap
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -39,12 +39,12 @@ class Lazy(Sequence[T]):
         return map(self._at, range(len(self)))
 
 
+@dataclass(eq=False)
 class Subset(Lazy[T]):
     """Chosen rows of another sequence."""
 
-    def __init__(self, examples: Sequence[T], rows: RowNumbers):
-        self.examples = examples
-        self.rows = rows
+    examples: Sequence[T]
+    rows: RowNumbers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -53,12 +53,11 @@ class Subset(Lazy[T]):
         return self.examples[int(self.rows[row])]
 
 
+@dataclass(eq=False)
 class NumberedSplit(Subset[PreferenceExample]):
     """Chosen rows as a split: those without an id are named by the split and their place in it."""
 
-    def __init__(self, examples: Sequence[PreferenceExample], rows: RowNumbers, split: str):
-        super().__init__(examples, rows)
-        self.split = split
+    split: str
 
     def _at(self, row: int) -> PreferenceExample:
         example = super()._at(row)

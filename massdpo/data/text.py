@@ -16,6 +16,12 @@ from massdpo.errors import UserError
 COMPRESSED = (".gz", ".zst")
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
+Bad = Callable[[UserError], None]  # what is done about a row that cannot be read
+
+
+def refuse(error: UserError) -> None:
+    raise error
+
 
 def normalise(text: str) -> str:
     """What two texts share when a reader would call them equal: compatibility forms, case and spacing are levelled."""
@@ -25,7 +31,7 @@ def normalise(text: str) -> str:
 def opened(path: Path) -> io.BufferedReader:
     """The bytes of a file, decompressed where its name ends in .gz or .zst; of standard input where it is `-`."""
     if str(path) == "-":
-        return open(0, "rb", closefd=False)  # as it is: a socket cannot be opened again by a name
+        return open(0, "rb", closefd=False)  # not by a name such as /dev/stdin: a socket cannot be opened again
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path))
     if path.suffix == ".zst":
@@ -51,13 +57,12 @@ def encoding_of(file: io.BufferedReader, encoding: str) -> str:
 
 
 def read_lines(
-    path: Path, bad: Callable[[UserError], None] | None = None, encoding: str = "utf-8", whole: bool = False
+    path: Path, bad: Bad = refuse, encoding: str = "utf-8", whole: bool = False
 ) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) for every line of a file that is not blank.
 
-    CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that is not in the encoding is a
-    UserError that names file and line; with `bad` the error is handed over and the line left out. With `whole`, blank
-    lines and line ends are kept.
+    CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that is not in the encoding is left
+    out, and handed to `bad` as an error that names file and line. With `whole`, blank lines and line ends are kept.
 
     Raises:
         UserError: the file is missing, a folder, unreadable, or has no line that is not blank.
@@ -74,9 +79,7 @@ def read_lines(
         raise UserError(f"{path} is empty: at least one line is needed")
 
 
-def _decoded(
-    path: Path, file: io.BufferedReader, encoding: str, bad: Callable[[UserError], None] | None
-) -> Iterator[str | None]:
+def _decoded(path: Path, file: io.BufferedReader, encoding: str, bad: Bad) -> Iterator[str | None]:
     """Every line with its end; None in the place of one that was handed to `bad`."""
     if "\n".encode(encoding.removesuffix("-sig")) != b"\n":  # more than a byte for each character
         try:
@@ -88,41 +91,37 @@ def _decoded(
         try:
             yield raw.decode(encoding if number == 1 else encoding.removesuffix("-sig"))
         except UnicodeDecodeError as error:
-            report(
-                f"{path}:{number}: not {encoding.removesuffix('-sig').upper()} (byte {raw[error.start]:#04x} at column "
-                f"{error.start + 1}); save the file as UTF-8, or set dataset.encoding",
-                bad,
+            bad(
+                UserError(
+                    f"{path}:{number}: not {encoding.removesuffix('-sig').upper()} (byte {raw[error.start]:#04x} at "
+                    f"column {error.start + 1}); save the file as UTF-8, or set dataset.encoding"
+                )
             )
             yield None
 
 
-def read_jsonl(
-    path: Path, bad: Callable[[UserError], None] | None = None, encoding: str = "utf-8"
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path, bad: Bad = refuse, encoding: str = "utf-8") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line of a JSON Lines file that is not blank.
 
     Raises:
-        UserError: as `read_lines`; and for a line that is no JSON object, naming file, line and mistake (or, with
-            `bad`, the error is handed over and the line left out).
+        UserError: as `read_lines`. A line that is no JSON object is left out and handed to `bad` as well.
     """
     for number, line in read_lines(path, bad, encoding):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            report(f"{path}:{number}: not JSON ({error}); each line must be a JSON object", bad)
+            bad(UserError(f"{path}:{number}: not JSON ({error}); each line must be a JSON object"))
             continue
         if checked := json_object(row, f"{path}:{number}", bad, "\\ud" in line.lower()):
             yield number, checked
 
 
-def json_object(
-    row: Any, where: str, bad: Callable[[UserError], None] | None, escapes: bool = True
-) -> dict[str, Any] | None:
+def json_object(row: Any, where: str, bad: Bad, escapes: bool = True) -> dict[str, Any] | None:
     """The row, if it is an object of proper text; `escapes`: it was written with some that may be half a character."""
     if not isinstance(row, dict):
-        report(f"{where}: expected a JSON object, found {type(row).__name__}", bad)
+        bad(UserError(f"{where}: expected a JSON object, found {type(row).__name__}"))
     elif escapes and not _is_text(row):
-        report(f"{where}: a lone surrogate (half a character, \\ud8.. to \\udf..) is not text", bad)
+        bad(UserError(f"{where}: a lone surrogate (half a character, \\ud8.. to \\udf..) is not text"))
     else:
         return row
     return None
@@ -134,9 +133,3 @@ def _is_text(row: dict[str, Any]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def report(message: str, bad: Callable[[UserError], None] | None) -> None:
-    if bad is None:
-        raise UserError(message)
-    bad(UserError(message))

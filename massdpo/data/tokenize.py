@@ -133,7 +133,7 @@ def _tokenized(
     too_long = np.flatnonzero(prompt_B + longest_B > max_length)
     told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
     if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
-        raise refusal(examples[int(too_long[0])], told, too_long, prompt_B, longest_B, max_length)
+        raise refusal(examples[int(too_long[0])], told, max_length, (prompt_B + longest_B)[too_long].max())
     if told and long_rows == "skip":
         kept_B = np.setdiff1d(np.arange(len(ids)), too_long)
         split = _tokenized(Subset(examples, kept_B), encoder, max_length, folder, scratch, "error")

@@ -18,7 +18,7 @@ from massdpo.report.page import Section, write_page
 from massdpo.report.reading import read_histories, read_history
 from massdpo.report.rows import DATA, RunRows, collect
 from massdpo.report.summary import Summary, at_best, summarise
-from massdpo.report.views import VIEWS, View, reading_order, view_of
+from massdpo.report.views import VIEWS, View, reading_order, rows_of, view_of
 
 PRINTED = 60  # lines; a longer table is only written
 
@@ -42,13 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     out, chosen = options.out or options.runs / "reports", Chosen(options.x, options.group)
     try:
         sweeps = options.sweeps or _all_sweeps(options.runs, out)
+        folders = [options.runs / sweep for sweep in dict.fromkeys(map(rows_of, sweeps))]
         if options.status:
-            for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
-                _tell_status(options.runs / sweep)
+            for folder in folders:
+                lines, sentence = status.sweep_status(folder)
+                summary_table(folder.name, lines)
+                print(sentence)
             return 0
         if not options.render:
-            for sweep in dict.fromkeys(view_of(sweep).rows_of or sweep for sweep in sweeps):
-                _collect(options.runs / sweep, out, options.replace)
+            for folder in folders:
+                _collect(folder, out, options.replace)
         sections = {sweep: _report(out / sweep, chosen) for sweep in sweeps}
         for folder in (path.parent for path in sorted(out.glob("*/means.md"))):
             if folder.name not in sections:
@@ -76,9 +79,6 @@ class Chosen(NamedTuple):
         return replace(view, x=x, group=group, figure="lines") if any(self) else view
 
 
-SUGGESTED = Chosen()
-
-
 def _all_sweeps(runs: Path, out: Path) -> list[str]:
     sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")}
     sweeps |= {path.parent.name for path in out.glob("*/rows.csv")}
@@ -88,7 +88,7 @@ def _all_sweeps(runs: Path, out: Path) -> list[str]:
 
 
 def _report(folder: Path, chosen: Chosen) -> Section:
-    rows_in = folder.with_name(view_of(folder.name).rows_of or folder.name)
+    rows_in = folder.with_name(rows_of(folder.name))
     if not (rows_in / "rows.csv").exists():
         raise UserError(f"there is no sweep {folder.name}: no runs of {rows_in.name}, and no rows in {rows_in}")
     section = render(folder, chosen)
@@ -96,10 +96,11 @@ def _report(folder: Path, chosen: Chosen) -> Section:
         if len(table.lines) > PRINTED:
             print(f"{table.title}: {len(table.lines)} lines, in {folder}")
             continue
-        for place in range(1 + len(table.block_starts)):
-            block = tables.of_block(table, place)
-            lines = [dict(zip(block.head, map(_plain, line), strict=True)) for line in block.lines]
-            summary_table(block.title, lines, whole=block.names)
+        names = table.block_names
+        for block in table.blocks:
+            which = ", ".join(cell.text for cell in block[0][:names])
+            lines = [dict(zip(table.head[names:], map(_plain, line[names:]), strict=True)) for line in block]
+            summary_table(f"{table.title}: {which}", lines, whole=table.names - names)
         print("\n".join(table.notes))
     print(f"tables, figures and rows: {folder}")
     return section
@@ -128,7 +129,7 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
             print(f"{folder / 'rows.csv'}: {gone} rows kept whose run folders are not here (--replace deletes them)")
     rows.write(folder)
     for name, view in VIEWS.items():
-        if view.curves and (view.rows_of or name) == runs.name:
+        if view.curves and rows_of(name) == runs.name:
             place = out / name / "histories.csv"
             histories = _histories(runs, rows.only(view.labels, view.datasets), view)
             if place.exists() and not only_these:
@@ -175,23 +176,22 @@ def tables_of(rows: RunRows, sweep: str) -> tuple[Summary, dict[str, tables.Repo
 def write_tables(folder: Path) -> tuple[Summary, Section]:
     """Tables of one sweep, from `rows.csv` and `prompts.npz` (its own, or those it shows)."""
     sweep, view = folder.name, view_of(folder.name)
-    rows = RunRows.read(folder.with_name(view.rows_of or sweep)).only(view.labels, view.datasets)
+    rows = RunRows.read(folder.with_name(rows_of(sweep))).only(view.labels, view.datasets)
+    came_from = source(rows, rows_of(sweep))
     summary, found = tables_of(rows, sweep)
     found = {name: table for name, table in found.items() if table.lines}
     for stale in [*folder.glob("*.md"), *folder.glob("*.tex")]:
         if stale.stem not in found:
             stale.unlink()
     for name, table in found.items():
-        told = tables.escape_markdown(source(rows, view.rows_of or sweep))
-        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + f"{told}\n")
+        store.write_text(folder / f"{name}.md", tables.to_markdown(table) + tables.escape_markdown(came_from) + "\n")
         store.write_text(folder / f"{name}.tex", to_latex(table, f"{sweep}-{name}"))
     store.write_text(folder / "tables.csv", tables.to_csv(summary))
     pictures = sorted((folder / "figures").glob("*.png"))
-    title = view.title.format(sweep=sweep)
-    return summary, Section(sweep, title, source(rows, view.rows_of or sweep), list(found.values()), pictures)
+    return summary, Section(sweep, view.title.format(sweep=sweep), came_from, list(found.values()), pictures)
 
 
-def render(folder: Path, chosen: Chosen = SUGGESTED) -> Section:
+def render(folder: Path, chosen: Chosen) -> Section:
     """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
     summary, section = write_tables(folder)
     histories = folder / "histories.csv"
@@ -212,12 +212,6 @@ def source(rows: RunRows, sweep: str) -> str:
             values = finished[column].dropna().astype(str).drop_duplicates()
             parts.append(f"{name}: {', '.join(values[:3])}{f' and {len(values) - 3} more' if len(values) > 3 else ''}")
     return "; ".join([*parts, "each run's own command stands in its row"])
-
-
-def _tell_status(folder: Path) -> None:
-    lines, sentence = status.sweep_status(folder)
-    summary_table(folder.name, lines)
-    print(sentence)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A summary as figures, PNG and SVG, each with a caption."""
 
-import math
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from massdpo import store
 from massdpo.report import plots
 from massdpo.report.methods import GREY
 from massdpo.report.summary import Summary
-from massdpo.report.views import View
+from massdpo.report.views import View, shares
 
 BESIDE = 5  # panels that a figure holds beside each other; more metrics are more figures
 STYLE = {
@@ -43,7 +42,7 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
                 continue
             about = _about(known, summary.sizes.get(str(dataset), "?"))
             kind = {"dots": plots.dots, "lines": plots.lines, "front": plots.front, "curves": plots.dots}[view.figure]
-            parts = [summary.metrics] if kind is plots.front else _parts(summary.metrics)
+            parts = [summary.metrics] if kind is plots.front else shares(summary.metrics, BESIDE)
             for number, metrics in enumerate(parts, start=1):
                 figure = kind(known, replace(summary, metrics=metrics), view)
                 place = folder / (f"{name}_{number}" if len(parts) > 1 else name)
@@ -55,11 +54,8 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
                 written.append(_save(figure, folder / f"{name}_differences", head, f"{DIFFERENCES}{about}"))
             if view.figure == "curves" and histories is not None:
                 curves = plots.curves(histories[histories["dataset"] == dataset], view)
-                head, seeds = (
-                    f"Over steps of the preference stage: {dataset}",
-                    "Mean over seeds; band: lowest to highest seed.",
-                )
-                written.append(_save(curves, folder / f"{name}_curves", head, seeds))
+                head = f"Over steps of the preference stage: {dataset}"
+                written.append(_save(curves, folder / f"{name}_curves", head, CURVES))
     return written
 
 
@@ -71,18 +67,13 @@ CAPTIONS = {
 DIFFERENCES = (
     "Method less random; bars: 95% intervals, seeds and prompts as crossed random effects; dashed: no difference. "
 )
+CURVES = "Mean over seeds; band: lowest to highest seed."
 
 
 def _about(cells: pd.DataFrame, prompts: str) -> str:
     seeds = sorted(cells["n"].unique())
     span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     return f"{span} seed{'s' if span != '1' else ''}, {prompts} test prompts."
-
-
-def _parts(metrics: list[str]) -> list[list[str]]:
-    """As few figures as hold the panels, of as equal a size as can be."""
-    count = max(1, math.ceil(len(metrics) / BESIDE))
-    return [metrics[len(metrics) * at // count : len(metrics) * (at + 1) // count] for at in range(count)]
 
 
 def _save(figure: Figure, path: Path, title: str, caption: str) -> Path:

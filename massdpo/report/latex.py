@@ -1,9 +1,9 @@
 """Tables for LaTeX, with the packages booktabs and graphicx."""
 
-import math
 import re
 
 from massdpo.report.tables import Cell, ReportTable
+from massdpo.report.views import shares
 
 LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
 
@@ -11,9 +11,7 @@ LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
 def to_latex(table: ReportTable, label: str) -> str:
     """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
     to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
-    ends = [*table.block_starts, len(table.lines)]
-    blocks = [table.lines[start:end] for start, end in zip([0, *table.block_starts], ends, strict=True)]
-    return "\n".join(_float(table, block, label) for block in blocks)
+    return "\n".join(_float(table, block, label) for block in table.blocks)
 
 
 def _float(table: ReportTable, lines: list[list[Cell]], label: str) -> str:
@@ -21,9 +19,7 @@ def _float(table: ReportTable, lines: list[list[Cell]], label: str) -> str:
     which = ", ".join(f"{name} {value}" for name, value in zip(table.head[: table.block_names], block, strict=True))
     caption = _escape_latex(" ".join([f"{table.title}: {which}.", *table.notes]))
     name = re.sub(r"[^A-Za-z0-9.]+", "-", " ".join([label, *block]))
-    values = range(table.names, len(table.head))
-    parts = math.ceil(len(values) / LATEX_COLUMNS)
-    shares = [values[len(values) * part // parts : len(values) * (part + 1) // parts] for part in range(parts)]
+    values = list(range(table.names, len(table.head)))
     names = range(table.block_names, table.names)
     return "\n".join(
         [
@@ -31,7 +27,9 @@ def _float(table: ReportTable, lines: list[list[Cell]], label: str) -> str:
             r"\centering",
             rf"\caption{{{caption}}}",
             rf"\label{{tab:{name}}}",
-            "\n\\\\[1ex]\n".join(_tabular(table.head, lines, [*names, *share]) for share in shares),
+            "\n\\\\[1ex]\n".join(
+                _tabular(table.head, lines, [*names, *share]) for share in shares(values, LATEX_COLUMNS)
+            ),
             r"\end{table*}",
             "",
         ]

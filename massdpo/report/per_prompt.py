@@ -1,5 +1,6 @@
 """Values of every test prompt, and the paired comparison of runs that share prompts."""
 
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ class PerPrompt:
     """Values of every test prompt, and their paired comparison."""
 
     def __init__(self, prompts: Prompts):
-        self._prompts = prompts
-        self._values: dict[tuple[str, str], Floats | None] = {}
+        self._values = cache(partial(prompt_values, prompts))
 
     def compare(self, metric: str, pairs: list[tuple[RunPlace, RunPlace]]) -> tuple[Any, ...]:
         """(difference, low, high, p, pairs compared, note) of runs and those of the baseline, one pair per seed.
@@ -36,7 +36,7 @@ class PerPrompt:
         prompt_sets = {run[0] for run, _ in shared}
         if len(prompt_sets) > 1:
             return (*NO_TEST, 0, "prompts differ between seeds")
-        values = self._of(prompt_sets.pop(), metric)
+        values = self._values(prompt_sets.pop(), metric)
         if values is None:
             return (*NO_TEST, 0, NOT_PER_PROMPT)
         difference_SP = np.array([values[run[1]] - values[base[1]] for run, base in shared])
@@ -44,13 +44,6 @@ class PerPrompt:
             return (*NO_TEST, 0, "not a number")
         found = crossed_effects(difference_SP)
         return (*found, len(shared), "the same for all prompts" if np.isnan(found.p) else "")
-
-    def _of(self, prompt_set: str, metric: str) -> Floats | None:
-        """(runs, P) values, or None where the metric is not known prompt by prompt."""
-        key = (prompt_set, metric)
-        if key not in self._values:
-            self._values[key] = prompt_values(self._prompts, *key)
-        return self._values[key]
 
 
 def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:

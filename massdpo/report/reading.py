@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pandas.api.types import is_numeric_dtype
 
-from massdpo.errors import UserError
+from massdpo.errors import UserError, one_line
 from massdpo.evaluation.metrics import METRICS, ranking_values
 
 GROUPS = ["dataset", "model", "selector", "loss", "method"]
@@ -35,8 +35,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        raise UserError(f"{path} cannot be read ({why}): delete its run's folder, or make the run again") from error
+        why = one_line(error, with_type=True)
+        raise UserError(f"{path} cannot be read ({why}): delete its run's folder, or run it again") from error
 
 
 def sound(value: Any) -> Any:
@@ -49,8 +49,11 @@ def read_json(path: Path) -> Any:
     return sound(json.loads(path.read_text(encoding="utf-8")))
 
 
-def read_status(path: Path) -> tuple[str, str]:
-    """A run's state, and for a failed or interrupted one why."""
+def run_status(folder: Path) -> tuple[str, str]:
+    """A run's state (running, finished, interrupted, failed), and for a failed or interrupted one why."""
+    path = folder / "status.json"
+    if not path.exists():
+        return "running", ""
     with reading(path):
         status = read_json(path)
         if status["status"] not in STATES:

@@ -18,7 +18,7 @@ from massdpo import store
 from massdpo.config import EXPECTED, NOT_IDENTITY
 from massdpo.errors import UserError
 from massdpo.report import reading
-from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, as_cell
+from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, as_cell, run_status
 
 DATA = "dataset."  # options that change what is asked
 NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
@@ -151,12 +151,6 @@ def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
     with reading.reading(path):
         runs = reading.read_json(path) if path.exists() else {}
         return {name: {**noted, "job": reading.as_cell(noted["job"])} for name, noted in runs.items()}
-
-
-def run_status(folder: Path) -> tuple[str, str]:
-    """A run's state (running, finished, interrupted, failed) and, for a failed one, why."""
-    path = folder / "status.json"
-    return reading.read_status(path) if path.exists() else ("running", "")
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

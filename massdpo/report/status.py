@@ -5,8 +5,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from massdpo.console import spell
 from massdpo.errors import UserError
-from massdpo.report.rows import expected_runs, run_status
+from massdpo.report.reading import run_status
+from massdpo.report.rows import expected_runs
 
 KNOWN = ("config.yaml", "status.json")  # of a run; one that failed early has only the second
 STATES = ("finished", "missing", "interrupted", "failed", "running")  # what there is to do stands last, at the prompt
@@ -29,7 +31,7 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
         side_by_side = max(1, counts["running"])
         each = median(took)  # not the mean: one run over a suspended night would stand for all
         left_seconds = left * each / side_by_side
-        sentence += f"; about {_duration(left_seconds)} left at {_duration(each)} a run, {side_by_side} at once"
+        sentence += f"; about {spell(left_seconds)} left at {spell(each)} a run, {side_by_side} at once"
     return lines, sentence
 
 
@@ -41,12 +43,6 @@ def _line(folder: Path, job: str) -> dict[str, Any]:
     times = {path.name: path.stat().st_mtime for path in folder.iterdir()}
     last = max(times.values())
     if state == "running":
-        why = f"last sign of life {_duration(time.time() - last)} ago"
+        why = f"last sign of life {spell(time.time() - last)} ago"
     end = times["metrics.json"] if state == "finished" and "metrics.json" in times else last
     return {"run": folder.name, "state": state, "seconds": round(end - times.get("config.yaml", last)), "note": why}
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -42,15 +43,19 @@ class Cell:
 @dataclass
 class ReportTable:
     """Lines of cells under a head. The first `names` columns say what a line is, the first `block_names` of them what
-    its block is; a line that starts a new block is in `block_starts`."""
+    its block is."""
 
     title: str
     notes: list[str]
     head: list[str]
     lines: list[list[Cell]]
-    block_starts: list[int]
     block_names: int
     names: int
+
+    @property
+    def blocks(self) -> list[list[list[Cell]]]:
+        """The lines, block by block."""
+        return [list(block) for _, block in groupby(self.lines, lambda line: line[: self.block_names])]
 
 
 def means_table(summary: Summary, title: str) -> ReportTable:
@@ -96,21 +101,7 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
 
 def _without_empty_lines(table: ReportTable) -> ReportTable:
     """The baseline has no difference to itself, and a guess without a model none to a policy."""
-    told = [place for place, line in enumerate(table.lines) if any(cell.text != "–" for cell in line[table.names :])]
-    lines = [table.lines[place] for place in told]
-    blocks = [[cell.text for cell in line[: table.block_names]] for line in lines]
-    starts = [place for place in range(1, len(lines)) if blocks[place] != blocks[place - 1]]
-    return replace(table, lines=lines, block_starts=starts)
-
-
-def of_block(table: ReportTable, place: int) -> ReportTable:
-    """One block alone, which its title names."""
-    starts = [0, *table.block_starts, len(table.lines)]
-    lines = table.lines[starts[place] : starts[place + 1]]
-    which = ", ".join(cell.text for cell in lines[0][: table.block_names])
-    cut = [line[table.block_names :] for line in lines]
-    head, names = table.head[table.block_names :], table.names - table.block_names
-    return ReportTable(f"{table.title}: {which}", [], head, cut, [], 0, names)
+    return replace(table, lines=[line for line in table.lines if any(cell.text != "–" for cell in line[table.names :])])
 
 
 def _table(
@@ -127,11 +118,9 @@ def _table(
     if seeds:
         counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
         lines = [[*line, Cell(count)] for line, count in zip(lines, counts, strict=True)]
-    blocks = first[summary.block].apply(tuple, axis=1)
-    starts = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
     names_head = ["method" if key == "label" else key.removeprefix("option/") for key in keys]
     head = [*names_head, *head, *(["seeds"] if seeds else [])]
-    return ReportTable(title, notes, head, lines, starts, len(summary.block), len(keys))
+    return ReportTable(title, notes, head, lines, len(summary.block), len(keys))
 
 
 def _named(lines: pd.DataFrame) -> pd.DataFrame:
@@ -193,10 +182,11 @@ def to_html(table: ReportTable) -> str:
         return f"<td{kind}><b>{text}</b></td>" if cell.best else f"<td{kind}>{text}{' ~' if cell.tie else ''}</td>"
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.head)
-    lines = "".join(
-        f"<tr{' class=block' if place in table.block_starts else ''}>{''.join(map(show, line))}</tr>\n"
-        for place, line in enumerate(table.lines)
-    )
+    lines = ""
+    for number, block in enumerate(table.blocks):
+        for place, line in enumerate(block):
+            kind = " class=block" if number and not place else ""
+            lines += f"<tr{kind}>{''.join(map(show, line))}</tr>\n"
     notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in table.notes)
     return (
         f"<h3>{html.escape(table.title)}</h3><div class=scroll><table><thead><tr>{head}</tr></thead>\n"

@@ -1,21 +1,24 @@
 """What the report of each sweep shows: its title, the metrics of its tables, and its figures."""
 
+import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from massdpo.evaluation.metrics import described
 
+T = TypeVar("T")
 
-def metric_name(metric: str) -> str:
-    """The metric's label, with what its numbers count."""
+
+def metric_name(metric: str, *notes: str) -> str:
+    """The metric's label, with what its numbers count, and notes."""
     known = described(metric)
-    return f"{known.label} ({known.unit})" if known.unit else known.label
+    notes = (known.unit, *notes) if known.unit else notes
+    return f"{known.label} ({', '.join(notes)})" if notes else known.label
 
 
 def axis_name(metric: str) -> str:
     """As an axis shows it: also which way is better, where that is not up."""
-    known = described(metric)
-    notes = [known.unit] * bool(known.unit) + ["lower is better"] * (known.better < 0)
-    return f"{known.label} ({', '.join(notes)})" if notes else known.label
+    return metric_name(metric, *(["lower is better"] if described(metric).better < 0 else []))
 
 
 def shown(value: object) -> str:
@@ -23,6 +26,12 @@ def shown(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+
+def shares(values: list[T], most: int) -> list[list[T]]:
+    """The values in as few lists of at most `most` as will do, of as equal a length as can be."""
+    count = max(1, math.ceil(len(values) / most))
+    return [values[len(values) * at // count : len(values) * (at + 1) // count] for at in range(count)]
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,11 @@ VIEWS = {  # in the order in which a reader asks
 
 def view_of(sweep: str) -> View:
     return VIEWS.get(sweep, DEFAULT)
+
+
+def rows_of(sweep: str) -> str:
+    """The sweep whose runs a sweep's report shows."""
+    return view_of(sweep).rows_of or sweep
 
 
 def reading_order(sweep: str) -> tuple[int, str]:

@@ -12,17 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 import massdpo
 from massdpo.console import markdown_table
+from massdpo.data.download import SOURCES, HubSet
 from massdpo.runs.shown import GENERATED, SHOWN
 from massdpo.store import plain_yaml
 
 HUB = "https://huggingface.co"
-HUB_DATASETS = {  # by what name the hub knows the data of an option
-    "arc": "allenai/ai2_arc",
-    "commonsenseqa": "tau/commonsense_qa",
-    "medmcqa": "openlifescienceai/medmcqa",
-    "openbookqa": "allenai/openbookqa",
-    "qasc": "allenai/qasc",
-}
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
 LICENCE = ("license", "license_name", "license_link")
 
@@ -79,8 +73,8 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         known |= _licence(model)
     if model.get("hub_id"):
         known |= {"base_model": model["hub_id"], "base_model_relation": "adapter" if adapter else "finetune"}
-    if data := HUB_DATASETS.get(config["choices"]["dataset"]):
-        known["datasets"] = [data]
+    if isinstance(source := SOURCES.get(config["choices"]["dataset"]), HubSet):
+        known["datasets"] = [source.repo]
     return known
 
 

@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
 def alone(
     accelerator: Accelerator, lock: Callable[[Callable[[], object]], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """The main process takes a lock, for whom the others wait in rounds: one collective of its whole wait times out."""
+    """The main process takes a lock; the others wait in short rounds, as a single long collective would time out."""
 
     def told(taken: bool) -> bool:
         return bool(accelerator.reduce(torch.tensor(float(taken), device=accelerator.device), "sum") > 0)
@@ -136,7 +136,7 @@ def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> 
         raise UserError(f"{folder} holds a run {_otherwise(before, parts)}: set another name=, or force=true")
     if before.get("status") == "finished" and not force:
         if accelerator.is_main_process:
-            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it came to that
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it could
         if accelerator.is_main_process and screen.level != "sweep":  # which has a line per job
             same = ", ".join(parts)
             print(f"{folder} is finished already: skipped, with the same {same} (force=true computes it again)")

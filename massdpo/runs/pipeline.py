@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from massdpo.config import resolved, run_name, without_secrets
+from massdpo.config import instantiate, resolved, run_name, without_secrets
 from massdpo.console import patiently, screen, show_as, shows, warn
 from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
@@ -24,7 +23,7 @@ from massdpo.runs.plan import doubts, plan, what_is_kept
 from massdpo.runs.provenance import run_parts
 from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
 from massdpo.runs.shown import draw_history, show
-from massdpo.runs.start import cache_of, gathered, instantiate, load, load_start, reference_scores, sft_start, trainable
+from massdpo.runs.start import cache_of, gathered, load, load_start, reference_scores, sft_start, trainable
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
 from massdpo.store import write_text
@@ -53,7 +52,7 @@ def train(config: DictConfig) -> Path:
             return folder
         accelerator.wait_for_everyone()
         logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
-        tracker: Tracker = hydra.utils.instantiate(logger) if accelerator.is_main_process else NoLogger()
+        tracker: Tracker = instantiate(logger) if accelerator.is_main_process else NoLogger()
         score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
         run = Run(config, data, cache, folder, tracker, History(folder / "history.csv"), score)
         try:
@@ -92,7 +91,7 @@ def compute(run: Run, model: nn.Module) -> None:
 
     objective = Preference(
         selector=selector,
-        compare=hydra.utils.instantiate(config.loss),
+        compare=instantiate(config.loss),
         beta=config.beta,
         refresh=config.refresh,
         seed=config.seed,

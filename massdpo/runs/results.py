@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from massdpo.config import resolved, without_secrets
+from massdpo.errors import one_line
 from massdpo.evaluation.baselines import baselines
 from massdpo.evaluation.catalogue import CatalogueRanks
 from massdpo.evaluation.generation import Answer, generation_metrics
@@ -124,7 +125,7 @@ def decorating(what: str) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # the latter is rich's, where nobody reads any more
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        why = one_line(error, with_type=True)
         print(f"warning: {what} is left out ({why}); all else is complete", file=sys.stderr)
 
 

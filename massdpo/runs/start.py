@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -15,6 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from massdpo.config import instantiate
 from massdpo.console import patiently
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
@@ -237,12 +237,3 @@ def gathered(scorer: nn.Module, accelerator: Accelerator) -> dict[str, torch.Ten
 def checkpointing(policy: Any) -> None:
     policy.gradient_checkpointing_enable({"use_reentrant": False})
     policy.enable_input_require_grads()  # frozen embeddings would cut the graph below the adapters
-
-
-def instantiate(node: DictConfig) -> Any:
-    """The part a config node describes; a UserError of its own stays one."""
-    given = {key: value for key, value in node.items() if key != "screen"} if "screen" in node else node
-    try:
-        return hydra.utils.instantiate(given)
-    except hydra.errors.InstantiationException as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from massdpo.config import instantiate
 from massdpo.data.batches import by_length, collate, in_order
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.scores import SplitScorer, SplitScores
@@ -102,7 +102,7 @@ class Timing:
         config, widest = self.config, max(len(row.response_ids) for row in rows)
         nothing = torch.zeros(len(rows), widest)
         reference = {"train": SplitScores(nothing, nothing.long())}
-        compare = hydra.utils.instantiate(config.loss)
+        compare = instantiate(config.loss)
         screen = config.selector.get("screen")
         given = self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference, self.score
         return Preference(*given, screen=screen)

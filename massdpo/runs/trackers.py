@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from massdpo.console import warn
+from massdpo.errors import one_line
 from massdpo.training.history import Number, Rows
 
 RECORDED = re.compile(r"(offline-)?run-(?P<time>\d+_\d+)-(?P<id>\w+)")
@@ -131,7 +132,7 @@ class Wandb:
                     return
                 warn("logger.mode=online without W&B credentials: recorded offline (`wandb login`, then sync)")
             except Exception as error:  # no network, a refused key, ...: nothing that was logged is lost
-                warn(f"W&B is unavailable ({_one_line(error)}): recorded offline")
+                warn(f"W&B is unavailable ({one_line(error, with_type=True)}): recorded offline")
         self._run = init("offline")
 
     def _end(self, metrics: Mapping[str, Any] | None, files: Sequence[Path]) -> None:
@@ -152,7 +153,7 @@ class Wandb:
                 try:
                     action()
                 except Exception as error:  # whatever W&B raises: the run and its own files matter more
-                    self._give_up(_one_line(error))
+                    self._give_up(one_line(error, with_type=True))
 
     def _give_up(self, why: str) -> None:
         if not self._broken:
@@ -165,7 +166,3 @@ def _recorded(folder: Path) -> list[tuple[Path, str]]:
     found = [(path, RECORDED.fullmatch(path.name)) for path in folder.glob("*run-*")]
     times = sorted((match["time"], path, match["id"]) for path, match in found if match)
     return [(path, run_id) for _, path, run_id in times]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from massdpo.config import RULES
+from massdpo.config import RULES, instantiate
 from massdpo.config.options import options_of, read_option
 from massdpo.console import summary_table
 from massdpo.data.batches import collate
@@ -21,7 +21,7 @@ from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.report.prompt import Prompt, draw_prompt
-from massdpo.runs import launch, start
+from massdpo.runs import launch
 from massdpo.runs.results import PICKS, PREDICTIONS
 from massdpo.selection import logdet
 from massdpo.selection.gram import candidate_gram
@@ -107,15 +107,15 @@ def line_of(run: Path, name: str) -> dict[str, Any]:
         some = f"; the first and the last of {len(set(known))} are {known[0]} and {known[-1]}" if known else ""
         raise UserError(f"id={name}: {PREDICTIONS} and {PICKS} in {run} name no such prompt{some}")
     where, line = found
-    numbers, size = line.get("reference"), len(line["candidates"])
-    if not isinstance(numbers, list) or len(numbers) != size or not all(isinstance(one, float) for one in numbers):
-        raise UserError(f"{where}: reference must be {size} numbers, as this version writes them")
-    picks = line.get("picks", [])
-    places = (
-        [pick.get("index") if isinstance(pick, dict) else None for pick in picks] if isinstance(picks, list) else [None]
-    )
-    if size < 2 or not all(type(place) is int and 0 <= place < size - 1 for place in places):
-        raise UserError(f"{where}: picks must name places in a pool of {size - 1}")
+    size = len(line["candidates"])
+    try:
+        numbers, places = line["reference"], [pick["index"] for pick in line.get("picks", ())]
+        sound = len(numbers) == size > 1 and all(isinstance(number, float) for number in numbers)
+        sound = sound and all(type(place) is int and 0 <= place < size - 1 for place in places)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{where}: reference must be {size} numbers, and picks places in a pool of {size - 1}")
     return line
 
 
@@ -125,7 +125,7 @@ def taken(config: DictConfig, selector: str, view: View) -> list[int]:
     whole = OmegaConf.create({"k": config.k, "selector": OmegaConf.to_container(node)})
     if "short_pool" in whole.selector:
         whole.selector.short_pool = "all"
-    pick = start.instantiate(whole.selector)
+    pick = instantiate(whole.selector)
     picks = pick(view(pick.features))
     places: list[int] = picks.index_BK[0][picks.mask_BK[0]].tolist()
     return places

@@ -1,7 +1,6 @@
 """What will be trained on, for a person to see; with what can be guessed without any model (`baselines.py`)."""
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,8 +38,9 @@ def inspect(config: DictConfig) -> None:
         with writing_to(config.out):
             export(examples := getattr(splits, split), split, Path(config.out))
         shown += f"\n\n{len(examples)} examples of {split} written to {config.out}"
-    counts = [f"  {name}: {value}" for name, value in _token_counts(data).items()]
-    sys.stdout.write("\n".join([shown, "", "as tokens, a prompt with its responses:", *counts]) + "\n")
+    print(f"{shown}\n\nas tokens, a prompt with its responses:")
+    for count in data.train.report:
+        print(f"  {count}: {', '.join(f'{name} {getattr(data, name).report[count]}' for name in SPLITS)}")
 
 
 def sample(splits: Splits) -> Splits:
@@ -62,11 +62,11 @@ def page(splits: Splits, looked_at: Splits, tokenizer: PreTrainedTokenizerBase, 
     if split not in SPLITS:
         raise UserError(f"split is train, val or test, not {split!r}")
     lines = [f"  {name}: {value}" for name, value in splits.report.items() if name != "notes"]
-    trained_on = {hash(example.prompt) for example in looked_at.train}
+    trained_on = {example.prompt for example in looked_at.train}
     for name in SPLITS:
         lines += _about(name, len(getattr(splits, name)), getattr(looked_at, name), tokenizer)
         if name != "train":
-            also = sum(hash(example.prompt) in trained_on for example in getattr(looked_at, name))
+            also = sum(example.prompt in trained_on for example in getattr(looked_at, name))
             lines.append(f"  prompts that stand in train too: {also}")
     leak = {f"leak check, {name.replace('_', ' ')}": value for name, value in leak_check(looked_at).items()}
     lines += ["", "without a model, on the test split, equals guessed evenly:"]
@@ -92,21 +92,17 @@ def export(examples: Sequence[PreferenceExample], split: str, out: Path) -> None
 def _about(
     split: str, size: int, examples: Sequence[PreferenceExample], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    pools: Counter[int] = Counter()
-    prompts: set[int] = set()  # their hashes: the texts of a large split would not fit
-    repeated = 0
-    for example in examples:
-        pools[len(example.pool)] += 1
-        prompts.add(hash(example.prompt))
-        texts = {normalise(text) for text in example.candidates}
-        repeated += len(texts) < len(example.candidates)
+    pools = Counter(len(example.pool) for example in examples)
+    prompts = {example.prompt for example in examples}
+    distinct = [{normalise(text) for text in example.candidates} for example in examples]
+    repeated = sum(len(texts) < len(example.candidates) for texts, example in zip(distinct, examples, strict=True))
     prompt_lengths = _lengths([example.prompt for example in examples], tokenizer)
     response_lengths = _lengths([text for example in examples for text in example.candidates], tokenizer)
     return [
         "",
         f"{split}: {size} examples"
         + (f"; what follows is of {len(examples)} of them, spread evenly" if len(examples) < size else ""),
-        f"  pool sizes: {_counts(pools)}",
+        f"  pool sizes: {', '.join(f'{size} ({count}x)' for size, count in sorted(pools.items()))}",
         f"  prompts that repeat an earlier one: {len(examples) - len(prompts)}",
         f"  slates with equal texts: {repeated}",
         f"  tokens of a prompt: {_spread(prompt_lengths)}; of a response: {_spread(response_lengths)}",
@@ -120,13 +116,3 @@ def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _spread(lengths: list[int]) -> str:
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     return f"{low} to {high}, median {middle}"
-
-
-def _counts(counter: Counter[int]) -> str:
-    return ", ".join(f"{size} ({count}x)" for size, count in sorted(counter.items()))
-
-
-def _token_counts(data: start.Data) -> dict[str, str]:
-    """Every count of the tokeniser's report, over the splits."""
-    reports = {name: getattr(data, name).report for name in ("train", "val", "test")}
-    return {key: ", ".join(f"{name} {report[key]}" for name, report in reports.items()) for key in reports["train"]}

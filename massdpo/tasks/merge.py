@@ -18,7 +18,7 @@ def merge(config: DictConfig) -> None:
     """Write the adapter in `policy`, added to the weights of its base in their own type, to the new folder `out`.
 
     Raises:
-        UserError: no adapter in `policy`, its base cannot be had, or `out` is there already.
+        UserError: no adapter in `policy`, its base cannot be loaded, or `out` is there already.
     """
     launch.start(config)
     folder, out = Path(config.policy).expanduser(), Path(config.out).expanduser()

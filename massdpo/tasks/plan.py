@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from massdpo.config import instantiate
 from massdpo.console import warn
 from massdpo.data.prepare import limited
 from massdpo.evaluation.scores import SplitScorer
@@ -20,7 +21,7 @@ def plan(config: DictConfig) -> None:
     cache, trainer = start.cache_of(config), config.trainer
     data, model = start.load(config, cache)
     rows = limited(data.train, trainer.preference.limit, config.dataset.get("seed", 0), "preference")
-    selector = start.instantiate(config.selector)
+    selector = instantiate(config.selector)
     check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
     kept = plans.what_is_kept(config, data, cache, accelerator)

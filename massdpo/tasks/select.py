@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import Tensor
 
+from massdpo.config import instantiate
 from massdpo.data.prepare import limited
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
@@ -40,7 +41,7 @@ def select(config: DictConfig) -> None:
     data, model = start.load(config, cache)
     subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"
     rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
-    selector = start.instantiate(config.selector)
+    selector = instantiate(config.selector)
     features = selector.features if selector.needs_scores else None
     pools = [len(example.pool) for example in examples]
     check_selection(config.selector, pools)
@@ -49,7 +50,7 @@ def select(config: DictConfig) -> None:
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
     reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
-    loss = start.instantiate(config.loss)
+    loss = instantiate(config.loss)
     picking = Preference(
         selector,
         loss,

@@ -138,6 +138,7 @@ def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
     return np.bincount(target_R, minlength=len(log.titles)).astype(np.float64) + 1
 
 
+@dataclass(eq=False)
 class RecommendationSplit(Lazy[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
@@ -145,21 +146,12 @@ class RecommendationSplit(Lazy[PreferenceExample]):
     user met before the target.
     """
 
-    def __init__(
-        self,
-        name: str,
-        log: Log,
-        rows: Targets,
-        slates: CleanSlates | None,
-        prompting: Prompting,
-        tell_met: bool = False,
-    ):
-        self.name = name
-        self.log = log
-        self.rows = rows
-        self.slates = slates
-        self.prompting = prompting
-        self.tell_met = tell_met
+    name: str
+    log: Log
+    rows: Targets
+    slates: CleanSlates | None
+    prompting: Prompting
+    tell_met: bool = False
 
     def __len__(self) -> int:
         return len(self.rows.user_R)

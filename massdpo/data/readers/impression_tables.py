@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from massdpo.data.columns import Columns
-from massdpo.data.containers import placed_rows, suffix_of
+from massdpo.data.containers import suffix_of
 from massdpo.data.raw import BadRows
 from massdpo.data.readers.cells import Times, cell
-from massdpo.data.readers.tables import ABOUT_ITEMS, ITEMS, TableOptions, Tables, needed
+from massdpo.data.readers.tables import ABOUT_ITEMS, ITEMS, TableOptions, needed
 from massdpo.data.readers.tables import USUAL as USUAL_TABLES
 from massdpo.data.text import read_lines
 from massdpo.errors import UserError
@@ -47,20 +47,17 @@ class ImpressionTables(TableOptions):
     item_separator: str | None = None
 
     def __post_init__(self) -> None:
-        self._about_items(Path(), None)
+        super().__post_init__()
         Columns(USUAL | {part: USUAL_TABLES[part] for part in ABOUT_ITEMS}, self.columns)
         if self.item_separator == "":
             raise UserError("dataset.item_separator is empty: set it to the text between two items, or null for spaces")
 
-    def titles(self, files: list[Path], bad: BadRows) -> dict[str, str]:
+    def titles_in(self, files: list[Path], bad: BadRows) -> dict[str, str]:
         """The titles by item, of all files together."""
         titles: dict[str, str] = {}
         for file in files:
-            titles |= self._about_items(file, self.items_header or self._mind_header(file, "title")).titles(bad)[0]
+            titles |= self.titles(file, self.items_header or self._mind_header(file, "title"), bad)[0]
         return titles
-
-    def columns_of_impressions(self) -> Columns:
-        return Columns(USUAL, self.columns_given(tuple(USUAL)))
 
     def impressions(
         self,
@@ -79,7 +76,7 @@ class ImpressionTables(TableOptions):
         for file in files:
             mind = None if self.header else self._mind_header(file, "history")
             times = Times(self.time_format or (MIND_TIME if mind else None))
-            for where, row in placed_rows(file, bad, self.reading(self.header or mind)):
+            for where, row in self.rows_of(file, self.header or mind, bad):
                 try:
                     parts = needed(columns, where, row, ("history", "shown"))
                     lists = self._lists(where, parts, by_column="clicked" in columns.mapped)
@@ -119,33 +116,16 @@ class ImpressionTables(TableOptions):
     def _titled(self, where: str, items: list[str], titles: Mapping[str, str] | None, told: Counter[str]) -> list[str]:
         if titles is None:
             return items
-        found = [titles.get(item, item if self.missing_titles == "id" else "") for item in items]
-        if self.missing_titles == "error" and "" in found:
-            raise UserError(
-                f"{where}: item {items[found.index('')]!r:.60} has no title in the file of titles: "
-                "dataset.missing_titles=skip leaves it out, id shows its id"
-            )
+        found = [self.title_of(where, item, titles.get(item)) for item in items]
         told["without_title"] += found.count("")
         return [title for title in found if title]
-
-    def _about_items(self, file: Path, header: list[str] | None) -> Tables:
-        return Tables(
-            raw_dir=str(file.parent),
-            items_file=file.name,
-            columns=self.columns_given(ABOUT_ITEMS),
-            items_header=header,
-            separator=self.separator,
-            encoding=self.encoding,
-            rows=self.rows,
-            missing_titles=self.missing_titles,
-        )
 
     def _mind_header(self, file: Path, telling: str) -> list[str] | None:
         """The columns of a file of MIND's; none where its first line names the `telling` one."""
         name = file.name.split(".")[0]
         if name not in MIND or suffix_of(file) != ".tsv":
             return None
-        _, line = next(read_lines(file, None, self.encoding))
+        _, line = next(read_lines(file, encoding=self.encoding))
         known = {*(USUAL | USUAL_TABLES)[telling], str(self.columns.get(telling)).lower()}
         return None if known & set(line.lower().split("\t")) else list(MIND[name])
 

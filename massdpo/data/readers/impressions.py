@@ -16,9 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from massdpo.data.columns import Columns
 from massdpo.data.raw import SPLITS, BadRows, Source
 from massdpo.data.readers.histories import Prompting
-from massdpo.data.readers.impression_tables import Impression, ImpressionTables, is_about_items
+from massdpo.data.readers.impression_tables import USUAL, Impression, ImpressionTables, is_about_items
 from massdpo.data.readers.interactions import Ints
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import NumberedSplit, StoredExamples
@@ -80,8 +81,8 @@ class Impressions(ImpressionTables, Prompting):
     def load(self) -> Splits:
         """Raises UserError for a missing or damaged file, a row that cannot be read, and a split without examples."""
         files, about_items = self._files
-        bad, told, columns = BadRows(self.bad_rows), Counter[str](), self.columns_of_impressions()
-        titles = self.titles(about_items, bad) if about_items else None
+        bad, told, columns = BadRows(self.bad_rows), Counter[str](), Columns(USUAL, self.columns_given(tuple(USUAL)))
+        titles = self.titles_in(about_items, bad) if about_items else None
         given: dict[str, StoredExamples] = {}
         keys: dict[str, list[float]] = {}
         with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone

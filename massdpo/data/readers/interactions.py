@@ -1,7 +1,7 @@
 """Who met which items in which order: a `Log`; and what all readers share."""
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,29 +43,22 @@ def raw_file(raw_dir: str | None, name: str, what: str) -> Path:
     return path
 
 
-def field_of(row: dict[str, Any], name: str, kinds: tuple[type, ...], place: str) -> Any:
-    """`row[name]`, which must be of one of `kinds` (a bool is no int) and, if text, not blank."""
-    value = row.get(name)
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        wanted = " or ".join(kind.__name__ for kind in kinds)
-        raise UserError(f"{place}: {name!r} must be {wanted}, found {value!r:.80}")
-    if isinstance(value, str) and not value.strip():
-        raise UserError(f"{place}: {name!r} is empty")
-    return value
-
-
 class Interactions:
     """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance.
 
     Times are whole numbers as long as all are: nanoseconds since 1970 have more digits than a float keeps.
     """
 
-    def __init__(self, titles: dict[str, str]):
-        self.titles = titles
+    def __init__(self, titles: Mapping[str, str]):
+        self.titles = list(titles.values())
         self.item_of = {item: number for number, item in enumerate(titles)}
         self.user_of: dict[str, int] = {}
         self.user, self.item = array("q"), array("q")
         self.time: Any = array("q")
+
+    def name(self, item: str, title: str) -> None:
+        self.item_of[item] = len(self.titles)
+        self.titles.append(title)
 
     def add(self, user: str, item: str, time: float) -> None:
         self.user.append(self.user_of.setdefault(user, len(self.user_of)))
@@ -85,7 +78,7 @@ class Interactions:
         sequences, times = (np.split(column[order], ends) for column in (item, time))
         if timed and (told := _ties(times)):
             report = report | {"equal_times": told}
-        return Log(list(self.titles.values()), list(self.user_of), sequences, times if timed else None, report=report)
+        return Log(self.titles, list(self.user_of), sequences, times if timed else None, report=report)
 
 
 def _ties(times: list[NDArray[Any]]) -> str:

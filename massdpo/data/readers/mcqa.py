@@ -13,11 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from massdpo.data.containers import Reading, placed_rows
-from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
+from massdpo.data.raw import SPLITS, BadRows, Source
 from massdpo.data.readers.interactions import raw_file
-from massdpo.data.readers.lender import Lender
-from massdpo.data.readers.questions import Question, Reader, answered, read_questions
+from massdpo.data.readers.located import Located
+from massdpo.data.readers.questions import Question, answered, read_questions
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
@@ -33,26 +32,18 @@ WORDINGS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MultipleChoice:
+class MultipleChoice(Located):
     """Questions from `path` or `hub_id`, or from the files of `raw_dir`; `conf/dataset/mcqa.yaml` explains the options.
 
     Splits that are not there are held out of training, `val_size` and `test_size` questions or shares of them.
     """
 
-    path: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    subset: str | None = None
-    splits: Mapping[str, str] | None = None
     raw_dir: str | None = None
     train_file: str | None = None
     val_file: str | None = None
     test_file: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     answer: Literal["letter", "index0", "index1", "text"] | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
-    rows: str | None = None
     val_size: int | float = 500
     test_size: int | float = 0.1
     seed: int = 0
@@ -61,37 +52,34 @@ class MultipleChoice:
     prompts: Literal["one", "several"] = "one"
     bad_rows: Literal["error", "skip"] = "error"
 
-    def __post_init__(self) -> None:
-        _ = self._reading
-
-    @property
-    def _reading(self) -> Reading:
-        return Reading(self.separator, self.encoding, self.rows)
-
     @cached_property
     def _source(self) -> Source:
-        if bool(self.path) == bool(self.hub_id):
-            raise UserError("dataset=mcqa needs dataset.path=FILE (question, options, answer) or dataset.hub_id=NAME")
-        place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
-        return Source(place, self._reading, self.subset, self.splits)
-
-    def _named(self) -> dict[str, Path]:
-        """The files of `raw_dir`, by split."""
+        if not self.train_file:
+            return self.source()
         names = {"train": self.train_file, "val": self.val_file, "test": self.test_file}
-        return {
-            split: raw_file(self.raw_dir, name, f"labelled questions, named by dataset.{split}_file")
+        parts = {
+            split: [raw_file(self.raw_dir, name, f"labelled questions, named by dataset.{split}_file")]
             for split, name in names.items()
             if name is not None
         }
+        return Source(Path(str(self.raw_dir)), self, outside=True, parts=parts)
 
     def files(self) -> list[Path]:
         """The files that `load` reads: their content, with the options, decides the outcome."""
-        return list(self._named().values()) if self.train_file else self._source.files
+        return self._source.files
 
     def load(self) -> Splits:
         """Raises UserError for missing or damaged files, unclear answers, and splits too small to fill the pools."""
         bad = BadRows(self.bad_rows)
-        readers = self._readers(bad)
+        readers = {
+            split: read_questions(
+                self._source.rows(split, bad),
+                self._place(split).stem if self.train_file else name,  # names the rows without an id
+                self.columns,
+                bad,
+            )
+            for split, name in self._source.splits.items()
+        }
         everything = [question for reader in readers.values() for question in reader.questions]
         _, way = answered(everything, self.answer, bad=BadRows("skip"))
         questions = {split: answered(reader.questions, way, bad)[0] for split, reader in readers.items()}
@@ -101,32 +89,18 @@ class MultipleChoice:
         report: dict[str, Any] = self._held_out(questions)
         counts: Counter[str] = Counter()
         train, val, test = (list(self._examples(split, questions[split], counts)) for split in SPLITS)
-        report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | counts | bad.report()
+        report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | dict(+counts) | bad.report()
         for reader in readers.values():
             report = (reader.columns.report() if reader.columns else {}) | report
         return Splits(train, val, test, {"answers_read_as": way} | report)
 
-    def _readers(self, bad: BadRows) -> dict[str, Reader]:
-        """Every split that was given, read."""
-        if self.train_file:
-            return {
-                split: read_questions(placed_rows(path, bad, self._reading), path.stem, self.columns, bad)
-                for split, path in self._named().items()
-            }
-        if "train" not in self._source.splits:
-            raise UserError(f"{self._source.place} has no split 'train', only {', '.join(self._source.found)}")
-        return {
-            split: read_questions(self._source.rows(split, bad), name, self.columns, bad)
-            for split, name in self._source.splits.items()
-        }
-
     def _place(self, split: str) -> Path:
-        return self._named()[split] if self.train_file else self._source.place
+        return self._source.found[split][0] if self.train_file else self._source.place
 
     def _held_out(self, questions: dict[str, list[Question]]) -> dict[str, Any]:
         """Holds out the splits that are missing, and says so."""
         report: dict[str, Any] = {}
-        if self.train_file and "val" not in questions:
+        if self.train_file and "test" in questions and "val" not in questions:
             name = self._place("test").name
             report["test_is"] = f"the official labelled split {name} (the official test split has no answers)"
         total = len(questions["train"])
@@ -166,24 +140,22 @@ class MultipleChoice:
             if question.shuffled:
                 question = _shuffled(question, chance)
             chosen = question.options[question.answer]
-            taken = {normalise(chosen)}
-            own = []
+            own: dict[str, str] = {}  # the wrong options that differ, by what a reader would call equal
             for place, option in enumerate(question.options):
+                key = normalise(option)
                 if place == question.answer:
                     continue
-                if normalise(option) in taken:
-                    counts[
-                        "options_equal_to_the_answer" if normalise(option) == normalise(chosen) else "options_repeated"
-                    ] += 1
+                if key == normalise(chosen):
+                    counts["options_equal_to_the_answer"] += 1
+                elif key in own:
+                    counts["options_repeated"] += 1
                 else:
-                    taken.add(normalise(option))
-                    own.append(option)
-            pool = own
+                    own[key] = option
+            pool = list(own.values())
             if isinstance(self.num_negatives, int):
-                if len(own) > self.num_negatives:
-                    counts["own_options_left_out"] += len(own) - self.num_negatives
-                taken |= {normalise(option) for option in question.options}
-                pool = own[: self.num_negatives] + lender.borrow(self.num_negatives - len(own), taken, chance, split)
+                more = self.num_negatives - len(own)
+                counts["own_options_left_out"] += max(0, -more)
+                pool = pool[: self.num_negatives] + lender.borrow(more, {normalise(chosen), *own}, chance, split)
             if not pool:
                 raise UserError(
                     f"{id}: question {question.id} has no wrong option left; set dataset.num_negatives=19, say"
@@ -204,6 +176,31 @@ class MultipleChoice:
         before, between = WORDINGS[choice]
         options = between + "; ".join(question.options) if self.list_options else ""
         return f"{before}{question.stem}{options}\nAnswer:"
+
+
+class Lender:
+    """The distinct options of a split, for questions that have too few of their own."""
+
+    def __init__(self, questions: list[Question]):
+        first: dict[str, str] = {}
+        for question in questions:
+            for option in question.options:
+                first.setdefault(normalise(option), option)
+        self.keys = list(first)
+        self.texts = list(first.values())
+
+    def borrow(self, count: int, taken: set[str], chance: np.random.Generator, split: str) -> list[str]:
+        """`count` options, none of which says what one of `taken` does."""
+        if count <= 0:
+            return []
+        if len(self.keys) < count + len(taken):
+            raise UserError(
+                f"the {split} split has {len(self.keys)} different options, too few for dataset.num_negatives: "
+                "lower it, or set it to own"
+            )
+        draws = chance.choice(len(self.keys), size=count + len(taken), replace=False, shuffle=True)
+        free = [place for place in draws if self.keys[place] not in taken]
+        return [self.texts[place] for place in free[:count]]
 
 
 def _shuffled(question: Question, chance: np.random.Generator) -> Question:

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from massdpo.data.containers import Reading
 from massdpo.data.messages import found
-from massdpo.data.raw import SPLITS, BadRows, Source, hub_folder
+from massdpo.data.raw import SPLITS, BadRows, Source
 from massdpo.data.readers.layouts import Layout, RowParts
+from massdpo.data.readers.located import Located
 from massdpo.data.readers.wording import TOLD
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import NumberedSplit, StoredExamples
@@ -26,8 +26,8 @@ from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
 
-@dataclass(frozen=True)
-class Preferences:
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Located):
     """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
     `path`, `val_path` and `test_path` are what `raw.Source` reads, and a row is what `layouts.Layout` reads; `splits`,
@@ -40,15 +40,7 @@ class Preferences:
             `bad_rows="skip"`; a split would be empty; the hub cannot be reached.
     """
 
-    path: str | None = None
-    hub_id: str | None = None
-    revision: str | None = None
-    subset: str | None = None
-    splits: Mapping[str, str] | None = None
     columns: Mapping[str, str | list[str]] | None = None
-    rows: str | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
     outside: bool = False
     several_chosen: Literal["each", "error"] = "each"
     ties: Literal["drop", "keep"] = "drop"
@@ -62,13 +54,10 @@ class Preferences:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self._reading, self._layout()
+        super().__post_init__()
+        self._layout()
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError("dataset.val_fraction + dataset.test_fraction must be below 1: no row is left for training")
-
-    @property
-    def _reading(self) -> Reading:
-        return Reading(self.separator, self.encoding, self.rows)
 
     def _layout(self) -> Layout:
         return Layout(self.columns, self.ties, self.min_margin)
@@ -76,17 +65,9 @@ class Preferences:
     @cached_property
     def _sources(self) -> dict[str, Source]:
         """Where each split is read from; a path of its own takes the place of one that `path` brought."""
-        if bool(self.path) == bool(self.hub_id):
-            raise UserError(
-                "dataset=preferences needs dataset.path=FILE (rows of prompt, chosen, rejected) or dataset.hub_id"
-            )
-        place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
-        main = Source(place, self._reading, self.subset, self.splits, self.outside)
-        if "train" not in main.splits:
-            names = ", ".join(main.found)
-            raise UserError(f"{main.place} has no split 'train', only {names}: dataset.splits={{train: NAME}} names it")
+        main = self.source(self.outside)
         paths = {"val": self.val_path, "test": self.test_path}
-        others = {split: Source(Path(path), self._reading) for split, path in paths.items() if path}
+        others = {split: Source(Path(path), self) for split, path in paths.items() if path}
         for split, source in others.items():
             if split not in source.splits and len(source.splits) > 1:
                 names = ", ".join(source.found)

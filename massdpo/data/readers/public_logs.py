@@ -8,7 +8,7 @@ import numpy as np
 
 from massdpo.data.containers import placed_rows
 from massdpo.data.raw import SPLITS, BadRows
-from massdpo.data.readers.interactions import Ints, Log, field_of
+from massdpo.data.readers.interactions import Ints, Log
 from massdpo.data.text import read_jsonl, read_lines
 from massdpo.errors import UserError
 
@@ -21,30 +21,21 @@ def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
         if item != str(len(titles)) or not title.strip():  # a line left out would shift every later id: never skipped
             raise UserError(f"{names}:{number}: expected '{len(titles)}::<name>', found {line!r:.80}")
         titles.append(title.strip())
-    users: list[str] = []
-    chains: list[Ints] = []
-    split_of: list[str] = []
-    known: set[str] = set()
+    wanted = (
+        f"split (train, val or test), user, and items, a list of numbers from 0 to {len(titles) - 1} ({names.name})"
+    )
+    chains: dict[str, Ints] = {}
     for number, row in read_jsonl(sequences, bad):
-        place = f"{sequences}:{number}"
-        try:
-            user = f"{row.get('split')}/{field_of(row, 'user', (int, str), place)}"
-            items = field_of(row, "items", (list,), place)
-            if row["split"] not in SPLITS:
-                raise UserError(f"{place}: 'split' is train, val or test, not {row['split']!r:.40}")
-            if user in known:
-                raise UserError(f"{place}: user {user} is listed twice")
-            for item in items:
-                if type(item) is not int or not 0 <= item < len(titles):
-                    raise UserError(f"{place}: item {item!r:.40} is not in {names.name} (0 to {len(titles) - 1})")
-        except (UserError, KeyError) as error:
-            bad(error if isinstance(error, UserError) else UserError(f"{place}: 'split' is missing"))
-            continue
-        known.add(user)
-        users.append(user)
-        chains.append(np.array(items, dtype=np.int64))
-        split_of.append(row["split"])
-    return Log(titles, users, chains, split_of=split_of)
+        split, user, items = (row.get(name) for name in ("split", "user", "items"))
+        name = f"{split}/{user}"
+        known = isinstance(items, list) and all(type(item) is int and 0 <= item < len(titles) for item in items)
+        if split not in SPLITS or not isinstance(user, int | str) or not known:
+            bad(UserError(f"{sequences}:{number}: a line must have {wanted}"))
+        elif name in chains:
+            bad(UserError(f"{sequences}:{number}: user {name} is listed twice"))
+        else:
+            chains[name] = np.array(items, dtype=np.int64)
+    return Log(titles, list(chains), list(chains.values()), split_of=[name.partition("/")[0] for name in chains])
 
 
 def split_titles(joined: str, known: set[str]) -> list[str]:
@@ -65,18 +56,23 @@ def split_titles(joined: str, known: set[str]) -> list[str]:
 
 def _checked_rows(path: Path, bad: BadRows) -> Iterator[dict[str, Any]]:
     for place, row in placed_rows(path, bad):
-        try:
-            history = field_of(row, "historyList", (str,), place)
-            candidates = field_of(row, "itemList", (list,), place)
-            target = field_of(row, "trueSelection", (str,), place)
-            if not all(isinstance(each, str) and each.strip() for each in [*candidates, *history.split("::")]):
-                raise UserError(f"{place}: a title that is empty or not text")
-            if len(set(candidates)) != len(candidates) or target not in candidates:
-                raise UserError(f"{place}: the candidates must be distinct and hold the target {target!r:.60}")
-        except UserError as error:
-            bad(error)
-        else:
+        if _is_whole(row):
             yield row
+        else:
+            bad(
+                UserError(
+                    f"{place}: a row must have historyList (titles joined by ::), itemList (titles that differ) and "
+                    "trueSelection (one of these)"
+                )
+            )
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    history, slate = row.get("historyList"), row.get("itemList")
+    if not isinstance(history, str) or not isinstance(slate, list):
+        return False
+    are_titles = all(isinstance(title, str) and title.strip() for title in [*slate, *history.split("::")])
+    return are_titles and len(set(slate)) == len(slate) and row.get("trueSelection") in slate
 
 
 def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:

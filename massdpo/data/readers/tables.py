@@ -37,50 +37,68 @@ USUAL = {
     "count": ("count", "quantity", "purchases", "plays", "play_count", "playcount"),
 }
 ABOUT_ITEMS = ("item", "title")
+# what files are usually called, whatever they end in
 INTERACTIONS = (
-    "interactions",
-    "ratings",
-    "events",
-    "behaviors",
-    "transactions",
-    "purchases",
-    "orders",
-    "clicks",
-    "log",
+    *("interactions", "ratings", "events", "behaviors", "transactions", "purchases", "orders", "clicks", "log"),
 )
 ITEMS = (
-    "items",
-    "titles",
-    "movies",
-    "products",
-    "news",
-    "books",
-    "artists",
-    "catalogue",
-    "catalog",
-    "metadata",
-    "meta",
+    *("items", "titles", "movies", "products", "news", "books", "artists", "catalogue", "catalog", "metadata", "meta"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableOptions:
+class TableOptions(Reading):
     """How tables are to be read; `conf/dataset/sequences.yaml` says what each option does."""
 
     columns: Mapping[str, Any] = field(default_factory=dict)
     header: list[str] | None = None
     items_header: list[str] | None = None
-    separator: str | None = None
-    encoding: str = "utf-8"
-    rows: str | None = None
     time_format: str | None = None
     missing_titles: Literal["error", "skip", "id"] = "error"
 
-    def reading(self, header: list[str] | None = None) -> Reading:
-        return Reading(self.separator, self.encoding, self.rows, tuple(header) if header else None)
-
     def columns_given(self, parts: tuple[str, ...]) -> dict[str, Any]:
         return {part: column for part, column in self.columns.items() if part in parts}
+
+    def columns_of(self, parts: tuple[str, ...]) -> Columns:
+        """The columns of one of two files: of the columns named, the other file's may be missing here."""
+        return Columns({part: USUAL[part] for part in parts}, self.columns_given(parts), optional=tuple(self.columns))
+
+    def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
+        for where, row in placed_rows(path, bad, self, header or ()):
+            typed = not header and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
+            yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
+
+    def titles(self, path: Path, header: list[str] | None, bad: BadRows) -> tuple[dict[str, str], dict[str, Any]]:
+        """The titles by item in a file of them, and which columns they stand in."""
+        titles: dict[str, str] = {}
+        columns = self.columns_of(ABOUT_ITEMS)
+        for where, row in self.rows_of(path, header, bad):
+            try:
+                parts = needed(columns, where, row, ("item",))
+                item = cell(where, "item", parts["item"])
+                if item in titles:
+                    raise UserError(f"{where}: item {item!r:.60} is listed twice")
+                if "title" not in columns.mapped:
+                    raise columns.missing(where, row, "title", ABOUT_ITEMS)
+                if title := self.title_of(where, item, parts.get("title")):
+                    titles[item] = title
+            except UserError as error:
+                bad(error)
+        return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
+
+    def title_of(self, where: str, item: str, given: Any) -> str:
+        """The title of an item, or what `missing_titles` puts in its place: nothing where the item is left out.
+
+        Raises:
+            UserError: there is none, and that is an error.
+        """
+        title = str(given or "").strip()
+        if not title and self.missing_titles == "error":
+            raise UserError(
+                f"{where}: item {item!r:.60} has no title in the file of titles or in a column here "
+                "(dataset.columns={title: NAME}): dataset.missing_titles=skip leaves it out, id shows its id"
+            )
+        return title or (item if self.missing_titles == "id" else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +112,8 @@ class Tables(TableOptions):
     article_first: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         Columns(USUAL, self.columns)
-        self.reading()
 
     def interactions_path(self) -> Path:
         path = Path(self.raw_dir or "").expanduser()
@@ -115,75 +133,34 @@ class Tables(TableOptions):
         """The files that are read: their content, with the options, decides the outcome."""
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
-    def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
-        for where, row in placed_rows(path, bad, self.reading(header)):
-            typed = header is None and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
-            yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
-
-    def columns_of(self, parts: tuple[str, ...]) -> Columns:
-        """The columns of one of two files: of the columns named, the other file's may be missing here."""
-        return Columns({part: USUAL[part] for part in parts}, self.columns_given(parts), optional=tuple(self.columns))
-
-    def titles(self, bad: BadRows) -> tuple[dict[str, str], dict[str, Any]]:
-        """The titles by item, and which columns they stand in; none where there is no file of them."""
-        path, titles = self.items_path(), dict[str, str]()
-        if path is None:
-            return titles, {}
-        columns = self.columns_of(ABOUT_ITEMS)
-        for where, row in self.rows_of(path, self.items_header, bad):
-            try:
-                parts = needed(columns, where, row, ("item",))
-                item = cell(where, "item", parts["item"])
-                if item in titles:
-                    raise UserError(f"{where}: item {item!r:.60} is listed twice")
-                if "title" not in columns.mapped:
-                    raise columns.missing(where, row, "title", ABOUT_ITEMS)
-                title = str(parts.get("title") or "").strip()
-                if title or self.missing_titles == "id":
-                    titles[item] = self.worded(title or item)
-                elif self.missing_titles == "error":
-                    raise UserError(
-                        f"{where}: 'title' is empty: dataset.missing_titles=skip leaves it out, id shows its id"
-                    )
-            except UserError as error:
-                bad(error)
-        return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
-
     def worded(self, title: str) -> str:
         return article_first(title) if self.article_first else title
 
     def log(self, bad: BadRows) -> Log:
         """Every user's items in order of time; among equal times, and without any, in that of the file."""
-        path, (titles, about_items) = self.interactions_path(), self.titles(bad)
-        in_place = self.items_path() is None  # the titles stand beside the interactions
-        table, times = Interactions(titles), Times(self.time_format)
-        parts_here = ("user", "item", "time", "rating", "count", *(("title",) if in_place else ()))
-        columns = self.columns_of(parts_here)
+        path, about = self.interactions_path(), self.items_path()
+        titles, about_items = self.titles(about, self.items_header, bad) if about else ({}, {})
+        table = Interactions({item: self.worded(title) for item, title in titles.items()})
+        times = Times(self.time_format)
+        columns = self.columns_of(("user", "item", "time", "rating", "count", *(() if about else ("title",))))
         counts = {"ratings_below_minimum": 0, "counts_of_nothing": 0, "interactions_without_title": 0}
         for number, (where, row) in enumerate(self.rows_of(path, self.header, bad)):
             try:
                 parts = needed(columns, where, row, ("user", "item"))
                 user, item = (cell(where, part, parts[part]) for part in ("user", "item"))
-                rating, count = self._rating(columns, where, row, parts), parts.get("count")
-                if in_place and item not in titles:
-                    self._add_title(table, item, parts, where)
-                elif item not in titles and self.missing_titles == "id":
-                    titles[item] = item
-                    table.item_of[item] = len(table.item_of)
+                too_low = self._rated_too_low(columns, where, row, parts)
+                count = number_of(where, "count", parts["count"]) if "count" in parts else 1
+                if item not in table.item_of and (title := self.title_of(where, item, parts.get("title"))):
+                    table.name(item, self.worded(title))
                 time = times.of(where, parts.get("time"), number)
-                if item not in titles and self.missing_titles == "error":
-                    raise UserError(
-                        f"{where}: item {item!r:.60} has no title in the file of titles: dataset.missing_titles=skip "
-                        "leaves it out, id shows its id"
-                    )
             except UserError as error:
                 bad(error)
                 continue
-            if rating is not None and self.min_rating is not None and rating < self.min_rating:
+            if too_low:
                 counts["ratings_below_minimum"] += 1
-            elif count is not None and number_of(where, "count", count) <= 0:
+            elif count <= 0:
                 counts["counts_of_nothing"] += 1
-            elif item not in titles:
+            elif item not in table.item_of:
                 counts["interactions_without_title"] += 1
             else:
                 table.add(user, item, time)
@@ -200,23 +177,12 @@ class Tables(TableOptions):
         told = {f"{path.name}, columns": told.pop("columns"), **told} if "columns" in told else told
         return table.log(path, told | about_items | report, timed=times.timed)
 
-    def _rating(self, columns: Columns, where: str, row: dict[str, Any], parts: dict[str, Any]) -> float | None:
+    def _rated_too_low(self, columns: Columns, where: str, row: dict[str, Any], parts: dict[str, Any]) -> bool:
         if self.min_rating is None:
-            return None
+            return False
         if "rating" not in parts:
             raise columns.missing(where, row, "rating", ("rating",))
-        return number_of(where, "rating", parts["rating"])
-
-    def _add_title(self, table: Interactions, item: str, parts: dict[str, Any], where: str) -> None:
-        title = str(parts.get("title") or "").strip() or ("" if self.missing_titles != "id" else item)
-        if title:
-            table.titles[item] = self.worded(title)
-            table.item_of[item] = len(table.item_of)
-        elif self.missing_titles == "error":
-            raise UserError(
-                f"{where}: item {item!r:.60} has no title: give a file of item and title (dataset.items_file), name "
-                "the column (dataset.columns={title: NAME}), or set dataset.missing_titles=id"
-            )
+        return number_of(where, "rating", parts["rating"]) < self.min_rating
 
 
 def needed(columns: Columns, where: str, row: dict[str, Any], wanted: tuple[str, ...]) -> dict[str, Any]:

@@ -72,16 +72,13 @@ class SyntheticMCQA:
     def load(self) -> Splits:
         facts = self._facts()
         asked = [(entity, relation, wording) for entity, relation in facts for wording in range(len(QUESTIONS))]
-        for name in ("num_train", "num_val", "num_test"):
-            check_between(name, getattr(self, name), 1, len(asked))
+        size = (1, len(asked))
+        check_between(self, num_train=size, num_val=size, num_test=size)
+        check_between(self, num_negatives=(1, 50), near_duplicates=(0, 0.9), easy=(0, 1), kinship=(0, 1))
         if (total := self.num_train + self.num_val + self.num_test) > len(asked):
             raise UserError(
                 f"dataset.num_train + num_val + num_test = {total}, but the knowledge base has {len(asked)} questions"
             )
-        check_between("num_negatives", self.num_negatives, 1, 50)
-        check_between("near_duplicates", self.near_duplicates, 0, 0.9)
-        check_between("easy", self.easy, 0, 1)
-        check_between("kinship", self.kinship, 0, 1)
         Random(keyed_seed("mcqa", self.seed, "order")).shuffle(asked)
         sizes = {"train": self.num_train, "val": self.num_val, "test": self.num_test}
         return split_off(sizes, (self._example(facts, *question) for question in asked))

@@ -1,6 +1,7 @@
 """What both worlds are made with: lists of words, splits of rows, ranges of options."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
@@ -14,12 +15,14 @@ def split_off(sizes: dict[str, int], rows: Iterator[PreferenceExample]) -> Split
     """The next rows, taken as test, val and train in that order, so that a larger training split moves no other."""
     parts = {split: [next(rows) for _ in range(sizes[split])] for split in ("test", "val", "train")}
     named = {
-        split: [PreferenceExample(**{**vars(row), "id": f"{split}/{number}"}) for number, row in enumerate(part)]
+        split: [replace(row, id=f"{split}/{number}") for number, row in enumerate(part)]
         for split, part in parts.items()
     }
     return Splits(named["train"], named["val"], named["test"])
 
 
-def check_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UserError(f"dataset.{name}={value} is not possible: it must lie between {low:g} and {high:g}")
+def check_between(options: object, **bounds: tuple[float, float]) -> None:
+    """Refuse options of a dataset that do not lie between their bounds."""
+    for name, (low, high) in bounds.items():
+        if not low <= (value := getattr(options, name)) <= high:
+            raise UserError(f"dataset.{name}={value} is not possible: it must lie between {low:g} and {high:g}")

@@ -53,13 +53,9 @@ class SyntheticRec:
         return []  # none is read
 
     def load(self) -> Splits:
-        for name in ("num_train", "num_val", "num_test"):
-            check_between(name, getattr(self, name), 1, 1_000_000)
-        check_between("history", self.history, 1, 20)
-        check_between("num_negatives", self.num_negatives, 1, 40)
-        check_between("same_genre", self.same_genre, 0, 1)
-        check_between("loyalty", self.loyalty, 0, 1)
-        check_between("habit", self.habit, 0, 1)
+        size, share = (1, 1_000_000), (0, 1)
+        check_between(self, num_train=size, num_val=size, num_test=size, history=(1, 20), num_negatives=(1, 40))
+        check_between(self, same_genre=share, loyalty=share, habit=share)
         draw = Random(keyed_seed("rec", self.seed, "catalogue"))
         names = draw.sample(FRANCHISES, len(FRANCHISES))
         genres = [names[genre::GENRES] for genre in range(GENRES)]
