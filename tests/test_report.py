@@ -795,6 +795,14 @@ def test_the_command_is_the_runs_own_without_places_of_the_machine(demo: Path) -
         assert row["command"] == f"python run.py sweeps=demo name={row['name']}"
 
 
+def test_a_command_with_an_open_quote_is_one_line(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "main", "mass", 0)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | {"command": "python run.py 'x"}))
+    with pytest.raises(UserError, match=r"metrics\.json.*quotation"):
+        collect(tmp_path / "main")
+
+
 def test_reports_add_to_the_rows_that_are_there(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One small run of a sweep takes nothing from the rows of others, and their numbers stay to the last digit."""
     runs, out = demo.parent, tmp_path / "committed"

@@ -1,7 +1,9 @@
 """The engine against the plain way: one candidate at a time through the model's own forward."""
 
+import ast
 import copy
 import itertools
+import re
 import socket
 import warnings
 from dataclasses import replace
@@ -36,6 +38,7 @@ from massdpo.model import head, packing, scoring
 from massdpo.model.load import disable_dropout
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.tensors import Batch, Picks, Scores
+from tests.conftest import ROOT
 
 VOCABULARY = 61
 ALL_SHORT = (
@@ -583,3 +586,18 @@ def test_two_processes_train_like_one(way: str, tmp_path: Path) -> None:
     expected = torch.tensor(train(PreferenceScorer(tiny(LLAMA), "mean", "packed"), HALVES))
     assert expected[2] < expected[0] / 2  # it learned, so later losses depend on earlier gradients
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_no_generator_hands_over_with_gradients_off() -> None:
+    """`torch.no_grad()` is the thread's: around a `yield` it would hold for whoever takes what is yielded."""
+
+    def off(node: ast.AST) -> bool:
+        heads = [item.context_expr for item in node.items] if isinstance(node, ast.With) else []
+        heads += node.decorator_list if isinstance(node, ast.FunctionDef) else []
+        return any(re.search("no_grad|inference_mode|set_grad_enabled", ast.unparse(head)) for head in heads)
+
+    files = sorted((ROOT / "massdpo").rglob("*.py"))
+    blocks = [(file, node) for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))) if off(node)]
+    assert len(blocks) > 5
+    for file, node in blocks:
+        assert not [part for part in ast.walk(node) if isinstance(part, ast.Yield | ast.YieldFrom)], file

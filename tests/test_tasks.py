@@ -222,6 +222,7 @@ def test_rank_orders_by_the_plain_score(call: Call, trained: Path, tmp_path: Pat
         ('{"prompt": "p", "candidates": ["a", 1]}', '"candidates" must be a list'),
         ('{"prompt": " ", "candidates": ["a"]}', "the prompt is empty"),
         ('{"prompt": "p", "candidates": ["a", " "]}', "a response is empty"),
+        ('{"prompt": "p", "candidates": ["a"], "note": NaN}', "NaN and Infinity"),
         (json.dumps({"prompt": "p", "candidates": ["long " * 2000]}), "max_length"),
     ],
 )

@@ -22,7 +22,7 @@ NOT_IDENTITY = (
 # Options added after the first runs, each with the value that keeps the old behaviour and so the old names.
 ADDED = {
     **{"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None, "selector.screen": None},
-    "trainer.adapter.quantize": None,
+    **{"trainer.adapter.quantize": None, "dataset.long_rows": "error"},
 }
 
 EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
