@@ -251,7 +251,8 @@ def test_several_chosen_are_an_example_each_or_refused(tmp_path):
 
 
 def test_dialogues_in_one_text_are_cut_at_the_assistants_last_turn(tmp_path):
-    start = "\n\nHuman: Hi, {}!\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    # a space and a line end more than the marks have are the turns' own
+    start = "\n\nHuman: Hi, {}!\n\nAssistant:  Hello.\n\nHuman: Why?\n\n\nAssistant:"
     rows = [
         {name: f"{start.format(row)} {answer}" for name, answer in (("chosen", "So."), ("rejected", "Sad."))}
         for row in range(4)
@@ -264,7 +265,7 @@ def test_dialogues_in_one_text_are_cut_at_the_assistants_last_turn(tmp_path):
         ("Sad.",),
     )
     assert [message["role"] for message in row.meta["messages"]] == ["user", "assistant", "user"]
-    assert row.meta["messages"][1:] == [said("Hello."), said("Why?", "user")]
+    assert row.meta["messages"][1:] == [said(" Hello."), said("Why?\n", "user")]
 
 
 def test_splits_by_their_names(tmp_path):

@@ -18,7 +18,7 @@ OTHER_NAMES = {
     "function": "tool",
     "observation": "tool",
 }
-TURN = re.compile(r"\n\n(Human|Assistant):")  # how a dialogue in one text marks its turns
+TURN = re.compile(r"\n\n(Human|Assistant): ?")  # how a dialogue in one text marks its turns
 
 
 def is_message(value: Any) -> bool:
@@ -75,9 +75,7 @@ def dialogue(text: str) -> Messages:
     if start or len(turns) < 4 or turns[-2] != "Assistant" or turns[-1].strip():
         return []
     role = {"Human": "user", "Assistant": "assistant"}
-    return [
-        {"role": role[name], "content": said.strip()} for name, said in zip(turns[:-2:2], turns[1:-2:2], strict=True)
-    ]
+    return [{"role": role[name], "content": said} for name, said in zip(turns[:-2:2], turns[1:-2:2], strict=True)]
 
 
 def as_text(messages: Messages) -> str:
