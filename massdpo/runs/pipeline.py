@@ -15,7 +15,7 @@ from massdpo.data.prepare import limited
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
@@ -27,6 +27,7 @@ from massdpo.runs.start import cache_of, gathered, load, load_start, reference_s
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import check_selection
 from massdpo.store import write_text
+from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import fit
 from massdpo.training.objectives import Preference
@@ -112,7 +113,14 @@ def compute(run: Run, model: nn.Module) -> None:
         pad_id=run.data.pad_id,
     )
     scorer, position = fit(stage, scorer, trainer, run.accelerator, run.history, run.tracker)
+    conclude(run, scorer, position, reference["test"], seconds, len(rows))
 
+
+def conclude(
+    run: Run, scorer: Any, position: Position, reference: SplitScores, seconds: dict[str, float], trained_on: int
+) -> None:
+    """Evaluate the trained policy on the test split, against its reference there; write results and the policy."""
+    trainer = run.config.trainer
     final = run.score(scorer, run.data.test, "test")
     answers = generate_split(scorer, run.data.test, run.score, run.data.tokenizer) if trainer.generate else []
     against = None
@@ -121,12 +129,12 @@ def compute(run: Run, model: nn.Module) -> None:
     weights = gathered(scorer, run.accelerator) if trainer.save_policy else None
     if not run.accelerator.is_main_process:
         return
-    metrics = measured(run, final, reference["test"], answers, against, position)
+    metrics = measured(run, final, reference, answers, against, position)
     metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
-    write_results(run, metrics, final, reference["test"], answers, against)
+    write_results(run, metrics, final, reference, answers, against)
     if trainer.save_policy:
         with patiently("writing the policy"):
-            save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, len(rows))
+            save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, trained_on)
     decorate(run, metrics)
 
 
