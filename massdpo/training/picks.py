@@ -110,8 +110,8 @@ class PickLog:
         line["picks"] = [{"text": example.pool[index], "index": index} for index in index_K]
         for name, value in made.known.items():
             if value.dim() == 1:
-                line[name] = round(value[place].item(), 6)
+                line[name] = round(value[place].item(), 6) + 0  # not -0.0
             else:
                 for pick, number in zip(line["picks"], value[place][mask_K].tolist(), strict=True):
-                    pick[name] = round(number, 6)
+                    pick[name] = round(number, 6) + 0
         return json.dumps(line, ensure_ascii=False) + "\n"
