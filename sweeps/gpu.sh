@@ -4,7 +4,7 @@
 #
 #   MINUTES=12   when everything stops; what is finished by then is kept
 #   DATA=DIR     the folder of the public data
-#   WHEELS=DIR   wheels of the packages that are missing here, and *.gguf.part-* of a model too large to carry in one piece
+#   WHEELS=DIR   wheels of the packages that are missing here; one too large to carry comes in parts, NAME.whl.part-*
 #   JOBS=4       runs at a time
 #   ARGS=...     further options of the runs
 #   DEVICE=cuda  cpu for a trial
@@ -30,20 +30,17 @@ within() { # run a command until its share of what is left has gone: within PERC
     timeout --signal=INT --kill-after=20 "$left" "$@"
 }
 
-options=()
-if [[ -n ${WHEELS:-} ]]; then
-    for wheel in "$WHEELS"/*.whl; do # PyTorch, which fits the card, is here already
-        "$python" -m pip install --quiet --no-index --no-deps "$wheel" || echo "not installed: $wheel"
+if [[ -n ${WHEELS:-} ]]; then # PyTorch, which fits the card, is here already
+    for part in "$WHEELS"/*.whl.part-*; do
+        [[ -e $part ]] && cat "$part" >>"$out/$(basename "${part%.part-*}")"
     done
-    if compgen -G "$WHEELS/*.gguf.part-*" >/dev/null; then
-        cat "$WHEELS"/*.gguf.part-* >"$out/model.gguf"
-        options+=("model.path=$out/model.gguf")
-    fi
+    "$python" -m pip install --quiet --no-index --no-deps $(ls "$WHEELS"/*.whl "$out"/*.whl 2>/dev/null) || exit 1
+    rm -f "$out"/*.whl
 fi
 
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")'
 within 20 "$python" -m pytest -q -n 0 tests/test_gpu.py 2>&1 | tail -40
 [[ $DEVICE == cuda ]] && within 50 "$python" -m massdpo.benchmark gpu "$out"
 within 95 "$python" run.py -m sweeps=small size=small "trainer.device=$DEVICE" trainer.eval_batch_size=64 logger=none \
-    "runs_dir=$runs" ${DATA:+"data_dir=$DATA"} "${options[@]}" ${ARGS:-} hydra/launcher=joblib "hydra.launcher.n_jobs=${JOBS:-4}"
+    "runs_dir=$runs" ${DATA:+"data_dir=$DATA"} ${ARGS:-} hydra/launcher=joblib "hydra.launcher.n_jobs=${JOBS:-4}"
 "$python" -m massdpo.report small --runs "$runs" --out "$results" >"$out/report.txt" && cp "$results"/small/{rows.csv,prompts.npz,means.md} "$out"

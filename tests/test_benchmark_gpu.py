@@ -3,10 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from massdpo.benchmark import gpu
+from massdpo.benchmark.sides import Setting
 from massdpo.errors import UserError
 from tests.test_benchmark_engine import SMALL
 
@@ -14,19 +17,31 @@ from tests.test_benchmark_engine import SMALL
 def test_a_wrong_engine_is_told_before_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
     monkeypatch.setattr(gpu, "BFLOAT16_ERROR", 0.0)
+    rough = replace(SMALL, dtype="bfloat16")
     with pytest.raises(UserError, match="packed log-probs are wrong"):
-        gpu.run(tmp_path, replace(SMALL, dtype="bfloat16"), (12,), rounds=1)
+        gpu.run(tmp_path, {"short": rough, "long": rough}, rounds=1)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_report(tmp_path: Path) -> None:
+def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three settings, one of which does not fit."""
     pytest.importorskip("trl")
-    gpu.run(tmp_path, SMALL, prompts=(12, 20), rounds=1)
+    sides = gpu.build_sides
+
+    def too_large(setting: Setting, *arguments: Any, **options: Any) -> Any:
+        if setting.prompt == 20:
+            raise torch.OutOfMemoryError
+        return sides(setting, *arguments, **options)
+
+    monkeypatch.setattr(gpu, "build_sides", too_large)
+    settings = {str(prompt): replace(SMALL, prompt=prompt) for prompt in (12, 16, 20)}
+    gpu.run(tmp_path, settings, rounds=1)
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert [row["prompt"] for row in report["rows"]] == [12, 20]
-    assert report["rows"][0]["token_bound"] == pytest.approx(6 * 16 / (12 + 6 * 4))
-    for row in report["rows"]:
+    assert [*report["rows"]] == ["12", "16"] and report["too_large"] == ["20"]
+    assert report["rows"]["12"]["token_bound"] == pytest.approx(6 * 16 / (12 + 6 * 4))
+    for row in report["rows"].values():
         assert all(row[name] > 0 for name in gpu.NUMBERS) and all(row["share_of_matrix_rate"].values())
     assert report["error_per_token"]["float32"] < 1e-4
-    assert "MASS over random k" in (tmp_path / "gpu.md").read_text()
+    table = (tmp_path / "gpu.md").read_text()
+    assert "MASS over random k" in table and "Too large for this card: 20." in table

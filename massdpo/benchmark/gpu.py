@@ -1,9 +1,12 @@
 """The engine on one card: right in bfloat16, and how much of what sharing prompts can save it does save.
 
-A model of SmolLM2-135M's shape with random weights, prompts of 256 to 4,096 tokens, each step forward and backward.
+Models of the shapes of SmolLM2-135M and Llama-3.2-1B with random weights, prompts of 256 to 4,000 tokens, each step
+forward and backward; as many prompts per step as let the plain way fit into 80 GB.
 """
 
+import gc
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,29 @@ from massdpo.runs import machine
 from massdpo.store import write_json, write_text
 
 SMOLLM2 = Setting(
-    30, 576, 1536, 9, 3, 49_152, response=32, negatives=20, prompts=2, tied=True, dtype="bfloat16", device="cuda"
+    30, 576, 1536, 9, 3, 49_152, response=32, negatives=20, prompts=8, tied=True, dtype="bfloat16", device="cuda"
 )
-PROMPTS = (256, 1024, 4000)  # the model has 4,096 positions
+LLAMA_1B = Setting(
+    16,
+    2048,
+    8192,
+    32,
+    8,
+    128_256,
+    prompt=2048,
+    response=32,
+    negatives=8,
+    prompts=1,
+    tied=True,
+    dtype="bfloat16",
+    device="cuda",
+)
+SETTINGS = {
+    "135M, prompts of 256": SMOLLM2,
+    "135M, 1,024": replace(SMOLLM2, prompt=1024, prompts=2),
+    "135M, 4,000": replace(SMOLLM2, prompt=4000, prompts=1, negatives=10),  # the models have 4,096 positions
+    "1B, 2,048": LLAMA_1B,
+}
 TIMED = ("full_lean", "full_packed", "full_dense", "random_lean", "random_packed", "mass")
 BFLOAT16_ERROR = 0.1  # nats per token: it keeps eight bits
 NUMBERS = {
@@ -55,17 +78,18 @@ def errors(setting: Setting) -> dict[str, float]:
 
 
 def measured(setting: Setting, rounds: int) -> dict[str, Any]:
-    """One length of prompts: medians of the sides in alternation, and what they come to."""
+    """One setting: medians of the sides in alternation, and what they come to."""
+    pairs = measure.medians(against_trl(setting, rounds=2))
+    free()
     model = build_model(setting)
     dense = build_sides(setting, model, flex=False)["full_packed"]
     sides = build_sides(setting, model) | {"full_dense": dense}
     seconds = measure.medians(measure.alternate({side: sides[side] for side in TIMED}, rounds))
-    pairs = measure.medians(against_trl(setting, rounds=2))
     count = 1 + setting.negatives
     bound = count * (setting.prompt + setting.response) / (setting.prompt + count * setting.response)
     speedup = seconds["full_lean"] / seconds["full_packed"]
     return {
-        "prompt": setting.prompt,
+        "setting": asdict(setting),
         "seconds": seconds | pairs,
         "full_speedup": speedup,
         "token_bound": bound,
@@ -77,43 +101,62 @@ def measured(setting: Setting, rounds: int) -> dict[str, Any]:
     }
 
 
-def run(out: Path, setting: Setting = SMOLLM2, prompts: tuple[int, ...] = PROMPTS, rounds: int = 5) -> None:
-    """Check, measure and write `gpu.json` and `gpu.md` into `out`.
+def free() -> None:
+    """Give back the memory of models that are no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) -> None:
+    """Check, measure and write `gpu.json`, after each setting, and `gpu.md` into `out`; what does not fit is named.
 
     Raises `UserError` where there is no card or no TRL, or where the packed log-probs are wrong.
     """
-    if setting.device == "cuda" and not torch.cuda.is_available():
+    first, second, *_ = settings.values()  # rows for SDPA, rows for FlexAttention
+    if first.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "this benchmark is for a GPU, and none is here: python -m massdpo.benchmark engine runs on a CPU"
         )
     if importlib.util.find_spec("trl") is None:
         raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
-    found = [errors(replace(setting, prompt=prompt)) for prompt in prompts[:2]]  # of SDPA, of FlexAttention
+    found = [errors(setting) for setting in (first, second)]
     off = {name: max(each[name] for each in found) for name in found[0]}
     if max(off["float32"], off["gradient"]) > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:
         raise UserError(f"packed log-probs are wrong here: off by {off} nats per token (the gradient: relative)")
-    rows = [measured(replace(setting, prompt=prompt), rounds) for prompt in prompts]
-    report = {
+    report: dict[str, Any] = {
         "error_per_token": off,
-        "rows": rows,
-        "setting": asdict(setting),
+        "rows": {},
+        "too_large": [],
         "commit": machine.commit(),
         "machine": machine.machine(),
     }
-    write_json(out / "gpu.json", report)
+    for name, setting in settings.items():
+        free()
+        try:
+            report["rows"][name] = measured(setting, rounds)
+        except torch.OutOfMemoryError:
+            report["too_large"].append(name)
+        write_json(out / "gpu.json", report)
     write_text(out / "gpu.md", markdown(report))
     print(markdown(report))
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Every number of the report as a Markdown table, a column for each length of prompts."""
-    rows = report["rows"]
-    lines = [(f"{side}, s", *(f"{row['seconds'][side]:.4f}" for row in rows)) for side in rows[0]["seconds"]]
+    """Every number of the report as a Markdown table, a column for each setting."""
+    names, rows = [*report["rows"]], [*report["rows"].values()]
+    shape = {"negatives": "negatives per prompt", "prompts": "prompts per step"}
+    lines = [(words, *(str(row["setting"][name]) for row in rows)) for name, words in shape.items()]
+    lines += [(f"{side}, s", *(f"{row['seconds'][side]:.4f}" for row in rows)) for side in rows[0]["seconds"]]
     lines += [(meaning, *(f"{row[name]:.2f}" for row in rows)) for name, meaning in NUMBERS.items()]
     for side in rows[0]["share_of_matrix_rate"]:
         rates = (f"{row['share_of_matrix_rate'][side]:.2f}" for row in rows)
         lines.append((f"{side}, share of the matrix rate", *rates))
-    table = markdown_table(["prompt tokens", *(str(row["prompt"]) for row in rows)], lines)
     off = ", ".join(f"{error:.2g} in {what}" for what, error in report["error_per_token"].items())
-    where = f"Machine: {machine.in_words(report['machine'])}.\nCommit: {report['commit']}.\n"
-    return f"{table}\n\nOff by at most, nats per token (the gradient: relative): {off}.\n{where}"
+    notes = [
+        f"Off by at most, nats per token (the gradient: relative): {off}.",
+        f"Machine: {machine.in_words(report['machine'])}.",
+        f"Commit: {report['commit']}.",
+        *([f"Too large for this card: {'; '.join(report['too_large'])}."] if report["too_large"] else []),
+    ]
+    return markdown_table(["", *names], lines) + "\n\n" + "\n".join(notes) + "\n"

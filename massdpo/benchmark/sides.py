@@ -62,7 +62,8 @@ def build_model(setting: Setting) -> PreTrainedModel:
         max_position_embeddings=4096,
         tie_word_embeddings=setting.tied,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(setting.device)
+    with torch.device(setting.device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
 def build_batch(setting: Setting) -> Batch:

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+from massdpo.benchmark.measure import synchronize
 from massdpo.tensors import Batch
 
 
@@ -25,9 +26,11 @@ class _Stopwatch(TrainerCallback):
         self.seconds: list[float] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        synchronize()
         self.started = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        synchronize()
         self.seconds.append(time.perf_counter() - self.started)
 
 
