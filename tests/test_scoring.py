@@ -9,7 +9,7 @@ import warnings
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import pytest
@@ -116,12 +116,13 @@ def rows(batch: Batch) -> list[tuple[int, int, Tensor, int]]:
 
 def plain_logp(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Log-probs by `transformers`' own loss on the concatenated text, a candidate at a time."""
-    logp_BC: list[list[Tensor | float]] = [[0.0] * batch.mask_BC.shape[1] for _ in batch.ids]
+    nothing = torch.zeros((), device=batch.mask_BC.device)
+    logp_BC = [[nothing] * batch.mask_BC.shape[1] for _ in batch.ids]
     for b, c, ids, prompt_length in rows(batch):
         labels = ids.clone()
         labels[:prompt_length] = -100
         logp_BC[b][c] = -model(input_ids=ids[None], labels=labels[None]).loss * (len(ids) - prompt_length)
-    return torch.stack([torch.stack([torch.as_tensor(value) for value in row]) for row in logp_BC])
+    return torch.stack([torch.stack(row) for row in logp_BC])
 
 
 def pl_loss(logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
@@ -453,6 +454,17 @@ class DeviceWaits(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
+class Kernels(TorchDispatchMode):
+    """Counts operations that give new numbers: views and shapes launch nothing."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.count += isinstance(found, Tensor) and not found._is_view()
+        return found
+
+
 def test_a_step_waits_for_the_device_where_a_size_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the length of the pool's row, of the longest pick and of the picks' row; backward never."""
     scorer = PreferenceScorer(tiny(LLAMA), "mean", "packed")
@@ -479,6 +491,23 @@ def test_short_prompts_lie_beside_their_responses(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     scorer(RAGGED)
     assert fed == [12, max(2 + 0 + 3 + 1, 1 + 4 + 0, 0 + 1 + 2 + 4)]
+
+
+def test_one_row_asks_for_hardly_more_kernels_than_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card a small model's step takes as long as its launches: a pass of their own for the prompts doubles it."""
+    deeper = copy.deepcopy(LLAMA)
+    deeper.num_hidden_layers = 12
+
+    def kernels(layout: Literal["packed", "repeated"], short: int) -> int:
+        monkeypatch.setattr(packing, "SHORT_TOKENS", short)
+        scorer = PreferenceScorer(tiny(deeper), layout=layout)
+        with Kernels() as kernels:
+            scorer(RAGGED).scores.logp_BC.sum().backward()
+        return kernels.count
+
+    plain = kernels("repeated", 0)
+    assert kernels("packed", ALL_SHORT) < 1.2 * plain
+    assert kernels("packed", 0) > 1.8 * plain
 
 
 @pytest.mark.parametrize("layout", ["packed", "repeated"])

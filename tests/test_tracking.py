@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from massdpo.console import progress, summary_table
+from massdpo.errors import UserError
 from massdpo.runs.trackers import NoLogger, Wandb
 from massdpo.training.history import History
 from tests.conftest import ROOT
@@ -116,6 +117,33 @@ def test_offline_file_holds_config_steps_and_final_metrics(
     assert summary["accuracy"] == 0.25 and summary["sft/accuracy"] == 0.125
     assert summary["picks.nrows"] == 2
     assert {record.artifact.type for record in kinds["artifact"]} >= {"results"}
+
+
+def test_tensorboards_files_hold_config_steps_tables_and_final_metrics(tmp_path: Path) -> None:
+    """As TensorBoard itself reads them."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = build("tensorboard")
+    tracker.start({"loss": {"name": "pl"}, "k": 4}, tmp_path, "a run")
+    for step in range(3):
+        tracker.log(step, {"loss": 1 / (1 + step)})
+    tracker.table("picks", [{"prompt": "a|b", "picked": "c"}])
+    assert tracker.finish({"accuracy": 0.25, "split": "test"}) is None
+    found = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(row.step, row.value) for row in found.Scalars("loss")] == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    assert [row.value for row in found.Scalars("test/accuracy")] == [0.25]
+    text = {
+        name: found.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for name in ("config", "picks")
+    }
+    assert "k: 4" in text["config"] and "| a\\|b | c |" in text["picks"]
+
+
+def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tracker = build("tensorboard")
+    with pytest.raises(UserError, match=r"pip install '.\[loggers\]'"):
+        tracker.start({}, tmp_path, "a run")
+    assert tracker.finish() is None
 
 
 def test_online_without_credentials_records_offline(

@@ -71,8 +71,8 @@ def errors(setting: Setting) -> dict[str, float]:
     with torch.no_grad(), autocast(setting):
         rough_BC = scorer(batch).scores.logp_BC
     return {
-        "float32": float((found_BC - expected_BC).abs().max()) / setting.response,
-        "bfloat16": float((rough_BC - expected_BC).abs().max()) / setting.response,
+        "float32": (found_BC - expected_BC).abs().max().item() / setting.response,
+        "bfloat16": (rough_BC - expected_BC).abs().max().item() / setting.response,
         "gradient": float(relative),
     }
 

@@ -19,6 +19,7 @@ from massdpo.tensors import Batch
 PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 ROW_TOKENS = 1024  # of responses in a row; one response may be longer
 SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
+ON_A_CARD = 32  # times as many there, where a pass costs at least the launches of its kernels
 ALIGNED = 16  # kernels copy a mask whose rows don't begin at multiples of so many numbers, in every layer
 TILE = 128  # FlexAttention goes by tiles of so many queries and keys, and skips those in which nothing is seen
 
@@ -115,7 +116,8 @@ def worth_a_pass(batch: Batch) -> bool:
     if batch.response_ids_BCT.shape[1] == 1:
         return False
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS
+    times = ON_A_CARD if batch.prompt_ids_BP.is_cuda else 1
+    return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS * times
 
 
 def _padded(batch: Batch, ids_BL: Tensor, there_BL: Tensor) -> Tensor:

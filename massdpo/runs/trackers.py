@@ -1,9 +1,10 @@
-"""Where step metrics go beside a run's own files: Weights & Biases, or nowhere.
+"""Where step metrics go beside a run's own files: Weights & Biases, TensorBoard, or nowhere.
 
 Weights & Biases works in a thread of its own: training never waits for it, and one that fails or hangs costs a run
 one line of warning.
 """
 
+import importlib.util
 import os
 import queue
 import re
@@ -13,8 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from massdpo.console import warn
-from massdpo.errors import one_line
+import yaml
+
+from massdpo.config.messages import comes_with
+from massdpo.console import markdown_table, warn
+from massdpo.errors import UserError, one_line
 from massdpo.training.history import Number, Rows
 
 RECORDED = re.compile(r"(offline-)?run-(?P<time>\d+_\d+)-(?P<id>\w+)")
@@ -35,6 +39,36 @@ class NoLogger:
         pass
 
     def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        return None
+
+
+class TensorBoard:
+    """TensorBoard's event files, into `<run_dir>/tensorboard`; nothing leaves the machine."""
+
+    def start(
+        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
+    ) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError(f"logger=tensorboard takes the package tensorboard, which {comes_with('loggers')}")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(run_dir / "tensorboard")
+        self._writer.add_text("config", f"```yaml\n{yaml.safe_dump(dict(config))}```")
+
+    def log(self, step: int, metrics: Mapping[str, Number]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def table(self, name: str, rows: Rows) -> None:
+        cells = ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in rows)
+        self._writer.add_text(name, markdown_table(list(rows[0]), cells))
+
+    def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
+        if writer := getattr(self, "_writer", None):  # none where the run ended before it was announced
+            for name, value in (metrics or {}).items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(f"test/{name}", value)
+            writer.close()
         return None
 
 
