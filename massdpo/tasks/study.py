@@ -37,10 +37,10 @@ def study(config: DictConfig) -> None:
     seeds, as runs that are kept and found again.
     """
     out = Path(config.out or "results/studies")
-    started = time.perf_counter()
+    started, code = time.perf_counter(), commit()  # before its own files change the checkout
     STUDIES[config.study](config, out)
     page = out / f"{config.study}.md"
-    source = f"`{results.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {commit()}."
+    source = f"`{results.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {code}."
     write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
     print(page.read_text(encoding="utf-8"))
     print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
