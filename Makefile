@@ -50,7 +50,7 @@ test: $(VENV)/.test ## the fast tests
 	$(PYTEST) -m "not slow"
 
 test-long: $(VENV)/.test ## the slow tests
-	$(PYTEST) -m slow --dist worksteal
+	$(PYTEST) -m slow --dist worksteal --durations 20
 
 docs: $(VENV)/.docs ## the pages of docs/ as a site, build/docs/index.html
 	$(BIN)/python docs/generate.py
