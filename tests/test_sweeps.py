@@ -22,7 +22,7 @@ from massdpo.config import compose, run_name, validate
 from massdpo.config.options import on_search_path
 from massdpo.config.sweeps import NoteExpected, jobs_of
 from massdpo.errors import UserError
-from massdpo.report.rows import expected_runs
+from massdpo.report.rows import RunRows, expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
 from massdpo.runs.folder import take_over
@@ -74,6 +74,14 @@ def test_committed_rows_have_the_names_that_their_commands_give_today() -> None:
             rows = list(csv.DictReader(lines))
         for row in rows[:: len(rows) // 3 + 1]:
             assert run_name(compose(shlex.split(row["command"])[2:])) == row["name"], row["command"]
+
+
+def test_small_settings_take_the_rates_that_were_best_on_validation() -> None:
+    rows = RunRows.read(ROOT / "results" / "small_rates").frame
+    best = rows.loc[rows.groupby(["dataset", "method"])["val/ndcg@5"].idxmax()]
+    for row in best.to_dict("records"):
+        config = compose([f"setting=small/{row['dataset']}", f"method={row['method']}"])
+        assert config.trainer.preference.learning_rate == row["option/learning_rate"], row["command"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -18,11 +18,13 @@ from massdpo.config.options import on_search_path, root
 from massdpo.config.rules import CHOICES
 from massdpo.errors import UserError
 
-# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size.
+# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size or a method.
 OmegaConf.register_new_resolver(
     "within", lambda folder, name: None if folder is None else f"{folder}/{name}", replace=True
 )
-OmegaConf.register_new_resolver("pick", lambda name, options: options[name], replace=True)
+OmegaConf.register_new_resolver(
+    "pick", lambda name, options: options["other" if name not in options and "other" in options else name], replace=True
+)
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
