@@ -31,6 +31,7 @@ within() { # run a command until its share of what is left has gone: within PERC
 }
 
 if [[ -n ${WHEELS:-} ]]; then # PyTorch, which fits the card, is here already
+    rm -f "$out"/*.whl # of a start that was cut off
     for part in "$WHEELS"/*.whl.part-*; do
         [[ -e $part ]] && cat "$part" >>"$out/$(basename "${part%.part-*}")"
     done

@@ -111,7 +111,7 @@ def free() -> None:
 def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) -> None:
     """Check, measure and write `gpu.json`, after each setting, and `gpu.md` into `out`; what does not fit is named.
 
-    Raises `UserError` where there is no card or no TRL, or where the packed log-probs are wrong.
+    Raises `UserError` where there is no card or no TRL, where the packed log-probs are wrong, or where nothing fits.
     """
     first, second, *_ = settings.values()  # rows for SDPA, rows for FlexAttention
     if first.device == "cuda" and not torch.cuda.is_available():
@@ -138,6 +138,8 @@ def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) 
         except torch.OutOfMemoryError:
             report["too_large"].append(name)
         write_json(out / "gpu.json", report)
+    if not report["rows"]:
+        raise UserError("no setting of this benchmark fits into the card's memory")
     write_text(out / "gpu.md", markdown(report))
     print(markdown(report))
 
