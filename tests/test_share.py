@@ -152,5 +152,5 @@ def test_what_the_hub_says_is_one_line(adapter: Path, hub: list[Any], monkeypatc
 
     monkeypatch.setattr(push_module.HfApi, "upload_folder", upload_folder)
     refused(
-        "the hub has not taken me/policy: no route to host", lambda: call("push", adapter, "me/policy", "force=true")
+        "the hub did not accept me/policy: no route to host", lambda: call("push", adapter, "me/policy", "force=true")
     )
