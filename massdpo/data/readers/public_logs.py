@@ -28,8 +28,12 @@ def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
     for number, row in read_jsonl(sequences, bad):
         split, user, items = (row.get(name) for name in ("split", "user", "items"))
         name = f"{split}/{user}"
-        known = isinstance(items, list) and all(type(item) is int and 0 <= item < len(titles) for item in items)
-        if split not in SPLITS or not isinstance(user, int | str) or not known:
+        named = split in SPLITS and isinstance(user, int | str)
+        if (
+            not named
+            or not isinstance(items, list)
+            or not all(type(item) is int and item in range(len(titles)) for item in items)
+        ):
             bad(UserError(f"{sequences}:{number}: a line must have {wanted}"))
         elif name in chains:
             bad(UserError(f"{sequences}:{number}: user {name} is listed twice"))

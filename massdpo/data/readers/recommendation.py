@@ -78,7 +78,7 @@ class Recommendation(Prompting, ABC):
         rows = rows_of(log, self.split, self.seed, self.min_history)
         weights_I = None
         if self.negatives == "popularity":  # plus one: an item that is never a target could not be a negative
-            weights_I = 1.0 + np.bincount(log.item_E[rows["train"]], minlength=len(log.titles))
+            weights_I = np.bincount(log.item_E[rows["train"]], minlength=len(log.titles)).astype(np.float64) + 1
         seen_E = np.unique(log.user_E * len(log.titles) + log.item_E)
 
         def split_of(name: str) -> RecommendationSplit:
