@@ -255,14 +255,14 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A run that was stopped in its second epoch, with the best policy of the first beside its checkpoint."""
     place = Place(tmp_path_factory.mktemp("begun"))
     with pytest.MonkeyPatch.context() as patch:
-        step = loop._Training.step
+        step = loop.Training.step
 
-        def stopping(training: loop._Training, *rest: Any) -> dict[str, Any]:
+        def stopping(training: loop.Training, *rest: Any) -> dict[str, Any]:
             if training.stage.name == "preference" and training.position.step == 23:
                 signal.raise_signal(signal.SIGTERM)
             return step(training, *rest)
 
-        patch.setattr(loop._Training, "step", stopping)
+        patch.setattr(loop.Training, "step", stopping)
         with pytest.raises(interruption.Stopped):
             place.train("trainer.keep=best")
     return place

@@ -57,10 +57,10 @@ def test_steps_that_are_timed_move_no_weight(places: list[str]) -> None:  # noqa
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     chance = torch.get_rng_state()
     timing = Timing(config, model, instantiate(config.selector), score)
-    timing.stage("sft", data.train, 1, 4)
-    timing.stage("preference", data.train, 1, 4)
+    timing.stage("sft", data.train, 1)
+    timing.stage("preference", data.train, 1)
     broken = compose([*TINY, *places, "model.config.hidden_size=32", "beta=1e38"])
-    Timing(broken, model, instantiate(config.selector), score).stage("preference", data.train, 1, 4)
+    Timing(broken, model, instantiate(config.selector), score).stage("preference", data.train, 1)
     assert torch.equal(chance, torch.get_rng_state())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) and weight.grad is None, name
@@ -84,7 +84,7 @@ def test_steps_tokens_and_memory_are_those_of_the_run(
     found, policy = planned(config)
     of_stage = {row["stage"]: row for row in found.stages}
     held: list[int] = []
-    epoch = loop._Training.validate
+    epoch = loop.Training.validate
 
     def spy(training: Any) -> None:
         weights = list(training.scorer.parameters())
@@ -93,7 +93,7 @@ def test_steps_tokens_and_memory_are_those_of_the_run(
         held.append(sum(tensor.nbytes for tensor in tensors))
         epoch(training)
 
-    monkeypatch.setattr(loop._Training, "validate", spy)
+    monkeypatch.setattr(loop.Training, "validate", spy)
     run = pipeline.train(config)
     assert held[-1] == machine.training_bytes(policy, launch.start(config))
     history = json.loads(steps(run))

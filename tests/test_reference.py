@@ -93,7 +93,7 @@ def test_what_a_cache_keeps_under_a_wrong_key_is_found(tmp_path: Path, monkeypat
         score = SplitScorer(accelerator, size, data.pad_id)
         key = start.start_key(config, data.key, data.model_key, accelerator)
         folder = cache.folder("sft", key, lambda folder: None)
-        return start.reference_scores(config, data, data.train, folder, scorer, cache, score)
+        return start.reference_scores(config, data, folder, scorer, cache, score)
 
     found = [reference(size) for size in SIZES for _ in range(2)]
     assert len(list((tmp_path / "reference").iterdir())) >= len(SIZES)

@@ -259,12 +259,10 @@ def committed_components() -> Iterator[tuple[str, list[float], int]]:
     rows = RunRows.read(RESULTS / "main")
     runs = rows.frame[rows.frame["label"].isin(["mass", "sdpo"])].sort_values("seed")
     for (dataset, model), block in runs.groupby(["dataset", "model"]):
-        key, prompts = block["prompts"].iloc[0], 0
+        names = [block.loc[block["label"] == label, "name"] for label in ("mass", "sdpo")]
         for metric in ("accuracy", "ndcg@5", "reward_accuracy", "margin"):
-            values = prompt_values(rows.prompts, key, metric)
-            assert values is not None
-            mass, random = (values[block.loc[block["label"] == label, "place"]] for label in ("mass", "sdpo"))
-            difference_SP = mass - random
+            values = [[prompt_values(rows.prompts[name], metric) for name in of_label] for of_label in names]
+            difference_SP = np.array(values[0], dtype=float) - np.array(values[1], dtype=float)
             seeds, prompts = difference_SP.shape
             mean_square = difference_SP.var() * seeds * prompts
             by_seed = prompts * difference_SP.mean(1).var(ddof=1)
@@ -284,8 +282,11 @@ def test_rows_come_back_as_they_were_collected(demo: Path, tmp_path: Path) -> No
     pd.testing.assert_frame_equal(rows.frame, again.frame)
     assert rows.axes == again.axes == []
     assert set(rows.prompts) == set(again.prompts)
-    for name, values in rows.prompts.items():
-        assert values.dtype == again.prompts[name].dtype and np.array_equal(values, again.prompts[name])
+    for name, fields in rows.prompts.items():
+        assert set(fields) == set(again.prompts[name])
+        for field, values in fields.items():
+            other = again.prompts[name][field]
+            assert values.dtype == other.dtype and np.array_equal(values, other)
 
 
 def test_rows_hold_the_metrics_and_ranks_of_each_run(demo: Path) -> None:
@@ -294,8 +295,7 @@ def test_rows_hold_the_metrics_and_ranks_of_each_run(demo: Path) -> None:
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
         metrics = json.loads((demo / row["name"] / "metrics.json").read_text())
         assert row["accuracy"] == metrics["accuracy"] and row["margin"] == metrics["margin"]
-        ranks = rows.prompts[f"{row['prompts']}/rank"][int(row["place"])]
-        margins = rows.prompts[f"{row['prompts']}/margin"][int(row["place"])]
+        ranks, margins = (rows.prompts[row["name"]][field] for field in ("rank", "margin"))
         lines = map(json.loads, (demo / row["name"] / "predictions.jsonl").read_text().splitlines())
         by_id = {line["id"]: line for line in lines}
         assert ranks.tolist() == [by_id[name]["rank"] for name in sorted(by_id)]
@@ -357,10 +357,9 @@ def test_differences_are_paired_by_seed_and_prompt(demo: Path, tmp_path: Path) -
     rows = collect(demo)
     summary = cells_of(rows)
     frame = rows.frame.set_index(["label", "seed"])
-    key = frame["prompts"].dropna().iloc[0]
 
     def ranks(label: str, seed: int) -> np.ndarray:
-        return rows.prompts[f"{key}/rank"][int(frame.loc[(label, seed), "place"])].astype(float)
+        return rows.prompts[str(frame.loc[(label, seed), "name"])]["rank"].astype(float)
 
     values = {label: np.array([ranks(label, seed) for seed in range(3)]) for label in ("mass", "random")}
     ndcg = {label: np.where(rank <= 5, 1 / np.log2(1 + rank), 0) for label, rank in values.items()}
@@ -562,8 +561,8 @@ def test_margins_of_any_size_are_kept(tmp_path: Path) -> None:
     (folder / "metrics.json").write_text(json.dumps(metrics | {"margin": 614_968.0}))
     lines = [json.loads(line) | {"margin": 614_968.0} for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (margins,) = [values for name, values in collect(sweep).prompts.items() if name.endswith("/margin")]
-    assert set(margins.ravel()) == {614_968.0}
+    (run,) = collect(sweep).prompts.values()
+    assert set(run["margin"]) == {614_968.0}
 
 
 def test_what_a_spreadsheet_would_compute_is_text(tmp_path: Path) -> None:
@@ -816,10 +815,9 @@ def test_reports_add_to_the_rows_that_are_there(demo: Path, tmp_path: Path, caps
     assert set(after.frame["name"]) > set(before.frame["name"]) and len(after.frame) == len(before.frame) + 1
     old = after.frame[after.frame["name"].isin(before.frame["name"])]
     for (_, one), (_, other) in zip(old.iterrows(), before.frame.sort_values("name").iterrows(), strict=True):
-        assert one.drop("place").equals(other.drop("place"))
+        assert one.equals(other)
         for field in ("rank", "margin") if one["status"] == "finished" else ():
-            name = f"{one['prompts']}/{field}"
-            assert np.array_equal(after.prompts[name][one["place"]], before.prompts[name][other["place"]])
+            assert np.array_equal(after.prompts[one["name"]][field], before.prompts[one["name"]][field])
     shutil.rmtree(demo)
     shutil.move(tmp_path / "away", demo)
     capsys.readouterr()
@@ -927,16 +925,15 @@ def test_ten_thousand_rows_are_quick(tmp_path: Path) -> None:
     frame = frame.assign(k=4, beta=0.5, refresh="step", selector="mass", loss="pl", method=frame["label"])
     frame["name"] = [f"run{place}" for place in range(len(frame))]
     ranks = generator.integers(1, 21, (len(frame), 200)).astype(np.uint16)
-    prompts = {
-        "set/rank": ranks,
-        "set/rank_sum": ranks,
-        "set/margin": generator.normal(0, 1, ranks.shape).astype(np.float32),
-        "set/reward_correct": ranks < 5,
+    margins = generator.normal(0, 1, ranks.shape).astype(np.float32)
+    prompts: dict[str, dict[str, Any]] = {
+        name: {"rank": rank, "rank_sum": rank, "margin": margin, "reward_correct": rank < 5}
+        for name, rank, margin in zip(frame["name"], ranks, margins, strict=True)
     }
     for metric in VIEWS["demo"].metrics:
         frame[metric] = generator.random(len(frame))
     folder = tmp_path / "results" / "big"
-    RunRows(frame.assign(place=0), [], prompts).write(folder)
+    RunRows(frame, [], prompts).write(folder)
     begin = time.process_time()
     assert main(["big", "--render", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "results")]) == 0
     # The aim is 10 s of an idle core; cores shared with other work are slower, so the bar stands at twice that.

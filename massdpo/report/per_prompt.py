@@ -1,6 +1,6 @@
 """Values of every test prompt, and the paired comparison of runs that share prompts."""
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ from massdpo.report.rows import Prompts
 from massdpo.report.statistics import Difference, crossed_effects
 
 Floats = NDArray[np.float64]
-# A run's place: its set of test prompts (not a string: it has none) and its place in the arrays of that set
-RunPlace = tuple[Any, int]
+Run = tuple[Any, Any]  # its set of test prompts and its name; neither is a string where no run made the line
 NO_TEST = Difference(*[np.nan] * 4)
 NOT_PER_PROMPT = "not kept per prompt"
 
@@ -21,10 +20,13 @@ NOT_PER_PROMPT = "not kept per prompt"
 class PerPrompt:
     """Values of every test prompt, and their paired comparison."""
 
-    def __init__(self, prompts: Prompts):
-        self._values = cache(partial(prompt_values, prompts))
+    def __init__(self, prompts: dict[str, Prompts]):
+        def values(name: str, metric: str) -> Floats | None:
+            return prompt_values(prompts[name], metric)
 
-    def compare(self, metric: str, pairs: list[tuple[RunPlace, RunPlace]]) -> tuple[Any, ...]:
+        self._values = cache(values)
+
+    def compare(self, metric: str, pairs: list[tuple[Run, Run]]) -> tuple[Any, ...]:
         """(difference, low, high, p, pairs compared, note) of runs and those of the baseline, one pair per seed.
 
         The note says why there is no test.
@@ -33,24 +35,23 @@ class PerPrompt:
         if not shared:
             kept = any(isinstance(run[0], str) for run, _ in pairs)
             return (*NO_TEST, 0, "no shared seeds and prompts" if kept else "start")
-        prompt_sets = {run[0] for run, _ in shared}
-        if len(prompt_sets) > 1:
+        if len({run[0] for run, _ in shared}) > 1:
             return (*NO_TEST, 0, "prompts differ between seeds")
-        values = self._values(prompt_sets.pop(), metric)
-        if values is None:
+        values = [self._values(name, metric) for pair in shared for _, name in pair]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
             return (*NO_TEST, 0, NOT_PER_PROMPT)
-        difference_SP = np.array([values[run[1]] - values[base[1]] for run, base in shared])
+        difference_SP = np.array(known[::2]) - np.array(known[1::2])
         if not np.isfinite(difference_SP).all():
             return (*NO_TEST, 0, "not a number")
         found = crossed_effects(difference_SP)
         return (*found, len(shared), "the same for all prompts" if np.isnan(found.p) else "")
 
 
-def prompt_values(prompts: Prompts, key: str, metric: str) -> Floats | None:
-    """(runs, prompts) values of a metric over one set of test prompts; None where they were not kept."""
+def prompt_values(prompts: Prompts, metric: str) -> Floats | None:
+    """(prompts,) values of a metric over the test prompts of a run; None where they were not kept."""
     known = described(metric)
-    kept = prompts.get(f"{key}/{known.column}")
-    if not known.column or kept is None:
+    if (kept := prompts.get(known.column)) is None:
         return None
     if known.of_rank is None:
         return kept.astype(np.float64)

@@ -26,7 +26,7 @@ FIELDS = {  # what is kept of a prompt: the columns of predictions.jsonl that me
 TEXTS = ["name", "status", "why", *GROUPS, "label", "refresh", "prompts", "git_commit", "machine", "command"]
 IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
 
-Prompts = dict[str, NDArray[Any]]
+Prompts = dict[str, NDArray[Any]]  # results of a run, one per test prompt, by field
 
 
 @contextmanager
@@ -113,25 +113,31 @@ def read_histories(path: Path) -> pd.DataFrame:
         return frame
 
 
-def read_prompts(path: Path) -> Prompts:
-    """The arrays of `prompts.npz`; never a pickle."""
+def read_prompts(path: Path, frame: pd.DataFrame) -> dict[str, Prompts]:
+    """The per-prompt results of the runs in `frame`, by their names, from `prompts.npz`; never a pickle."""
+    found: dict[str, Prompts] = {}
     with reading(path), np.load(path, allow_pickle=False) as data:
-        return {name: data[name] for name in data.files}
+        for key, names in frame.groupby("prompts")["name"]:
+            arrays = {field: data[f"{key}/{field}"] for field in FIELDS if f"{key}/{field}" in data}
+            shapes = {values.shape for values in arrays.values()}
+            if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != len(names):
+                raise ValueError(f"rows.csv has {len(names)} runs of the prompts {key}, and its arrays other shapes")
+            for place, name in enumerate(names):
+                found[name] = {field: values[place] for field, values in arrays.items()}
+    return found
 
 
-def read_rows(csv: Path | io.StringIO, prompts: Prompts) -> pd.DataFrame:
-    """`rows.csv`, a row per run; those that name a set of `prompts` are as many as the arrays of that set have rows."""
+def read_rows(csv: Path | io.StringIO) -> pd.DataFrame:
+    """`rows.csv`, a row per run."""
     with reading(csv if isinstance(csv, Path) else Path("rows.csv")):
         frame = pd.read_csv(csv, dtype=dict.fromkeys(TEXTS, str), keep_default_na=False, na_values=[""])
         _only_numbers(frame, [name for name in frame.columns if name not in TEXTS and not name.startswith("option/")])
         run = frame.loc[frame["label"].notna(), [*IDENTITY, "seed", "prompts"]]
         if run[["name", "dataset", "model", "k", "beta", "refresh", "seed"]].isna().any(axis=None):
             raise ValueError("a run without name, data, model, k, beta, refresh or seed")
-        for key, rows in frame.groupby("prompts").size().items():
-            shapes = {values.shape for name, values in prompts.items() if name.startswith(f"{key}/")}
-            if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] != rows:
-                raise ValueError(f"{rows} runs of the prompts {key}, and arrays of other shapes beside them")
-        return frame
+        if run["name"].duplicated().any():
+            raise ValueError("two rows for one run")
+        return frame.copy()  # pandas warns of a frame that was built column by column
 
 
 def as_cell(text: str) -> str:

@@ -27,25 +27,25 @@ PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.p
 
 @dataclass
 class RunRows:
-    """`frame`: one row per run, with its `place` in the arrays of its set of `prompts` (see the file's top).
+    """`frame`: one row per run. `axes`: its columns of options that the sweep varies by themselves.
 
-    `axes`: columns of the options that the sweep varies by themselves.
+    `prompts`: the per-prompt results of each finished run, by its name.
     """
 
     frame: pd.DataFrame
     axes: list[str]
-    prompts: Prompts
-
-    @classmethod
-    def parse(cls, csv: Path | io.StringIO, prompts: Prompts) -> "RunRows":
-        frame = reading.read_rows(csv, prompts)
-        place = frame.groupby("prompts").cumcount().reindex(frame.index, fill_value=-1)
-        whole = frame.copy()  # pandas warns of a frame that was built column by column
-        return cls(whole.assign(place=place.fillna(-1).astype(int)), _axes(whole), prompts)
+    prompts: dict[str, Prompts]
 
     @classmethod
     def read(cls, folder: Path) -> "RunRows":
-        return cls.parse(folder / "rows.csv", reading.read_prompts(folder / "prompts.npz"))
+        frame = reading.read_rows(folder / "rows.csv")
+        return cls(frame, _axes(frame), reading.read_prompts(folder / "prompts.npz", frame))
+
+    @classmethod
+    def through_text(cls, frame: pd.DataFrame, prompts: dict[str, Prompts]) -> "RunRows":
+        """Rows as they will be read back, the same to the last type."""
+        read = reading.read_rows(io.StringIO(frame.to_csv(index=False)))
+        return cls(read, _axes(read), prompts)
 
     def only(self, labels: tuple[str, ...], datasets: tuple[str, ...]) -> "RunRows":
         """The rows of these labels and datasets; none given: of all."""
@@ -58,23 +58,19 @@ class RunRows:
     def merged(self, new: "RunRows") -> "RunRows":
         """These rows and the new ones, which stand for those of the same name (it holds a hash of the run's config)."""
         kept = self.frame[~self.frame["name"].isin(new.frame["name"])]
-        frame = pd.concat([kept.assign(source=0), new.frame.assign(source=1)], ignore_index=True)
-        frame = frame.sort_values("name", kind="stable", ignore_index=True)
-        prompts: Prompts = {}
-        for key, rows in frame.groupby("prompts"):
-            places = list(zip(rows["source"], rows["place"], strict=True))
-            for field in FIELDS:
-                arrays: list[Any] = [source.prompts.get(f"{key}/{field}") for source in (self, new)]
-                if all(arrays[source] is not None for source, _ in places):
-                    prompts[f"{key}/{field}"] = np.stack([arrays[source][place] for source, place in places])
-        text = frame.drop(columns=["place", "source"]).to_csv(index=False)
-        return RunRows.parse(io.StringIO(text), prompts)
+        frame = pd.concat([kept, new.frame], ignore_index=True).sort_values("name", kind="stable")
+        return RunRows.through_text(frame, self.prompts | new.prompts)
 
     def write(self, folder: Path) -> None:
-        frame = self.frame.drop(columns="place")
-        store.write_text(folder / "rows.csv", frame.to_csv(index=False, lineterminator="\n"))
+        """Of the per-prompt results of a set, the fields that all of its runs have."""
+        store.write_text(folder / "rows.csv", self.frame.to_csv(index=False, lineterminator="\n"))
+        arrays: dict[str, Any] = {}
+        for key, names in self.frame.groupby("prompts")["name"]:
+            runs = [self.prompts[name] for name in names]
+            for field in (field for field in FIELDS if all(field in run for run in runs)):
+                arrays[f"{key}/{field}"] = np.stack([run[field] for run in runs])
         with store.replacing(folder / "prompts.npz") as beside, open(beside, "wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **self.prompts)
+            np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def collect(folder: Path) -> RunRows:
@@ -91,25 +87,16 @@ def collect(folder: Path) -> RunRows:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
     records: list[dict[str, Any]] = []
-    by_set: dict[str, list[Prompts]] = {}
-    for row, options, predictions in runs:
-        if predictions:
-            by_set.setdefault(row["prompts"], []).append(predictions)
+    prompts = {as_cell(row["name"]): predictions for row, _, predictions in runs if predictions}
+    for row, options, _ in runs:
         row = row | {f"option/{name}": options.get(path) for name, path in axes.items()}
         records.append(
             {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
         )
-    prompts: Prompts = {
-        f"{key}/{name}": np.stack([run[name] for run in runs_of_set])
-        for key, runs_of_set in by_set.items()
-        for name in FIELDS
-        if all(name in run for run in runs_of_set)
-    }
     frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
-    # Through the text once, so that freshly collected rows and rows read back are the same to the last type.
-    return RunRows.parse(io.StringIO(frame.to_csv(index=False)), prompts)
+    return RunRows.through_text(frame, prompts)
 
 
 def _axes(frame: pd.DataFrame) -> list[str]:

@@ -73,11 +73,10 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
 
 
 def _sizes(rows: RunRows) -> dict[str, str]:
-    count = {key: len(values[0]) for name, values in rows.prompts.items() for key in [name.partition("/")[0]]}
-    sizes = {}
-    for dataset, keys in rows.frame.dropna(subset="prompts").groupby("dataset")["prompts"].unique().items():
-        sizes[str(dataset)] = " or ".join(f"{size:,}" for size in sorted({count[key] for key in keys}))
-    return sizes
+    counts: dict[str, set[int]] = {}
+    for dataset, name in rows.frame.dropna(subset="prompts")[["dataset", "name"]].itertuples(index=False):
+        counts.setdefault(dataset, set()).add(len(next(iter(rows.prompts[name].values()))))
+    return {dataset: " or ".join(f"{size:,}" for size in sorted(sizes)) for dataset, sizes in counts.items()}
 
 
 def split_axes(axes: list[str]) -> tuple[list[str], list[str]]:
@@ -132,7 +131,7 @@ def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metric
         own = [axis for axis in axes if several and (starts[axis].nunique(dropna=False) == 1).all()]
         lines = finished.drop_duplicates([*shared, *own])[[*shared, "status", *own, *columns]]
         none = dict.fromkeys((axis for axis in axes if axis not in own), "")
-        parts.append(lines.rename(columns=columns).assign(label=label, place=-1, **none))
+        parts.append(lines.rename(columns=columns).assign(label=label, **none))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -165,7 +164,7 @@ def _block_cells(
     for place, (key, seed) in enumerate(places):
         run_LS[line_of[tuple(key)], seed_of[seed]] = place
     baseline_L = _baselines(lines, (run_LS >= 0).any(1), axes, baselines)
-    runs = list(zip(finished["prompts"], finished["place"], strict=True))
+    runs = list(zip(finished["prompts"], finished["name"], strict=True))
     parts = []
     for metric in metrics:
         values = finished[metric].to_numpy(dtype=np.float64)

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import nn
 
 from massdpo.config import instantiate, resolved, run_name, without_secrets
 from massdpo.console import patiently, screen, show_as, shows, warn
-from massdpo.data.prepare import limited
-from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.scores import SplitScorer, SplitScores
@@ -21,11 +18,20 @@ from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
 from massdpo.runs.plan import doubts, plan, what_is_kept
 from massdpo.runs.provenance import run_parts
-from massdpo.runs.results import PICKS, Run, about, decorating, measured, picks_table, save, write_results
+from massdpo.runs.results import PICKS, Run, Tested, about, decorating, measured, picks_table, save, write_results
 from massdpo.runs.shown import draw_history, show
-from massdpo.runs.start import cache_of, gathered, load, load_start, reference_scores, sft_start, trainable
+from massdpo.runs.start import (
+    cache_of,
+    gathered,
+    load,
+    load_start,
+    reference_scores,
+    selector_for,
+    sft_start,
+    trainable,
+)
 from massdpo.runs.trackers import NoLogger
-from massdpo.selection import check_selection
+from massdpo.selection import Selector
 from massdpo.store import write_text
 from massdpo.training.checkpoints import Position
 from massdpo.training.history import History, Tracker
@@ -67,17 +73,14 @@ def train(config: DictConfig) -> Path:
 
 def compute(run: Run, model: nn.Module) -> None:
     """The stages of one run, into its folder."""
-    config, trainer = run.config, run.config.trainer
-    subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"
-    rows, examples = limited(run.data.train, *subset), limited(run.data.splits.train, *subset)
-    selector = instantiate(config.selector)
+    config, trainer, data = run.config, run.config.trainer, run.data
+    selector = selector_for(config, data)
     features = selector.features if selector.needs_scores else None
-    check_selection(config.selector, [len(example.response_ids) - 1 for example in rows])
     announce(run)
 
     policy = trainable(config, model)
-    tell_plan(run, policy, rows, selector)
-    start_folder = sft_start(config, run.data, policy, features, run.cache, run.score, run.tracker)
+    tell_plan(run, policy, selector)
+    start_folder = sft_start(config, data, policy, features, run.cache, run.score, run.tracker)
     for weight in policy.parameters():  # they are saved: from here on one model's are in memory, the policy's
         weight.data = weight.data.new_empty(0)
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
@@ -87,7 +90,7 @@ def compute(run: Run, model: nn.Module) -> None:
         scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
-    reference = reference_scores(config, run.data, rows, start_folder, scorer, run.cache, run.score)
+    reference = reference_scores(config, data, start_folder, scorer, run.cache, run.score)
     seconds = {"sft_seconds": start["seconds"], "reference_seconds": time.perf_counter() - started}
 
     objective = Preference(
@@ -96,12 +99,12 @@ def compute(run: Run, model: nn.Module) -> None:
         beta=config.beta,
         refresh=config.refresh,
         seed=config.seed,
-        rows=rows,
-        val=run.data.val,
+        rows=data.rows,
+        val=data.val,
         reference=reference,
         score=run.score,
         screen=config.selector.get("screen"),
-        log=PickLog(run.folder / PICKS, examples, reference["train"], trainer.picks),
+        log=PickLog(run.folder / PICKS, data.examples, reference["train"], trainer.picks),
     )
     stage = Stage(
         name="preference",
@@ -110,15 +113,13 @@ def compute(run: Run, model: nn.Module) -> None:
         learning_rate=trainer.preference.learning_rate,
         checkpoints=run.folder / CHECKPOINTS,
         seed=config.seed,
-        pad_id=run.data.pad_id,
+        pad_id=data.pad_id,
     )
     scorer, position = fit(stage, scorer, trainer, run.accelerator, run.history, run.tracker)
-    conclude(run, scorer, position, reference["test"], seconds, len(rows))
+    conclude(run, scorer, position, reference["test"], seconds)
 
 
-def conclude(
-    run: Run, scorer: Any, position: Position, reference: SplitScores, seconds: dict[str, float], trained_on: int
-) -> None:
+def conclude(run: Run, scorer: Any, position: Position, reference: SplitScores, seconds: dict[str, float]) -> None:
     """Evaluate the trained policy on the test split, against its reference there; write results and the policy."""
     trainer = run.config.trainer
     final = run.score(scorer, run.data.test, "test")
@@ -129,23 +130,23 @@ def conclude(
     weights = gathered(scorer, run.accelerator) if trainer.save_policy else None
     if not run.accelerator.is_main_process:
         return
-    metrics = measured(run, final, reference, answers, against, position)
-    metrics |= seconds | about(run, position, run.accelerator.unwrap_model(scorer).packed)
-    write_results(run, metrics, final, reference, answers, against)
+    tested, model = Tested(final, reference, answers, against), run.accelerator.unwrap_model(scorer)
+    metrics = measured(run, tested, position) | seconds | about(run, position, model.packed)
+    write_results(run, metrics, tested)
     if trainer.save_policy:
         with patiently("writing the policy"):
-            save(run, run.accelerator.unwrap_model(scorer).model, weights, metrics, trained_on)
+            save(run, model.model, weights, metrics)
     decorate(run, metrics)
 
 
-def tell_plan(run: Run, policy: nn.Module, rows: Sequence[TokenizedExample], selector: Any) -> None:
+def tell_plan(run: Run, policy: nn.Module, selector: Selector) -> None:
     """What speaks against the run, and what it will do and take, before anything is computed."""
     kept = what_is_kept(run.config, run.data, run.cache, run.accelerator)  # every process asks
     if screen.level != "sweep" and run.accelerator.is_main_process:
-        for doubt in doubts(run.config, run.data, rows, run.accelerator.num_processes):
+        for doubt in doubts(run.config, run.data, run.data.rows, run.accelerator.num_processes):
             warn(doubt)
     if shows("normal"):
-        planned = plan(run.config, run.data, policy, rows, selector, run.score, kept)
+        planned = plan(run.config, run.data, policy, run.data.rows, selector, run.score, kept)
         planned.tell(stderr=True)
         show_as(screen.level, planned.seconds)
 

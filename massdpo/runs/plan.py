@@ -74,7 +74,7 @@ def plan(
         steps = -(-len(of) // (trainer.batch_size * trainer.accumulate * processes)) * epochs
         tokens, told = "", "kept" if name in kept else ""
         if timing and epochs and not told:
-            fed, seconds = timing.stage(name, of, epochs, steps)
+            fed, seconds = timing.stage(name, of, epochs)
             made.seconds[name] = seconds + epochs * timing.scoring(data.val)
             made.seconds[name] += timing.observing(of, epochs) if name == "preference" else 0.0
             tokens, told = f"{fed / 1e6:.3g} M" if fed >= 1e6 else f"{fed / 1e3:.3g} k", spell(made.seconds[name])

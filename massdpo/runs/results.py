@@ -50,20 +50,23 @@ class Run:
         return self.score.accelerator
 
 
-def measured(
-    run: Run,
-    final: SplitScores,
-    reference: SplitScores,
-    answers: Sequence[Answer],
-    against: CatalogueRanks | None,
-    position: Position,
-) -> dict[str, Any]:
-    """Metrics of the test split: of the policy, of the SFT start, of validation, of guesses without a model."""
-    metrics: dict[str, Any] = evaluate(final, reference, run.config.beta)
-    metrics |= {f"sft/{name}": value for name, value in ranking(reference).items()}
+@dataclass
+class Tested:
+    """What the trained policy makes of the test split, and its log-probs under the reference."""
+
+    final: SplitScores
+    reference: SplitScores
+    answers: Sequence[Answer]  # empty without `trainer.generate`
+    against: CatalogueRanks | None  # None where tests do not rank a catalogue
+
+
+def measured(run: Run, tested: Tested, position: Position) -> dict[str, Any]:
+    """Metrics of the policy and of the SFT start on the test split, of validation, and of guesses without a model."""
+    metrics: dict[str, Any] = evaluate(tested.final, tested.reference, run.config.beta)
+    metrics |= {f"sft/{name}": value for name, value in ranking(tested.reference).items()}
     metrics |= {f"val/{name}": value for name, value in position.validation.items()}
-    metrics |= generation_metrics(answers, final) if answers else {}
-    metrics |= against.metrics() if against else {}
+    metrics |= generation_metrics(tested.answers, tested.final) if tested.answers else {}
+    metrics |= tested.against.metrics() if tested.against else {}
     return metrics | baselines(run.data.splits, run.cache)
 
 
@@ -88,30 +91,24 @@ def about(run: Run, position: Position, packed: bool) -> dict[str, Any]:
     }
 
 
-def write_results(
-    run: Run,
-    metrics: dict[str, Any],
-    final: SplitScores,
-    reference: SplitScores,
-    answers: Sequence[Answer],
-    against: CatalogueRanks | None,
-) -> None:
-    """Everything computed, before anything that decorates it."""
+def write_results(run: Run, metrics: dict[str, Any], tested: Tested) -> None:
+    """Everything that was computed, before anything that decorates it."""
     run.history.write()
-    lines = predictions(final, reference, run.config.beta, [example.id for example in run.data.test])
-    for line, example, reference_C in zip(lines, run.data.splits.test, reference.logp_SC, strict=True):
+    ids = [example.id for example in run.data.test]
+    lines = predictions(tested.final, tested.reference, run.config.beta, ids)
+    for line, example, reference_C in zip(lines, run.data.splits.test, tested.reference.logp_SC, strict=True):
         line |= candidates_of(example, reference_C)
-    for line, answer in zip(lines, answers, strict=False):  # without generation there is none
+    for line, answer in zip(lines, tested.answers, strict=False):  # there may be none
         line |= {"generated": answer.free, "generated_constrained": answer.constrained}
-    for line, rank in zip(lines, against.rank_S.tolist() if against else [], strict=False):
+    for line, rank in zip(lines, tested.against.rank_S.tolist() if tested.against else [], strict=False):
         line["catalogue_rank"] = rank
     write_jsonl(run.folder / PREDICTIONS, lines)
     write_json(run.folder / "metrics.json", metrics)
 
 
-def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics: dict[str, Any], used: int) -> None:
+def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics: dict[str, Any]) -> None:
     """The trained policy and its model card, as an ordinary Hugging Face folder."""
-    counts = {"train": len(run.data.train), "preference": used, "test": len(run.data.test)}
+    counts = {"train": len(run.data.train), "preference": len(run.data.rows), "test": len(run.data.test)}
     blocks = getattr(policy.config, "dequantised_from", None)
     card = None
     with decorating("the model card"):

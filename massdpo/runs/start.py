@@ -18,8 +18,8 @@ from massdpo.config import instantiate
 from massdpo.console import patiently
 from massdpo.data.batches import by_length
 from massdpo.data.chat import settle_chat_template
-from massdpo.data.prepare import prepare
-from massdpo.data.schema import Splits, joint
+from massdpo.data.prepare import limited, prepare
+from massdpo.data.schema import PreferenceExample, Splits, joint
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
@@ -30,6 +30,7 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
 from massdpo.runs.machine import check_memory
 from massdpo.runs.provenance import model_key, reference_key, start_key
+from massdpo.selection import Selector, check_selection
 from massdpo.store import Cache, digest, package_code, write_json
 from massdpo.training.history import History, Tracker
 from massdpo.training.loop import fit
@@ -39,13 +40,15 @@ from massdpo.training.stage import Stage
 
 @dataclass
 class Data:
-    """The splits as text and as tokens, and what determines them."""
+    """The splits as text and as tokens, what the preference stage takes of them, and what determines them all."""
 
     splits: Splits
     tokenizer: PreTrainedTokenizerBase
     train: TokenizedSplit
     val: TokenizedSplit
     test: TokenizedSplit
+    rows: Sequence[TokenizedExample]  # of train: what the preference stage trains on
+    examples: Sequence[PreferenceExample]  # the same as text
     key: str
     model_key: str  # of the start weights and the model's configuration
     catalogue: list[list[int]]  # the ids of every title that tests rank against; empty: of each prompt's own candidates
@@ -101,7 +104,20 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
     with patiently("hashing the weights"):
         weights = model_key(model)
     catalogue = tokenize_catalogue(splits.catalogue, tokenizer, tokens["test"], *options)
-    return Data(splits, tokenizer, **tokens, key=key, model_key=weights, catalogue=catalogue), model
+    subset = config.trainer.preference.limit, config.dataset.get("seed", 0), "preference"
+    parts: Any = tokens | {"rows": limited(tokens["train"], *subset), "examples": limited(train, *subset)}
+    return Data(splits, tokenizer, **parts, key=key, model_key=weights, catalogue=catalogue), model
+
+
+def selector_for(config: DictConfig, data: Data) -> Selector:
+    """The selector of the config.
+
+    Raises:
+        UserError: a pool is too small for it, or too large.
+    """
+    selector: Selector = instantiate(config.selector)
+    check_selection(config.selector, [len(example.response_ids) - 1 for example in data.rows])
+    return selector
 
 
 def trainable(config: DictConfig, model: Any) -> nn.Module:
@@ -173,7 +189,6 @@ def load_start(folder: Path, config: DictConfig) -> nn.Module:
 def reference_scores(
     config: DictConfig,
     data: Data,
-    rows: Sequence[TokenizedExample],
     start: Path,
     scorer: PreferenceScorer,
     cache: Cache,
@@ -185,7 +200,7 @@ def reference_scores(
         UserError: what was kept is not what this policy gives.
     """
     trainer, accelerator = config.trainer, score.accelerator
-    splits = {"train": rows, "val": data.val, "test": data.test}
+    splits = {"train": data.rows, "val": data.val, "test": data.test}
     key = reference_key(config, start)
 
     def make(folder: Path | None) -> None:
@@ -196,10 +211,10 @@ def reference_scores(
 
     folder = shared_folder(cache, "reference", key, accelerator, make)
     scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
-    whole = by_length(rows, trainer.eval_batch_size)[: score.accelerator.num_processes]
+    whole = by_length(data.rows, trainer.eval_batch_size)[: accelerator.num_processes]
     first = [row for batch in whole for row in batch]
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
-    check_reference(score(scorer, [rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
+    check_reference(score(scorer, [data.rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
     return scores
 
 

@@ -1,8 +1,10 @@
 """How long a run's kinds of work take: a few steps of each on its own rows, whose updates have length 0."""
 
 import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,17 +13,23 @@ from omegaconf import DictConfig
 from torch import nn
 
 from massdpo.config import instantiate
-from massdpo.data.batches import by_length, collate, in_order
+from massdpo.data.batches import batches, by_length, in_order
 from massdpo.data.tokens import TokenizedExample
+from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores
 from massdpo.model.scoring import PreferenceScorer
+from massdpo.runs.trackers import NoLogger
 from massdpo.selection import Selector
+from massdpo.tensors import Batch
+from massdpo.training.history import History
+from massdpo.training.loop import Training
 from massdpo.training.objectives import Preference, Sft
-from massdpo.training.stage import Objective
+from massdpo.training.stage import Objective, Stage
 
 Rows = Sequence[TokenizedExample]
 LOOKED_AT = 500  # rows whose lengths stand for those of their split
-ENOUGH, MOST = 5.0, 8  # seconds, and number, of steps that are timed after the first; two at least
+ENOUGH = 5.0  # seconds after which no other step is timed
+MOST, TIMES = 8, 6  # steps that differ, and how often each is timed
 
 
 class Timing:
@@ -33,42 +41,43 @@ class Timing:
         self.scorer: Any = score.accelerator.prepare_model(PreferenceScorer(policy, features, config.trainer.layout))
         self._scoring = 0.0  # seconds per token, once known
 
-    def stage(self, name: str, rows: Rows, epochs: int, steps: int) -> tuple[float, float]:
-        """Tokens that a stage feeds to the model, and the seconds of its steps."""
-        size, chosen_only = self.config.trainer.batch_size, name == "sft"
-        order = in_order(len(rows), self.config.seed, name, 0)[: size * MOST]
-        some = [rows[row] for row in order]
+    def stage(self, name: str, rows: Rows, epochs: int) -> tuple[float, float]:
+        """Tokens that a stage feeds to the model, and the seconds of its steps: those of the training loop itself."""
+        trainer, chosen_only = self.config.trainer, name == "sft"
+        size = trainer.batch_size * trainer.accumulate
+        some = [rows[row] for row in in_order(len(rows), self.config.seed, name, 0)[: size * MOST]]
         objective: Objective = Sft(some, some, self.score) if chosen_only else self._preference(some)
-        weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(weights, lr=0.0, fused=True)
-        self.scorer.train()
-        paces: list[float] = []  # seconds per token
-        updates: list[float] = []  # seconds
         began = self._now()
-        objective.begin_epoch(self.scorer, 0, self.config.trainer.log_every)
-        before = (self._now() - began) / sum(tokens_of(row, chosen_only) for row in some)
-        fed: list[float] = []  # tokens that went through the model, per token
-        spent: list[float] = []  # seconds
-        while len(paces) < 3 or (sum(spent[1:]) < ENOUGH and len(paces) <= MOST):
-            start = len(paces) * size % (-(-len(some) // size) * size)
-            part = list(enumerate(some))[start : start + size]
-            began = self._now()
-            batch = collate(part, self.score.pad_id).to(self.score.accelerator.device)
-            loss_B, logs = objective.loss(self.scorer, batch, 0, False)
-            loss_B.mean().backward()
-            between = self._now()
-            if torch.isfinite(nn.utils.clip_grad_norm_(weights, self.config.trainer.max_grad_norm)):
-                optimizer.step()  # 0 times infinity would move a weight
-            optimizer.zero_grad()
-            tokens = sum(tokens_of(row, chosen_only) for _, row in part)
-            paces.append((between - began) / tokens)
-            spent.append(self._now() - began)
-            updates.append(self._now() - between)
-            fed.append(float(logs["fed_tokens"].sum()) / tokens)
-        epoch = mean_tokens(rows, chosen_only) * len(rows)
-        selecting = before * epoch * (1 if self.config.refresh == "once" else epochs)
-        learning = median(paces[1:]) * epoch * epochs + median(updates[1:]) * steps
-        return median(fed) * epoch * epochs, selecting + learning
+        objective.begin_epoch(self.scorer, 0, trainer.log_every)
+        selecting = (self._now() - began) / sum(tokens_of(row, chosen_only) for row in some)  # seconds per token
+        whole = [range(start, min(start + size, len(some))) for start in range(0, len(some), size)]
+        first = range(min(trainer.batch_size, len(some)))  # takes longer, and does not count
+        parts, spent, seen = whole * TIMES, 0.0, 0
+        with TemporaryDirectory() as folder:
+            stage = Stage(name, objective, 1, 0.0, Path(folder), self.config.seed, self.score.pad_id)
+            history = History(Path(folder) / "history.csv")
+            training = Training(stage, self.scorer, trainer, self.score.accelerator, history, NoLogger())
+        with torch.random.fork_rng():  # a DataLoader draws from it
+            loader = batches(some, [first, *parts], trainer, self.score.pad_id, self.score.accelerator)
+        training.scorer.train()
+        self._step(training, loader, first)
+        training.position.fed_tokens = 0
+        for part in parts:
+            spent += self._step(training, loader, part)
+            seen += sum(tokens_of(some[row], chosen_only) for row in part)
+            if spent > ENOUGH:
+                break
+        epoch, fed = mean_tokens(rows, chosen_only) * len(rows), training.position.fed_tokens / seen
+        self.end()
+        selecting *= epoch * (1 if self.config.refresh == "once" else epochs)
+        return fed * epoch * epochs, selecting + spent / seen * epoch * epochs
+
+    def _step(self, training: Training, loader: Iterator[Batch], rows: Sequence[int]) -> float:
+        began = self._now()
+        with suppress(UserError):  # a loss or gradient that is not finite: the stage itself will say so
+            training.step(loader, rows, False, lambda *_: None)
+        training.optimizer.zero_grad()
+        return self._now() - began
 
     @torch.no_grad()
     def scoring(self, rows: Rows) -> float:

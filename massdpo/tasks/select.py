@@ -8,14 +8,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from massdpo.config import instantiate
-from massdpo.data.prepare import limited
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.trackers import NoLogger
-from massdpo.selection import check_selection
 from massdpo.store import build_folder, is_whole, write_jsonl
 from massdpo.tasks.rank import writing_to
 from massdpo.training.objectives import Preference
@@ -39,33 +37,28 @@ def select(config: DictConfig) -> None:
         raise UserError(f"out={out} was not written by task=select: give a new folder")
     cache = start.cache_of(config)
     data, model = start.load(config, cache)
-    subset = trainer.preference.limit, config.dataset.get("seed", 0), "preference"
-    rows, examples = limited(data.train, *subset), limited(data.splits.train, *subset)
-    selector = instantiate(config.selector)
+    selector = start.selector_for(config, data)
     features = selector.features if selector.needs_scores else None
-    pools = [len(example.pool) for example in examples]
-    check_selection(config.selector, pools)
     score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
     sft_folder = start.sft_start(config, data, start.trainable(config, model), features, cache, score, NoLogger())
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
-    reference = start.reference_scores(config, data, rows, sft_folder, scorer, cache, score)
-    loss = instantiate(config.loss)
+    reference = start.reference_scores(config, data, sft_folder, scorer, cache, score)
     picking = Preference(
-        selector,
-        loss,
-        config.beta,
-        "once",
-        config.seed,
-        rows,
-        data.val,
-        reference,
-        score,
-        config.selector.get("screen"),
+        selector=selector,
+        compare=instantiate(config.loss),
+        beta=config.beta,
+        refresh="once",
+        seed=config.seed,
+        rows=data.rows,
+        val=data.val,
+        reference=reference,
+        score=score,
+        screen=config.selector.get("screen"),
     )
-    picking.begin_epoch(scorer, 0, observe_every=len(rows))  # nobody logs it
+    picking.begin_epoch(scorer, 0, observe_every=len(data.rows))  # nobody logs it
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
-    table = list(_rows(examples, index_SK, mask_SK, trainer.chat_template))
+    table = list(_rows(data.examples, index_SK, mask_SK, trainer.chat_template))
     if accelerator.is_main_process:
         _write(out, table, trainer.chat_template)
 

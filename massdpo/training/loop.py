@@ -47,7 +47,7 @@ def fit(
         UserError: a loss or gradient that is not finite (the last checkpoint stays good).
         Stopped: a signal asked for an end.
     """
-    training = _Training(stage, scorer, options, accelerator, history, tracker)
+    training = Training(stage, scorer, options, accelerator, history, tracker)
     position = training.position
     with progress(training.total, stage.name, position.step) as advance:
         while position.epoch < stage.epochs and position.without_gain < (options.patience or math.inf):
@@ -62,7 +62,7 @@ def fit(
     return training.scorer, position
 
 
-class _Training:
+class Training:
     """A stage under way: the scorer, its optimiser and schedule, and how far they are."""
 
     def __init__(
