@@ -17,6 +17,17 @@ def first(count_B: Tensor, width: int) -> Tensor:
     return torch.arange(width, device=count_B.device) < count_B[:, None]
 
 
+def members(index_BK: Tensor, mask_BK: Tensor, width: int) -> Tensor:
+    """`(B, width)`, True at the indices of each row that `mask_BK` calls real."""
+    count_BW = torch.zeros(len(index_BK), width, dtype=torch.int64, device=index_BK.device)
+    return count_BW.scatter_add(1, index_BK, mask_BK.long()) > 0
+
+
+def rows(index: Tensor) -> Tensor:
+    """0..B-1, shaped to index the first dimension beside `index`."""
+    return torch.arange(len(index), device=index.device).view(-1, *[1] * (index.dim() - 1))
+
+
 @dataclass
 class Batch:
     """B tokenised prompts with their candidate responses, right-padded to rectangles.
@@ -56,7 +67,7 @@ class Batch:
         """The same prompts with the chosen response and the picked negatives only (C = 1 + K)."""
         column_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0), value=0)
         keep_BC = torch.nn.functional.pad(picks.mask_BK, (1, 0), value=True)
-        row_B1 = torch.arange(len(self.ids), device=column_BC.device)[:, None]
+        row_B1 = rows(column_BC)
         mask_BCT = self.response_mask_BCT[row_B1, column_BC] & keep_BC[..., None]
         longest = int(mask_BCT.sum(-1).max())
         ids_BCT = self.response_ids_BCT[row_B1, column_BC][..., :longest]

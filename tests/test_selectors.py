@@ -566,6 +566,23 @@ def test_short_pools_are_an_error_unless_allowed(kind: type) -> None:
         kind(k=3)(shorten(make_pool(), [8, 2, 5, 1, 3, 4]))
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_copies_and_short_pools_never_lead_to_padding_or_the_same_pick_twice(kind: type) -> None:
+    """Distances between copies are rounding, and may come out below zero."""
+    for seed in range(8):
+        pool = make_pool(seed=seed)
+        for value in (pool.scores.features_BCD, pool.scores.logp_BC, pool.scores.length_BC, pool.ref_logp_BC):
+            assert value is not None
+            value[:, 3:] = value[:, 1:2]  # from the third on all are the first
+        pool = shorten(pool, [8, 2, 5, 1, 3, 4])
+        for features in ("mean", "head") if "features" in inspect.signature(kind).parameters else (None,):
+            picks = kind(k=5, short_pool="all", **({"features": features} if features else {}))(pool)
+            for index_K, mask_K, size in zip(picks.index_BK, picks.mask_BK, [8, 2, 5, 1, 3, 4], strict=True):
+                taken = index_K[mask_K].tolist()
+                assert len(set(taken)) == len(taken) and max(taken) < size
+                assert len(taken) == min(5, size) or kind is Dynamic
+
+
 def test_check_pools() -> None:
     check_pools([3, 4], 3, "error")
     check_pools([1, 4], 3, "all")

@@ -5,18 +5,20 @@ sample (0 to k), X random numbers.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from massdpo.model.features import FEATURES
 from massdpo.selection import logdet
-from massdpo.selection.gram import candidate_gram, reorder, reorder_gram, square_distances
+from massdpo.selection.gram import candidate_gram, square_distances
 from massdpo.selection.information import Mass
-from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
+from massdpo.selection.pools import PickK, in_order
 from massdpo.store import keyed_seed
-from massdpo.tensors import Picks, PoolStatistics, first
+from massdpo.tensors import Picks, PoolStatistics, rows
 
+ROUND_OFF = 1e-12  # of squared distances in float64, in terms of the largest
 APART = 1e-6  # times the noise, added to a kernel whose smallest eigenvalue is 1
 
 
@@ -37,48 +39,42 @@ class Dpp(Mass):
         super().__init__(k, "centered", features, normalize, ridge, True, "greedy", short_pool)
 
     def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        mask_BN = pool.mask_BN
-        check_pools(mask_BN.sum(-1), self.k, self.short_pool)
-        gram_BCC, mask_BC = candidate_gram(pool, self.features), pool.scores.mask_BC
+        """In the pool's own order: its noise has to decide the sample, not ties."""
+        self.check(pool)
+        mask_BN, gram_BCC, mask_BC = pool.mask_BN, candidate_gram(pool, self.features), pool.scores.mask_BC
         gram_BNN, _ = logdet.design_gram(gram_BCC, pool.rewards_BC, pool.beta, "centered", self.normalize, mask_BC)
         ridge_B = self.ridge * logdet.mean_square(gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN)
         kernel_BNN = gram_BNN / ridge_B[:, None, None] + torch.diag_embed(mask_BN.double())
-        return as_picks(*sample_dpp(kernel_BNN, self.k, mask_BN, pool.noise_BN))
+        picks = in_order(sample_dpp(kernel_BNN, self.k, mask_BN, pool.noise_BN), mask_BN)
+        return replace(picks, index_BK=picks.index_BK * picks.mask_BK)
 
 
-class Farthest:
+class Farthest(PickK):
     """Farthest first, diversity alone: each pick is farthest from the chosen response and all picks before it."""
 
-    needs_scores = True  # the features come with them
-
     def __init__(self, k: int, features: str = "mean", normalize: bool = True, short_pool: str = "error"):
-        check_options(k, short_pool)
+        super().__init__(k, short_pool)
         logdet.check_name("features", features, FEATURES)
-        self.k, self.features, self.normalize, self.short_pool = k, features, normalize, short_pool
+        self.features: str = features
+        self.normalize = normalize
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
-        order_BN = noise_order(pool)
-        distance_BCC = reorder_gram(square_distances(pool, self.features, self.normalize), order_BN)
-        mask_BC = reorder(pool.scores.mask_BC, order_BN)
-        nearest_BN = distance_BCC[:, 0, 1:].masked_fill(~mask_BC[:, 1:], -math.inf)
-        rows_B = torch.arange(len(order_BN), device=order_BN.device)
+    def pick(self, pool: PoolStatistics) -> Picks:
+        distance_BCC = square_distances(pool, self.features, self.normalize)
+        unsure_B1 = ROUND_OFF * distance_BCC.amax((1, 2))[:, None]  # copies of what is picked are all equally near
+        nearest_BN = distance_BCC[:, 0, 1:].masked_fill(~pool.mask_BN, -math.inf)
         picked = []
-        for _ in range(min(self.k, order_BN.shape[1])):
+        for _ in range(min(self.k, nearest_BN.shape[1])):
             best_B1 = nearest_BN.amax(-1, keepdim=True)
-            tied_BN = nearest_BN >= best_B1 * (1 - pool.resolution.features)
+            tied_BN = nearest_BN >= best_B1 * (1 - pool.resolution.features) - unsure_B1
             index_B1 = tied_BN.to(torch.uint8).argmax(-1, keepdim=True)
-            picked.append(order_BN.gather(1, index_B1))
-            nearest_BN = torch.minimum(nearest_BN, distance_BCC[rows_B, index_B1[:, 0] + 1, 1:])
+            picked.append(index_B1)
+            nearest_BN = torch.minimum(nearest_BN, distance_BCC[rows(index_B1), index_B1 + 1, 1:][:, 0])
             nearest_BN = nearest_BN.scatter(1, index_B1, -math.inf)
-        index_BK = torch.cat(picked, dim=1)
-        return as_picks(index_BK, first(pool.mask_BN.sum(-1), index_BK.shape[1]))
+        return in_order(torch.cat(picked, dim=1), pool.mask_BN)
 
 
-def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) -> tuple[Tensor, Tensor]:
-    """One k-DPP sample per prompt from kernels that are zero where masked: indices and mask, `(B, K)`."""
+def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) -> Tensor:
+    """One k-DPP sample per prompt, indices `(B, K)`, from kernels that are zero where masked."""
     batch, pool = mask_BN.shape
     count_B = mask_BN.sum(-1)
     uniform_BX = torch.zeros(batch, pool + k, dtype=torch.float64)
@@ -120,5 +116,4 @@ def sample_dpp(kernel_BNN: Tensor, k: int, mask_BN: Tensor, noise_BN: Tensor) ->
         factors.append(row_BN * left_BN[rows_B, index_B].clamp(min=1e-300).rsqrt()[:, None])
         left_BN = (left_BN - factors[-1].square()).clamp(min=0.0)
         left_BN = left_BN.scatter(1, index_B[:, None], 0.0)
-    index_BK = torch.stack(picked, dim=1)
-    return index_BK, first(count_B, index_BK.shape[1])
+    return torch.stack(picked, dim=1)

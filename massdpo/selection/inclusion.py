@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from massdpo.tensors import Picks
+from massdpo.tensors import Picks, members
 
 
 def of_successive_draws(rewards_BC: Tensor, mask_BC: Tensor, picks: Picks) -> Tensor:
@@ -63,8 +63,7 @@ def _members(value_BC: Tensor, mask_BC: Tensor, picks: Picks) -> tuple[Tensor, T
     """Values of D, which of them are real, and where D lies among the candidates."""
     column_BJ = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))
     real_BJ = torch.nn.functional.pad(picks.mask_BK, (1, 0), value=True)
-    taken_BC = torch.zeros_like(mask_BC, dtype=torch.int64).scatter_add(1, column_BJ, real_BJ.long()) > 0
-    return value_BC.gather(1, column_BJ), real_BJ, taken_BC
+    return value_BC.gather(1, column_BJ), real_BJ, members(column_BJ, real_BJ, mask_BC.shape[1])
 
 
 def _log_rung(log_time: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from torch import Tensor
 from massdpo.errors import UserError
 from massdpo.model.features import FEATURES
 from massdpo.selection import logdet
-from massdpo.selection.gram import candidate_gram, hidden_features, reorder, reorder_gram
-from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
+from massdpo.selection.gram import candidate_gram
+from massdpo.selection.pools import PickK
 from massdpo.tensors import Picks, PoolStatistics
 
 
-class Mass:
+class Mass(PickK):
     """The subset with the largest log det(ridge I + Fisher information): MASS-DPO, arXiv 2605.10784.
 
     variant: `centered` (the paper's design objective), `relative` (against the chosen response, uncentred) or
@@ -26,8 +25,6 @@ class Mass:
     ridge: gamma, or with ridge_relative in units of the mean diagonal of the prompt's own information matrix.
     features: `mean`, `last` or `head`; solver: `greedy`, `swap` or `exact`.
     """
-
-    needs_scores = True
 
     def __init__(
         self,
@@ -40,33 +37,30 @@ class Mass:
         solver: str = "greedy",
         short_pool: str = "error",
     ):
-        check_options(k, short_pool)
+        super().__init__(k, short_pool)
         logdet.check_name("variant", variant, ("centered", "relative", "subset_fisher"))
         logdet.check_name("features", features, FEATURES)
         logdet.check_name("solver", solver, ("greedy", "exact") if variant == "subset_fisher" else logdet.SOLVERS)
-        check_ridge(ridge)
-        self.k, self.variant, self.features, self.normalize = k, variant, features, normalize
-        self.ridge, self.ridge_relative, self.solver, self.short_pool = ridge, ridge_relative, solver, short_pool
+        if not (isinstance(ridge, (int, float)) and 0 < ridge < math.inf):
+            raise UserError(f"the ridge must be a positive number, got {ridge!r}")
+        self.features: str = features
+        self.variant, self.normalize = variant, normalize
+        self.ridge, self.ridge_relative, self.solver = ridge, ridge_relative, solver
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
-        # In the order of the noise, "lowest index first" is "largest noise first": it decides ties, and nothing else.
-        order_BN = noise_order(pool)
-        if self.features != "head" and order_BN.shape[1] > logdet.limits.DENSE_POOL and self.variant != "subset_fisher":
-            selection = self._select_from_vectors(pool, order_BN)
+    def pick(self, pool: PoolStatistics) -> Picks:
+        large = pool.mask_BN.shape[1] > logdet.limits.DENSE_POOL
+        if large and self.features != "head" and self.variant != "subset_fisher":
+            selection = self._select_from_vectors(pool)
         else:
-            selection = self._select_from_gram(pool, order_BN)
+            selection = self._select_from_gram(pool)
         info = {"logdet": selection.logdet_B.float(), "ties": selection.ties_B.float()}
         if pool.observe and self.variant != "subset_fisher":
             info["certified_ratio"] = selection.certified_ratio_B.float()
-        picks = as_picks(order_BN.gather(1, selection.indices_BK), selection.mask_BK, info)
-        return replace(picks, gains_BK=selection.gains_BK)
+        return Picks(selection.indices_BK, selection.mask_BK, info, selection.gains_BK)
 
-    def _select_from_gram(self, pool: PoolStatistics, order_BN: Tensor) -> logdet.LogdetSelection:
-        gram_BCC = reorder_gram(candidate_gram(pool, self.features), order_BN)
-        rewards_BC, mask_BC = reorder(pool.rewards_BC, order_BN), reorder(pool.scores.mask_BC, order_BN)
-        mask_BN = mask_BC[:, 1:]
+    def _select_from_gram(self, pool: PoolStatistics) -> logdet.LogdetSelection:
+        gram_BCC, rewards_BC = candidate_gram(pool, self.features), pool.rewards_BC
+        mask_BC, mask_BN = pool.scores.mask_BC, pool.mask_BN
         design = "centered" if self.variant == "subset_fisher" else self.variant
         vectors_BNN, scale_B = logdet.design_gram(
             gram_BCC, rewards_BC, pool.beta, design, self.normalize, mask_BC, pool.resolution.features
@@ -85,14 +79,13 @@ class Mass:
             vectors_BNN, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, pool.resolution.features
         )
 
-    def _select_from_vectors(self, pool: PoolStatistics, order_BN: Tensor) -> logdet.LogdetSelection:
+    def _select_from_vectors(self, pool: PoolStatistics) -> logdet.LogdetSelection:
         """For large pools: only the picked rows of the Gram matrix are ever made."""
-        features_BCD, mask_BC, resolution = hidden_features(pool), pool.scores.mask_BC, pool.resolution.features
+        features_BCD, mask_BN, resolution = pool.scores.features_BCD, pool.mask_BN, pool.resolution.features
+        assert features_BCD is not None, "the scorer was built with the selector's `features`"
         vectors_BND, scale_B = logdet.design_vectors(
-            features_BCD, pool.rewards_BC, pool.beta, self.variant, self.normalize, mask_BC, resolution
+            features_BCD, pool.rewards_BC, pool.beta, self.variant, self.normalize, pool.scores.mask_BC, resolution
         )
-        vectors_BND = vectors_BND[torch.arange(len(order_BN), device=order_BN.device)[:, None], order_BN]
-        mask_BN = pool.mask_BN.gather(1, order_BN)
         mean_B = logdet.mean_square(vectors_BND.square().sum(-1), mask_BN)
         ridge, scale_B = self._weighing(mean_B, scale_B)
         return logdet.select_logdet(vectors_BND, self.k, ridge, scale_B, mask_BN, self.solver, pool.observe, resolution)
@@ -116,8 +109,3 @@ class Adpo(Mass):
     ):
         super().__init__(k, "relative", features, normalize, ridge, ridge_relative, "greedy", short_pool)
         self.variant = "pairwise"
-
-
-def check_ridge(ridge: float) -> None:
-    if not (isinstance(ridge, (int, float)) and 0 < ridge < math.inf):
-        raise UserError(f"the ridge must be a positive number, got {ridge!r}")

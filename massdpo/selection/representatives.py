@@ -11,10 +11,10 @@ from torch.nn.functional import one_hot
 
 from massdpo.model.features import FEATURES
 from massdpo.selection import logdet
-from massdpo.selection.diversity import Farthest
-from massdpo.selection.gram import candidate_gram, reorder_gram, square_distances
-from massdpo.selection.pools import as_picks, check_finite, check_options, check_pools, noise_order
-from massdpo.tensors import Picks, PoolStatistics, first
+from massdpo.selection.diversity import ROUND_OFF, Farthest
+from massdpo.selection.gram import candidate_gram, square_distances
+from massdpo.selection.pools import PickK, in_order
+from massdpo.tensors import Picks, PoolStatistics
 
 
 class Coreset(Farthest):
@@ -26,29 +26,29 @@ class Coreset(Farthest):
 
     rounds = 50  # of Lloyd's algorithm at most; a pool of 20 settles within ten
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        start = super().__call__(pool)
-        cluster_BN = self._clusters(pool, start)
-        order_BN = noise_order(pool)
-        hard_BN = pool.advantage_BN.masked_fill(~pool.mask_BN, -math.inf).gather(1, order_BN)
-        order_BN = order_BN.gather(1, hard_BN.argsort(dim=-1, descending=True, stable=True))
-        seen_BNK = one_hot(cluster_BN.gather(1, order_BN), start.index_BK.shape[1]).cumsum(1)
-        later_BN = (
-            seen_BNK.gather(2, cluster_BN.gather(1, order_BN)[..., None])[..., 0] > 1
-        )  # not its cluster's hardest
+    def pick(self, pool: PoolStatistics) -> Picks:
+        start = super().pick(pool)
+        hard_BN = pool.advantage_BN.masked_fill(~pool.mask_BN, -math.inf)
+        order_BN = hard_BN.argsort(dim=-1, descending=True, stable=True)
+        cluster_BN = self._clusters(pool, start).gather(1, order_BN)
+        seen_BNK = one_hot(cluster_BN, start.index_BK.shape[1]).cumsum(1)
+        later_BN = seen_BNK.gather(2, cluster_BN[..., None])[..., 0] > 1  # than its cluster's hardest
         later_BN = later_BN.long() + 2 * ~pool.mask_BN.gather(1, order_BN)
-        first_BN = later_BN.argsort(dim=-1, stable=True)
-        return as_picks(order_BN.gather(1, first_BN)[:, : start.index_BK.shape[1]], start.mask_BK)
+        best_BN = order_BN.gather(1, later_BN.argsort(dim=-1, stable=True))
+        return in_order(best_BN[:, : start.index_BK.shape[1]], pool.mask_BN)
 
     def _clusters(self, pool: PoolStatistics, start: Picks) -> Tensor:
         """The cluster of each negative `(B, N)`, from distances alone: |x - mean|^2 = (D w)_x - w D w / 2."""
         distance_BNN = square_distances(pool, self.features, self.normalize)[:, 1:, 1:]
         weight_BNK = one_hot(start.index_BK, pool.mask_BN.shape[1]).mT.double()
+        unsure_B11 = ROUND_OFF * distance_BNN.amax((1, 2), keepdim=True)
         cluster_BN = torch.full_like(pool.noise_BN, -1, dtype=torch.int64)
         for _ in range(self.rounds):
             towards_BNK = distance_BNN @ weight_BNK
             to_centre_BNK = towards_BNK - (towards_BNK * weight_BNK).sum(1, keepdim=True) / 2
-            before_BN, cluster_BN = cluster_BN, to_centre_BNK.masked_fill(~start.mask_BK[:, None], math.inf).argmin(-1)
+            to_centre_BNK = to_centre_BNK.masked_fill(~start.mask_BK[:, None], math.inf)
+            near_BNK = to_centre_BNK <= to_centre_BNK.amin(-1, keepdim=True) + unsure_B11
+            before_BN, cluster_BN = cluster_BN, near_BNK.to(torch.uint8).argmax(-1)
             if torch.equal(before_BN, cluster_BN):
                 break
             member_BNK = one_hot(cluster_BN, weight_BNK.shape[2]) * pool.mask_BN[..., None]
@@ -63,16 +63,9 @@ class Medoids(Farthest):
     sum_i p_i min_{j in S} |phi_i - phi_j|: greedily, then by single exchanges until none helps.
     """
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
-        order_BN = noise_order(pool)
-        distance_BNN = square_distances(pool, self.features, self.normalize)[:, 1:, 1:].clamp(min=0.0).sqrt()
-        rows_B11 = torch.arange(len(order_BN), device=order_BN.device)[:, None, None]
-        distance_BNN = distance_BNN[rows_B11, order_BN[:, :, None], order_BN[:, None, :]]
-        mask_BN = pool.mask_BN.gather(1, order_BN)
-        share_BN = pool.advantage_BN.gather(1, order_BN).masked_fill(~mask_BN, -math.inf).softmax(-1)
-        count_B = mask_BN.sum(-1)
+    def pick(self, pool: PoolStatistics) -> Picks:
+        distance_BNN = square_distances(pool, self.features, self.normalize)[:, 1:, 1:].sqrt()
+        mask_BN, share_BN = pool.mask_BN, _share(pool)
         nearest_BN, open_BN = torch.full_like(share_BN, torch.finfo(share_BN.dtype).max), mask_BN
         picked: list[Tensor] = []
         for _ in range(min(self.k, mask_BN.shape[1])):
@@ -85,7 +78,7 @@ class Medoids(Farthest):
             open_BN = open_BN.scatter(1, best_B1, False)
             nearest_BN = torch.minimum(nearest_BN, _column(distance_BNN, best_B1))
         picked_BK = self._exchange(distance_BNN, share_BN, mask_BN, torch.cat(picked, dim=1), unsure_B1)
-        return as_picks(order_BN.gather(1, picked_BK), first(count_B, picked_BK.shape[1]))
+        return in_order(picked_BK, mask_BN)
 
     def _exchange(
         self, distance_BNN: Tensor, share_BN: Tensor, mask_BN: Tensor, picked_BK: Tensor, unsure_B1: Tensor
@@ -119,26 +112,25 @@ def _column(value_BNN: Tensor, index_B1: Tensor) -> Tensor:
     return value_BNN.gather(1, index_B1[..., None].expand(-1, 1, value_BNN.shape[2]))[:, 0]
 
 
-class Herding:
+def _share(pool: PoolStatistics) -> Tensor:
+    """p = softmax(s) over the pool, `(B, N)`."""
+    return pool.advantage_BN.masked_fill(~pool.mask_BN, -math.inf).softmax(-1)
+
+
+class Herding(PickK):
     """The k whose plain mean comes nearest to sum_i p_i phi_i, the direction of the whole pool's gradient.
 
     Greedily, as kernel herding does (Chen, Welling and Smola 2010, arXiv 1203.3472), without picking any twice.
     """
 
-    needs_scores = True
-
     def __init__(self, k: int, features: str = "mean", short_pool: str = "error"):
-        check_options(k, short_pool)
+        super().__init__(k, short_pool)
         logdet.check_name("features", features, FEATURES)
-        self.k, self.features, self.short_pool = k, features, short_pool
+        self.features: str = features
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
-        order_BN = noise_order(pool)
-        gram_BNN = reorder_gram(candidate_gram(pool, self.features), order_BN)[:, 1:, 1:]
-        mask_BN = pool.mask_BN.gather(1, order_BN)
-        share_BN = pool.advantage_BN.gather(1, order_BN).masked_fill(~mask_BN, -math.inf).softmax(-1)
+    def pick(self, pool: PoolStatistics) -> Picks:
+        gram_BNN = candidate_gram(pool, self.features)[:, 1:, 1:]
+        mask_BN, share_BN = pool.mask_BN, _share(pool)
         towards_BN = (gram_BNN @ share_BN[..., None])[..., 0]
         square_BN = gram_BNN.diagonal(dim1=-2, dim2=-1)
         target_B1 = (towards_BN * share_BN).sum(-1, keepdim=True)
@@ -156,5 +148,4 @@ class Herding:
             sum_towards_B1 = sum_towards_B1 + towards_BN.gather(1, index_B1)
             cross_BN = cross_BN + _column(gram_BNN, index_B1)
             open_BN = open_BN.scatter(1, index_B1, False)
-        index_BK = torch.cat(picked, dim=1)
-        return as_picks(order_BN.gather(1, index_BK), first(mask_BN.sum(-1), index_BK.shape[1]))
+        return in_order(torch.cat(picked, dim=1), mask_BN)

@@ -4,7 +4,7 @@ Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the cho
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import replace
 
 import torch
@@ -13,27 +13,12 @@ from torch import Tensor
 from massdpo.errors import UserError
 from massdpo.selection import logdet
 from massdpo.selection.inclusion import of_draws_from_the_top, of_successive_draws
-from massdpo.selection.pools import (
-    as_picks,
-    check_finite,
-    check_options,
-    check_pools,
-    noise_order,
-    overlap,
-    take_best,
-)
-from massdpo.tensors import Picks, PoolStatistics, first
+from massdpo.selection.pools import PickK, best, in_order, overlap
+from massdpo.tensors import Picks, PoolStatistics, members, rows
 
 
-class ByScore(ABC):
+class ByScore(PickK):
     """The k negatives with the largest `score_BN(pool)`."""
-
-    features: str | None = None
-    needs_scores = True
-
-    def __init__(self, k: int, short_pool: str = "error"):
-        check_options(k, short_pool)
-        self.k, self.short_pool = k, short_pool
 
     @abstractmethod
     def score_BN(self, pool: PoolStatistics) -> Tensor: ...
@@ -42,10 +27,8 @@ class ByScore(ABC):
         """What `is_pl` corrects for, where picks are drawn by chance."""
         return None
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        if self.needs_scores:
-            check_finite(pool)
-        picks = take_best(pool, self.score_BN(pool), self.k, self.short_pool)
+    def pick(self, pool: PoolStatistics) -> Picks:
+        picks = best(self.score_BN(pool), pool.mask_BN, self.k)
         return replace(picks, log_inclusion_BK=self.log_inclusion_BK(pool, picks))
 
 
@@ -82,10 +65,10 @@ class TopRandom(ByScore):
         self.top = top
 
     def score_BN(self, pool: PoolStatistics) -> Tensor:
-        hardest = take_best(pool, pool.advantage_BN, self.top, "all")
-        in_top_BN = torch.zeros_like(pool.noise_BN).scatter_add(1, hardest.index_BK, hardest.mask_BK.to(pool.noise_BN))
+        hardest = best(pool.advantage_BN, pool.mask_BN, self.top)
+        in_top_BN = members(hardest.index_BK, hardest.mask_BK, pool.mask_BN.shape[1])
         # The noise has decided who is among the top where scores tie: its further digits draw from them.
-        return (pool.noise_BN * 2**10).frac() - (in_top_BN == 0).to(pool.noise_BN)
+        return (pool.noise_BN * 2**10).frac() - (~in_top_BN).to(pool.noise_BN)
 
     def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor:
         value_BC = torch.nn.functional.pad(pool.advantage_BN, (1, 0))
@@ -124,42 +107,30 @@ class Full:
 
     def __call__(self, pool: PoolStatistics) -> Picks:
         mask_BN = pool.mask_BN
-        return as_picks(torch.arange(mask_BN.shape[1], device=mask_BN.device).expand_as(mask_BN), mask_BN)
+        return Picks(torch.arange(mask_BN.shape[1], device=mask_BN.device) * mask_BN, mask_BN)
 
 
-class Interleaved:
+class Interleaved(PickK):
     """This project's own: three scores take turns, each time the best negative not yet picked.
 
     The scores are logp_i - logp_0, s_i = r_i - r_0 and the difference of mean token log-probs; which begins is chance.
     """
 
-    features: str | None = None
-    needs_scores = True
-
-    def __init__(self, k: int, short_pool: str = "error"):
-        check_options(k, short_pool)
-        self.k, self.short_pool = k, short_pool
-
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
+    def pick(self, pool: PoolStatistics) -> Picks:
         mask_BN = pool.mask_BN
-        check_pools(mask_BN.sum(-1), self.k, self.short_pool)
-        order_BN = noise_order(pool)  # so that the first of equals is the one with the largest noise
         values = (pool.logp_BC, pool.rewards_BC, pool.mean_logp_BC)  # taking the chosen one's away changes no order
         scores_BSN = torch.stack([value_BC[:, 1:] for value_BC in values], dim=1)
-        scores_BSN = scores_BSN.masked_fill(~mask_BN[:, None], -math.inf).gather(2, order_BN[:, None].expand(-1, 3, -1))
+        scores_BSN = scores_BSN.masked_fill(~mask_BN[:, None], -math.inf)
         start_B = ((pool.noise_BN.double() * mask_BN).sum(-1).frac() * 3).long()  # uniform, in whatever order they come
-        rows_B = torch.arange(len(start_B), device=start_B.device)
         picked = []
         for step in range(min(self.k, mask_BN.shape[1])):
-            best_B1 = scores_BSN[rows_B, (start_B + step) % 3].argmax(-1, keepdim=True)
-            picked.append(order_BN.gather(1, best_B1))
+            best_B1 = scores_BSN[rows(start_B), (start_B + step) % 3].argmax(-1, keepdim=True)
+            picked.append(best_B1)
             scores_BSN = scores_BSN.scatter(2, best_B1[..., None].expand(-1, 3, 1), -math.inf)
-        index_BK = torch.cat(picked, dim=1)
-        return as_picks(index_BK, first(mask_BN.sum(-1), index_BK.shape[1]))
+        return in_order(torch.cat(picked, dim=1), mask_BN)
 
 
-class Dynamic:
+class Dynamic(PickK):
     """Negatives on the decision boundary: the boundary set of DynamicPO (arXiv 2605.00327), at most k of it.
 
     Those that the policy finds at least as likely as the chosen response; where there are none, the top cluster of a
@@ -171,30 +142,25 @@ class Dynamic:
     are not on the boundary. The formula and m = 6 are those of the authors' code (github.com/xingyuHuxingyu/DynamicPO).
     """
 
-    features: str | None = None
-    needs_scores = True
     rounds = 50  # of Lloyd's algorithm at most; a pool of 20 settles within ten
 
     def __init__(self, k: int, beta_margin: float | None = 6.0, short_pool: str = "error"):
-        check_options(k, short_pool)
-        self.k, self.beta_margin, self.short_pool = k, beta_margin, short_pool
+        super().__init__(k, short_pool)
+        self.beta_margin = beta_margin
 
-    def __call__(self, pool: PoolStatistics) -> Picks:
-        check_finite(pool)
-        check_pools(pool.mask_BN.sum(-1), self.k, self.short_pool)
+    def pick(self, pool: PoolStatistics) -> Picks:
         logp_BC = pool.logp_BC
         logp_BN = logp_BC[:, 1:]
         above_BN = (logp_BN >= logp_BC[:, :1]) & pool.mask_BN
         boundary_BN = torch.where(above_BN.any(-1, keepdim=True), above_BN, self._top_cluster(logp_BN, pool.mask_BN))
-        best = take_best(pool, logp_BN.masked_fill(~boundary_BN, -math.inf), self.k, "all")
-        info = {"boundary_size": boundary_BN.sum(-1).float()}
-        picks = as_picks(best.index_BK, best.mask_BK & boundary_BN.gather(1, best.index_BK), info)
+        index_BK = best(logp_BN, boundary_BN, self.k).index_BK
+        picks = Picks(index_BK, boundary_BN.gather(1, index_BK), {"boundary_size": boundary_BN.sum(-1).float()})
         if self.beta_margin is None:
             return picks
         easy_BN = pool.mask_BN & ~boundary_BN
         easy_BN = torch.where(easy_BN.any(-1, keepdim=True), easy_BN, boundary_BN)
-        easy_B1 = (logp_BC[:, 1:] * easy_BN).sum(-1, keepdim=True) / easy_BN.sum(-1, keepdim=True)
-        pick_BK = logp_BC[:, 1:].gather(1, picks.index_BK)
+        easy_B1 = (logp_BN * easy_BN).sum(-1, keepdim=True) / easy_BN.sum(-1, keepdim=True)
+        pick_BK = logp_BN.gather(1, index_BK)
         to_chosen_BK, to_easy_BK = logp_BC[:, :1] - pick_BK, pick_BK - easy_B1
         apart_BK = to_chosen_BK - to_easy_BK - self.beta_margin
         scale_BK = 1 + (apart_BK / (to_chosen_BK.abs() + to_easy_BK.abs())).tanh() / 2

@@ -1,4 +1,4 @@
-"""What the functions of this package are given: checked, and defaults filled in.
+"""What the functions of this package are given: names and limits checked, defaults filled in.
 
 Suffixes: B prompts, N pool negatives.
 """
@@ -31,22 +31,9 @@ def check_exact(pool: int, k: int) -> None:
         )
 
 
-def check_rows_finite(gram: Tensor) -> None:
-    """Raise UserError, naming the first rows, where what belongs to a prompt (its row) is not finite."""
-    if not math.isfinite(float(gram.sum())):  # one pass; only where it is not, look closer
-        rows = (~gram.isfinite().flatten(1).all(-1)).nonzero()[:, 0].tolist()
-        if rows:
-            raise UserError(
-                f"features or rewards that are not finite in {len(rows)} of {len(gram)} prompts: rows {rows[:5]}"
-            )
-
-
 def factor(ridge: float | Tensor, scale: float | Tensor, like: Tensor) -> Tensor:
-    """scale / ridge, `(B,)` float64. Raises UserError for a ridge that is not positive."""
+    """scale / ridge, `(B,)` float64."""
     ridge_B = torch.as_tensor(ridge, dtype=torch.float64, device=like.device).expand(like.shape[0])
-    wrong_B = ~((ridge_B > 0) & ridge_B.isfinite())
-    if bool(wrong_B.any()):
-        raise UserError(f"the ridge must be a positive number, got {float(ridge_B[wrong_B][0]):g}")
     return torch.as_tensor(scale, dtype=torch.float64, device=like.device) / ridge_B
 
 

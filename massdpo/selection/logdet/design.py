@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.arguments import check_name, selectable
+from massdpo.selection.logdet.arguments import selectable
 
 DESIGNS = ("centered", "relative", "pairwise")
 
@@ -34,9 +34,7 @@ def design_vectors(
     within the rounding of its inputs has no direction and becomes zero. In `relative` and `pairwise` so does one whose
     square is at most `resolution`, the relative precision of inner products, of the pool's largest: a copy of the
     chosen response. Rows where `mask_BC` is False are zero.
-    Raises UserError for an unknown design.
     """
-    check_name("design", design, DESIGNS)
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
     shares = _shares(rewards_BC, mask_BN)
     weight_BN, scale_B = _weighing(rewards_BC, beta, design, normalize, shares)
@@ -69,7 +67,6 @@ def design_gram(
     resolution: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`design_vectors` from inner products of the features: the vectors' Gram matrix `(B, N, N)` and the scale."""
-    check_name("design", design, DESIGNS)
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
     shares = _shares(rewards_BC, mask_BN)
     weight_BN, scale_B = _weighing(rewards_BC, beta, design, normalize, shares)

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from massdpo.errors import UserError
-from massdpo.tensors import first
+from massdpo.tensors import first, rows
 
 ROUND_OFF = 16 * torch.finfo(torch.float64).eps  # of the subtractions that update an excess
 
@@ -49,10 +48,8 @@ def greedy(
     An excess is what subtractions leave of the candidate's diagonal, so it is known to `resolution` times that: below
     it counts as nothing, and what may be as large as the best is a tie.
     """
-    if k < 1:
-        raise UserError(f"k must be at least 1, got {k}")
     batch, pool = diagonal_BN.shape
-    rows_B = torch.arange(batch, device=diagonal_BN.device)
+    rows_B = rows(diagonal_BN[:, 0])
     taken_BN = ~mask_BN
     excess_BN = diagonal_BN.clamp(min=0.0)
     unsure_BN = resolution * excess_BN
@@ -108,8 +105,3 @@ def greedy_gram(
         return gram_BNN[rows_B, index_B]
 
     return greedy(row, gram_BNN.diagonal(dim1=-2, dim2=-1), mask_BN, k, resolution, certify)
-
-
-def rows(index: Tensor) -> Tensor:
-    """0..B-1, shaped to index the first dimension beside `index`."""
-    return torch.arange(index.shape[0], device=index.device).view(-1, *[1] * (index.dim() - 1))

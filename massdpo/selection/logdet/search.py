@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.greedy import LogdetSelection, greedy_gram, rows
+from massdpo.selection.logdet.greedy import LogdetSelection, greedy_gram
+from massdpo.tensors import members, rows
 
 
 def exchange(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection, resolution: float) -> Tensor:
     """Members `(B, N)` after single exchanges, the best first, until none helps a prompt by more than rounding."""
     k, alike = start.indices_BK.shape[1], max(resolution, 1e-10)
-    members_BN = _members(start, mask_BN)
+    members_BN = members(start.indices_BK, start.mask_BK, mask_BN.shape[1])
     open_B = mask_BN.sum(-1) > k  # a short row has nothing to exchange
     others = [[j for j in range(k) if j != out] for out in range(k)]
     others_KJ = torch.tensor(others, dtype=torch.int64, device=gram_BNN.device)
@@ -75,14 +76,13 @@ def enumerate_all(gram_BNN: Tensor, mask_BN: Tensor, start: LogdetSelection, res
 
 def _given(gram_BNN: Tensor, subsets_BMJ: Tensor) -> tuple[Tensor, Tensor]:
     """For each subset: its log-det `(B, M)` and every candidate's excess once it is taken `(B, M, N)`."""
-    batch, subsets, members = subsets_BMJ.shape
-    row_B1 = torch.arange(batch, device=gram_BNN.device)[:, None]
+    batch, subsets, size = subsets_BMJ.shape
     excess_BMN = gram_BNN.diagonal(dim1=-2, dim2=-1)[:, None].repeat(1, subsets, 1)
     logdet_BM = gram_BNN.new_zeros(batch, subsets)
     factors: list[Tensor] = []
-    for member in range(members):
+    for member in range(size):
         index_BM = subsets_BMJ[..., member]
-        new_BMN = gram_BNN[row_B1, index_BM]
+        new_BMN = gram_BNN[rows(index_BM), index_BM]
         for factor_BMN in factors:
             new_BMN = new_BMN - factor_BMN * factor_BMN.gather(2, index_BM[..., None])
         picked_BM = excess_BMN.gather(2, index_BM[..., None])[..., 0].clamp(min=0.0)
@@ -97,11 +97,6 @@ def all_subsets(pool: int, size: int) -> Tensor:
     """All subsets of `size` of `pool`, `(M, size)`, in lexicographic order."""
     subsets = list(itertools.combinations(range(pool), size))
     return torch.tensor(subsets, dtype=torch.int64).view(len(subsets), size)
-
-
-def _members(selection: LogdetSelection, mask_BN: Tensor) -> Tensor:
-    ones_BK = selection.mask_BK.to(torch.int64)
-    return torch.zeros_like(mask_BN, dtype=torch.int64).scatter_add(1, selection.indices_BK, ones_BK) > 0
 
 
 def in_greedy_order(gram_BNN: Tensor, members_BN: Tensor, start: LogdetSelection, resolution: float) -> LogdetSelection:

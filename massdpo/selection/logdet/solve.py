@@ -8,10 +8,11 @@ from torch import Tensor
 
 from massdpo.errors import UserError
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.arguments import check_exact, check_name, check_rows_finite, factor, selectable
+from massdpo.selection.logdet.arguments import check_exact, factor, selectable
 from massdpo.selection.logdet.design import inner_products
-from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, greedy, greedy_gram, rows
+from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, greedy, greedy_gram
 from massdpo.selection.logdet.search import enumerate_all, exchange, in_greedy_order
+from massdpo.tensors import rows
 
 SOLVERS = ("greedy", "swap", "exact")
 
@@ -33,10 +34,8 @@ def select_logdet(
     single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. `resolution` is the relative precision of the inner
     products: of candidates that gain alike within it, the first is taken.
     `certify=False` leaves the upper bound out.
-    Raises UserError for an unknown solver, a ridge that is not positive, too many subsets for `exact`, or vectors that
-    are not finite, naming their rows.
+    Raises UserError for too many candidates: for `exact`, or for any solver but `greedy`.
     """
-    check_name("solver", solver, SOLVERS)
     pool = vectors_BND.shape[1]
     if pool <= limits.DENSE_POOL:
         return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver, certify, resolution)
@@ -54,7 +53,6 @@ def select_logdet(
 
     diagonal_BN = vectors.square().sum(-1) * factor_B[:, None]
     mask_BN = selectable(mask_BN, diagonal_BN)
-    check_rows_finite(diagonal_BN.masked_fill(~mask_BN, 0.0))
     return greedy(row, diagonal_BN, mask_BN, k, resolution, certify)
 
 
@@ -69,12 +67,10 @@ def select_logdet_gram(
     resolution: float = ROUND_OFF,
 ) -> LogdetSelection:
     """`select_logdet` from the inner products `v_i . v_j` alone."""
-    check_name("solver", solver, SOLVERS)
     gram_BNN = gram_BNN.double() * factor(ridge, scale, gram_BNN)[:, None, None]
     if mask_BN is not None:
         gram_BNN = gram_BNN.masked_fill(~(mask_BN[:, :, None] & mask_BN[:, None, :]), 0.0)
     mask_BN = selectable(mask_BN, gram_BNN[..., 0])
-    check_rows_finite(gram_BNN)
     start = greedy_gram(gram_BNN, mask_BN, k, certify, resolution)
     if certify and gram_BNN.shape[1] <= limits.SPECTRUM_POOL:
         start = start._replace(upper_bound_B=torch.minimum(start.upper_bound_B, _eigenvalue_bound(gram_BNN, k)))

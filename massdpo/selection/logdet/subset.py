@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from massdpo.selection.logdet import limits
-from massdpo.selection.logdet.arguments import check_exact, check_name, check_rows_finite, factor, selectable
+from massdpo.selection.logdet.arguments import check_exact, factor, selectable
 from massdpo.selection.logdet.design import centre_gram
-from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection, rows
+from massdpo.selection.logdet.greedy import ROUND_OFF, LogdetSelection
 from massdpo.selection.logdet.search import all_subsets
-from massdpo.tensors import first
+from massdpo.tensors import first, rows
 
 
 def subset_fisher_logdet(
@@ -52,11 +52,7 @@ def select_subset_fisher(
 
     Greedy has no guarantee here, so `upper_bound_B` is NaN; gains may be negative. Rows of fewer than k take all.
     """
-    check_name("solver", solver, ("greedy", "exact"))
     mask_BN = selectable(mask_BN, rewards_BC[:, 1:])
-    real_BC = torch.nn.functional.pad(mask_BN, (1, 0), value=True)
-    check_rows_finite(gram_BCC.masked_fill(~(real_BC[:, :, None] & real_BC[:, None, :]), 0.0))
-    check_rows_finite(rewards_BC.masked_fill(~real_BC, 0.0))
     if solver == "exact":
         check_exact(int(mask_BN.sum(-1).max()), k)
         members_BN = _enumerate_subset_fisher(gram_BCC, rewards_BC, beta, k, ridge, mask_BN)

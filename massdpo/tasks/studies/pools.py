@@ -9,7 +9,7 @@ from torch import Tensor
 from massdpo.selection import logdet
 from massdpo.selection.gram import candidate_gram
 from massdpo.store import keyed_seed
-from massdpo.tensors import Picks, PoolStatistics, Scores
+from massdpo.tensors import Picks, PoolStatistics, Scores, members
 
 
 def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, clusters: int = 5) -> PoolStatistics:
@@ -41,7 +41,5 @@ def mass_design(pool: PoolStatistics, features: str = "mean") -> tuple[Tensor, T
 
 def value_of(gram_BNN: Tensor, ridge_B: Tensor, picks: Picks) -> Tensor:
     """The log-det `(B,)` that a given selection reaches."""
-    chosen_BN = torch.zeros(gram_BNN.shape[:2], dtype=torch.int64, device=gram_BNN.device)
-    chosen_BN.scatter_add_(1, picks.index_BK, picks.mask_BK.long())
-    k = picks.index_BK.shape[1]
-    return logdet.select_logdet_gram(gram_BNN, k, ridge_B, mask_BN=chosen_BN > 0).logdet_B
+    picked_BN = members(picks.index_BK, picks.mask_BK, gram_BNN.shape[1])
+    return logdet.select_logdet_gram(gram_BNN, picks.index_BK.shape[1], ridge_B, mask_BN=picked_BN).logdet_B
