@@ -1,11 +1,9 @@
 """One tokeniser for all stages: joined texts come back, BOS once, EOS always, history cut as little as can be."""
 
-import tempfile
-import unittest.mock
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from massdpo.data import fitting, ragged
 from massdpo.data import tokenize as tokenize_module
 from massdpo.data.batches import collate
-from massdpo.data.ragged import Ragged
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.tokenize import tokenize_split, tokenize_splits
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
@@ -201,9 +197,10 @@ def test_rows_that_are_too_long_are_all_named_or_left_out_or_cut():
     skipped = tokenize_split(rows, TOKENIZER, 20, long_rows="skip")
     others = [row for row in range(9) if row not in (3, 5)]
     assert list(skipped) == list(tokenize_split([rows[row] for row in others], TOKENIZER, 20))
-    assert skipped.kept.tolist() == others and "own.jsonl:17" in skipped.warnings[0]
+    assert list(skipped.rows_of(rows)) == [rows[row] for row in others] and "own.jsonl:17" in skipped.warnings[0]
     whole, cut = tokenize_split(rows, TOKENIZER, 10_000), tokenize_split(rows, TOKENIZER, 20, long_rows="truncate")
     assert cut.report["longest_total"] <= 20 and "2 of 9 rows" in cut.warnings[0]
+    assert cut.report["prompts_truncated"] == 0, "they have no history to lose"
     for row, (before, after) in enumerate(zip(whole, cut, strict=True)):
         assert (before == after) == (row not in (3, 5)), row
         kept = len(after.prompt_ids) - 1
@@ -292,49 +289,23 @@ def test_collate_pads_and_nothing_else(given_items, pad_id):
     assert batch.prompt_mask_BP.any(0).all() and batch.response_mask_BCT.any((0, 1)).all()  # no column of padding alone
 
 
-@settings(deadline=None)
-@given(rows=st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=4), max_size=9), block=st.integers(1, 4))
-def test_ragged_rows_on_disk_and_by_the_block(rows, block):
-    arrays = [np.array(row, np.int32) for row in rows]
-    with tempfile.TemporaryDirectory() as name, unittest.mock.patch.object(ragged, "BLOCK", block):
-        folder = Path(name)
-        Ragged.written([np.zeros(3, np.int32)], folder, "rows")
-        written = Ragged.written(iter(arrays), folder, "rows")  # in place of others
-        assert [written[row].tolist() for row in range(len(written))] == rows
-        assert written.lengths.tolist() == list(map(len, rows))
-        places, blocks = zip(*written.blocks(), strict=True) if rows else ((), ())
-        assert [row for place in places for row in range(len(rows))[place]] == list(range(len(rows)))
-        assert [part[row].tolist() for part in blocks for row in range(len(part))] == rows
-
-
-@settings(deadline=None, max_examples=20)
-@given(texts=st.lists(st.text(max_size=3), max_size=60), many=st.sampled_from([0, 3000]))
-def test_places_are_what_a_dict_of_the_texts_gives(texts, many):
-    """The texts come back from the file; 3000 more make the table grow."""
-    texts = [*texts, *map(str, range(many)), *texts]
-    known = {}
-    expected = [known.setdefault(text, len(known)) for text in texts]
-    with tempfile.TemporaryDirectory() as name:
-        with ragged.appending(Path(name), "texts", np.uint8) as add:
-            places = ragged.Places(add)
-            assert [places.of(text) for text in texts] == expected and len(places) == len(known)
-        assert list(ragged.Texts(Path(name), "texts")) == list(known)
-
-
-@pytest.mark.parametrize("max_length", [1000, 28])
-def test_what_is_written_and_mapped_is_what_would_be_in_memory(tmp_path, monkeypatch, max_length):
-    """28 tokens: some prompts are cut, and the file is written anew. Blocks of 2 rows: the last one is not full."""
-    monkeypatch.setattr(ragged, "BLOCK", 2)
-    monkeypatch.setattr(fitting, "BLOCK", 2)
+@pytest.mark.parametrize(("max_length", "long_rows"), [(1000, "error"), (28, "error"), (16, "skip"), (16, "truncate")])
+@pytest.mark.parametrize(("block", "held"), [(2, 3), (3, 100)])
+def test_blocks_and_what_is_remembered_change_nothing(tmp_path, monkeypatch, max_length, long_rows, block, held):
+    """Blocks of a few rows, the last one not full, against all rows at once; and a folder against none."""
     titles = ["red river two", "blue moon", "x" * 9, "green hill", "quiet home of cranes", "amber", "zz top"]
-    rows = [viewer(row, titles[: 1 + row]) for row in range(7)]
-    memory = tokenize_split(rows, TOKENIZER, max_length)
-    tokenize_split(rows, TOKENIZER, max_length, folder=tmp_path).save(tmp_path)
-    mapped = TokenizedSplit.load(tmp_path)
-    assert list(mapped) == list(memory) and mapped.report == memory.report and mapped.warnings == memory.warnings
-    assert (mapped.report["prompts_truncated"] > 0) == (max_length == 28)
-    assert np.load(tmp_path / "prompts.npy").dtype == np.int32, "a plain .npy file, for anyone's numpy"
-    assert not list(tmp_path.glob(".*"))
+    rows = [viewer(row, titles[: 1 + row], end="." * (row % 3 * 5) + " next:") for row in range(7)]
+    whole = tokenize_split(rows, TOKENIZER, max_length, long_rows=long_rows)
+    monkeypatch.setattr(tokenize_module, "BLOCK", block)
+    monkeypatch.setattr(tokenize_module, "HELD", held)
+    tokenize_split(rows, TOKENIZER, max_length, folder=tmp_path, long_rows=long_rows)
+    mapped = TokenizedSplit(tmp_path)
+    assert list(mapped) == list(whole) and mapped.report == whole.report and mapped.warnings == whole.warnings
+    assert list(mapped.rows_of(rows)) == list(whole.rows_of(rows)) and len(mapped.rows_of(rows)) == len(mapped)
+    assert (mapped.report["prompts_truncated"] > 0) == (max_length < 1000)
+    assert 0 < len(mapped) < 7 if long_rows == "skip" else len(mapped) == 7
+    with pyarrow.ipc.open_file(tmp_path / "tokens.arrow") as table:
+        assert table.read_all()["id"].to_pylist() == [item.id for item in mapped], "a plain Arrow file, for anyone"
 
 
 def test_tokens_are_made_once_and_what_happened_is_still_known(tmp_path, monkeypatch):

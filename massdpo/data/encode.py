@@ -6,11 +6,7 @@ prompt is a user message, its rendering brings BOS, and no space joins the two.
 """
 
 import re
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice, tee
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +14,6 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from massdpo.data import chat
-from massdpo.data.ragged import Places, Ragged, Texts, appending
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError, one_line
 
@@ -58,88 +53,67 @@ class Encoder:
         """The response as it follows the rendered prompt: with the space that joins the two, if one does."""
         return response if self.chat_template else joint(rendered, response) + response
 
-    def prompts(self, rendered: Iterable[str], owner: Sequence[PreferenceExample]) -> Iterator[Ids]:
-        """The ids of prompts, each as `rendered` gave it; `owner` is the example of each, for messages."""
+    def prompts(self, rendered: Sequence[str], examples: Sequence[PreferenceExample]) -> list[Ids]:
+        """The ids of the examples' prompts, as `rendered` gave them."""
         before = np.array([] if self.bos is None else [self.bos], np.int32)
-        for row, ids in enumerate(self._ids(rendered)):
+        prompts = []
+        for example, ids in zip(examples, self._ids(rendered), strict=True):
             if not len(ids):
-                raise UserError(f"{owner[row].id}: the prompt is empty; give it at least one word")
-            yield ids if ids[0] == self.bos else np.concatenate([before, ids])
+                raise UserError(f"{example.id}: the prompt is empty; give it at least one word")
+            prompts.append(ids if ids[0] == self.bos else np.concatenate([before, ids]))
+        return prompts
 
-    def responses(self, texts: Iterable[str], owner: Callable[[int], str]) -> Iterator[Ids]:
+    def responses(self, texts: Sequence[str], owners: Sequence[str]) -> list[Ids]:
         """The ids of responses, as `joined` gave them, in the middle of a text (a start may be tokenised differently).
 
-        `owner` names the example that each was first seen in, for messages.
+        `owners` names an example with each of them, for messages.
         """
         eos = np.array([self.tokenizer.eos_token_id], np.int32)
         before = dict(zip((":", "\n"), self._ids([":", "\n"]), strict=True))
-        texts, ahead = tee(texts)
-        inside = self._ids(self._anchor(text) + text for text in ahead)
-        for row, (text, ids) in enumerate(zip(texts, inside, strict=True)):
-            anchor = before[self._anchor(text)]
-            if np.array_equal(ids[: len(anchor)], anchor):
-                ids = ids[len(anchor) :]
-            else:  # a tokenizer that joins the anchor and the text
+        anchors = [self._anchor(text) for text in texts]
+        inside = self._ids([anchor + text for anchor, text in zip(anchors, texts, strict=True)])
+        responses = []
+        for owner, anchor, text, ids in zip(owners, anchors, texts, inside, strict=True):
+            start = before[anchor]
+            if np.array_equal(ids[: len(start)], start):
+                ids = ids[len(start) :]
+            else:  # a tokenizer that merges the anchor and the text
                 (ids,) = self._ids([text])
             if not text.strip() or not len(ids):
-                raise UserError(f"{owner(row)}: a response is empty; give it at least one word or leave it out")
+                raise UserError(f"{owner}: a response is empty; give it at least one word or leave it out")
             if eos in ids:
                 raise UserError(
-                    f"{owner(row)}: the response {text.strip()[:60]!r} contains the end token "
+                    f"{owner}: the response {text.strip()[:60]!r} contains the end token "
                     f"{self.tokenizer.eos_token}, which is added to every response: leave it out of the data"
                 )
-            yield np.concatenate([ids, eos])
+            responses.append(np.concatenate([ids, eos]))
+        return responses
 
     def _anchor(self, text: str) -> str:
         return ":" if text[:1].isspace() and not self.chat_template else "\n"
 
-    def boundary_differences(
-        self, ends: Texts, end_B: NDArray[np.int32], texts: Texts, candidates: Ragged, scratch: Path
-    ) -> int:
-        """How many rows have a response that is tokenised differently when joined to its prompt.
+    def differ(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the last word of a prompt and the first word of a response are tokenised differently when joined."""
+        ends, starts = (list(dict.fromkeys(words)) for words in zip(*pairs, strict=True)) if pairs else ([], [])
+        left = dict(zip(ends, self._ids(ends), strict=True))
+        right = {start: ids[:-1] for start, ids in zip(starts, self.responses(starts, starts), strict=True)}
+        together = self._ids([end + start for end, start in pairs])
+        return [
+            not np.array_equal(np.concatenate([left[end], right[start]]), ids)
+            for (end, start), ids in zip(pairs, together, strict=True)
+        ]
 
-        Only the words on both sides of the joint are looked at, each distinct pair once: row b's prompt ends in the
-        `end_B[b]`-th of `ends`. What does not fit the memory goes to the folder `scratch`.
-        """
-        with appending(scratch, "starts", np.uint8) as add:
-            place = Places(add)
-            start_of_text = np.fromiter((place.of(first_word(text)) for text in texts), np.int32, len(texts))
-        starts = Texts(scratch, "starts")
-
-        def pairs() -> Iterator[tuple[NDArray[np.int64], Ragged]]:
-            for rows, block in candidates.blocks():
-                end_of_candidate = np.repeat(end_B[rows].astype(np.int64), block.lengths)
-                yield end_of_candidate * len(starts) + start_of_text[block.flat], block
-
-        known = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.unique(pair) for pair, _ in pairs())]))
-        left = Ragged.written(self._ids(ends), scratch, "left")
-        right = Ragged.written((ids[:-1] for ids in self.responses(starts, starts.__getitem__)), scratch, "right")
-        joint = self._ids(ends[pair // len(starts)] + starts[pair % len(starts)] for pair in known)
-        apart = (np.concatenate([left[pair // len(starts)], right[pair % len(starts)]]) for pair in known)
-        differ = (not np.array_equal(*both) for both in zip(joint, apart, strict=True))
-        differs = np.fromiter(differ, bool, len(known))
-        return sum(
-            int(np.logical_or.reduceat(differs[np.searchsorted(known, pair)], block.offsets[:-1]).sum())
-            for pair, block in pairs()
-        )
-
-    def _ids(self, texts: Iterable[str]) -> Iterator[Ids]:
-        """Ids of each text, without any special token that is not in the text itself."""
-        left, waiting = iter(texts), deque[Future[list[Ids]]]()
-        with ThreadPoolExecutor(1) as worker:  # the tokenizer works outside Python's lock, a chunk behind the texts
-            while chunk := list(islice(left, CHUNK)):
-                waiting.append(worker.submit(self._encode, chunk))
-                if len(waiting) > 1:
-                    yield from waiting.popleft().result()
-            for last in waiting:
-                yield from last.result()
+    def _ids(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of each text, without any special token that is not in the text itself."""
+        chunks = (texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK))
+        return [ids for chunk in chunks for ids in self._encode(list(chunk))]
 
     def _encode(self, texts: list[str]) -> list[Ids]:
         try:
             encoded = self.tokenizer(
                 texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
             )
-        except Exception as error:  # whatever tokenizers raise, as of a text that needs an unknown token they lack
+        except Exception as error:  # whatever tokenizers raise, as for a text that needs the unknown token they lack
             raise UserError(f"the tokenizer fails on a text of the data ({one_line(error)}): fix it") from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 

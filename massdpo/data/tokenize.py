@@ -1,28 +1,24 @@
-"""From texts to tokens, once: prompts that are too long lose the oldest of their history, and all of it is counted.
+"""From texts to tokens, once: prompts that are too long lose the oldest of their history, and all of it is counted."""
 
-Suffixes: B examples of a split (or of a block of it), X candidates of all of them, end to end.
-"""
-
-from array import array
-from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from massdpo.data.encode import Encoder, last_word
-from massdpo.data.fitting import Counts, named, refusal, shortened, truncated_prompt, truncated_responses
-from massdpo.data.ragged import Places, Ragged, Texts, appending
+from massdpo.data.encode import Encoder, Ids, first_word, last_word
+from massdpo.data.fitting import TooLong, history_to_cut, truncated_prompt, truncated_response
 from massdpo.data.schema import PreferenceExample, Splits
-from massdpo.data.stored import Subset
-from massdpo.data.tokens import TokenizedSplit
+from massdpo.data.tokens import ABOUT, SCHEMA, TOKENS, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.store import Cache, digest, package_code
+from massdpo.store import Cache, digest, package_code, write_json
 
-CACHED = 1 << 13  # texts that are looked up without being hashed again
+BLOCK = 2048  # rows that are tokenised together
+HELD = 1 << 14  # distinct responses that are remembered: titles and letters of answers come again and again
 ASKED = PreferenceExample("", "a prompt", "a", (), ("a",))
 
 
@@ -41,9 +37,9 @@ def tokenize_splits(
     def tokens(name: str) -> TokenizedSplit:
         def build(folder: Path) -> None:
             examples = getattr(splits, name)
-            tokenize_split(examples, tokenizer, max_length, chat_template, folder, long_rows).save(folder)
+            tokenize_split(examples, tokenizer, max_length, chat_template, folder, long_rows)
 
-        return TokenizedSplit.load(cache.folder("tokens", f"{key}-{name}", build))
+        return TokenizedSplit(cache.folder("tokens", f"{key}-{name}", build))
 
     return {name: tokens(name) for name in ("train", "val", "test")}
 
@@ -61,9 +57,7 @@ def tokenize_catalogue(
         UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
     """
     encoder = Encoder(tokenizer, chat_template)
-    ids = [
-        ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles.__getitem__)
-    ]
+    ids = [ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles)]
     longest = max(map(len, ids), default=0)
     if ids and test.report["longest_prompt"] + longest > max_length:
         raise UserError(
@@ -74,11 +68,11 @@ def tokenize_catalogue(
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> list[Any]:
-    """Everything of a tokenizer that decides which ids a text becomes (json-able)."""
+    """Everything about a tokenizer that decides which ids a text becomes (json-able)."""
     template = tokenizer.chat_template if chat_template else None
-    rendered = Encoder(tokenizer, chat_template).rendered(ASKED)  # what the template makes of it: it may name the day
+    rendered = Encoder(tokenizer, chat_template).rendered(ASKED)  # what the template makes of it: it may print the date
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()  # as every call here leaves it: what an earlier call left behind decides nothing
+    backend.no_padding()  # as every call here leaves it: what an earlier call left behind must not count
     backend.no_truncation()
     return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template, rendered]
 
@@ -93,151 +87,140 @@ def tokenize_split(
 ) -> TokenizedSplit:
     """Tokenise a split so that every prompt with any of its responses has at most `max_length` tokens.
 
-    A prompt that is too long loses the oldest items of its history, as few as will do; the instruction and the
-    candidates stay. With rows that do not fit even so, `long_rows` is error, skip (the split lacks them), or truncate:
-    responses of more than half of `max_length` lose their end, then prompts their beginning. Everything is written to
-    `folder` (or one that is removed when the split is) as it is made, instead of filling the memory.
+    A prompt that is too long loses the oldest items of its history, as few as possible; the instruction and the
+    candidates stay. `long_rows` says what happens to rows that do not fit even so: error, skip (the split lacks them),
+    or truncate: responses of more than half of `max_length` lose their end, then prompts their beginning. Tokens are
+    written to `folder` (or to one without a name) block by block, so that memory does not grow with the rows.
 
     Raises:
         UserError: a prompt or response is empty, a response contains the tokenizer's end token, rows do not fit even
             without their history, or the tokenizer lacks the end token or chat template that is needed.
     """
-    with TemporaryDirectory(prefix=".massdpo.", dir=folder) as name:  # what is mapped stays when its name is gone
-        encoder, scratch = Encoder(tokenizer, chat_template), Path(name)
-        return _tokenized(examples, encoder, max_length, folder or scratch, scratch, long_rows)
+    tokens = _Tokenizing(Encoder(tokenizer, chat_template), max_length, long_rows)
+    with nullcontext(folder) if folder else TemporaryDirectory(prefix="massdpo.") as name:
+        place, rows = Path(name), iter(enumerate(examples))
+        with open(place / TOKENS, "wb") as file, pa.ipc.new_file(file, SCHEMA) as table:
+            while block := list(islice(rows, BLOCK)):
+                table.write_batch(pa.RecordBatch.from_pylist(tokens.block(*zip(*block, strict=True)), SCHEMA))
+        write_json(place / ABOUT, {"report": tokens.report, "notes": tokens.notes(len(examples))})
+        return TokenizedSplit(place)  # what is mapped stays when its name is gone
 
 
-def _tokenized(
-    examples: Sequence[PreferenceExample],
-    encoder: Encoder,
-    max_length: int,
-    folder: Path,
-    scratch: Path,
-    long_rows: str,
-) -> TokenizedSplit:
-    end_B = array("i")  # what each prompt ends in, of the distinct ends
-    with appending(scratch, "ends", np.uint8) as add_end, appending(scratch, "shorter") as add_shorter:
-        ends = Places(add_end)
-        marked = _read(examples, encoder, folder, scratch, ends, end_B)
-        ids, texts = Texts(folder, "ids"), Texts(scratch, "texts")
-        prompts, candidates = Ragged.load(folder, "prompts"), Ragged.load(folder, "candidates")
-        owner = partial(_owner, ids, candidates)
-        responses = Ragged.written(encoder.responses(texts, owner), folder, "responses")
-        longest_B, tokens, in_pool = _responses_of(candidates, responses)
-        prompt_B, items_cut = prompts.lengths, 0
-        long = np.flatnonzero(prompt_B + longest_B > max_length)
-        for row, prompt, text, cut in shortened(examples, long, encoder, longest_B, max_length):
-            items_cut += cut
-            end_B[row], prompt_B[row] = ends.of(last_word(text)), len(prompt)
-            add_shorter(prompt)
-    too_long = np.flatnonzero(prompt_B + longest_B > max_length)
-    told = named(examples, too_long, prompt_B, longest_B) if len(too_long) else ""
-    if told and (long_rows == "error" or (long_rows == "skip" and len(too_long) == len(ids))):
-        raise refusal(examples[int(too_long[0])], told, max_length, (prompt_B + longest_B)[too_long].max())
-    if told and long_rows == "skip":
-        kept_B = np.setdiff1d(np.arange(len(ids)), too_long)
-        split = _tokenized(Subset(examples, kept_B), encoder, max_length, folder, scratch, "error")
-        split.kept, split.notes = kept_B, [f"left out, as too long for max_length={max_length}: {told}"]
-        return split
-    ends_B = np.frombuffer(end_B, np.int32)
-    differences = encoder.boundary_differences(Texts(scratch, "ends"), ends_B, texts, candidates, scratch)
-    notes = []
-    if told:
-        candidates, responses = truncated_responses(too_long, candidates, responses, max_length, folder)
-        longest_B, tokens, in_pool = _responses_of(candidates, responses)
-        notes = [
-            f"cut to max_length={max_length} (responses of more than half of it lose their end, prompts their "
-            f"beginning): {told}"
+class _Response(NamedTuple):
+    ids: Ids
+    first_word: str
+
+
+class _Tokenizing:
+    """A split that is tokenised block by block, and what happened to its rows so far."""
+
+    def __init__(self, encoder: Encoder, max_length: int, long_rows: str):
+        self.encoder, self.max_length, self.long_rows = encoder, max_length, long_rows
+        self.report = {
+            **dict.fromkeys(("examples", "prompts_truncated", "history_items_cut", "boundary_differences"), 0),
+            **dict.fromkeys(("chosen_tokens_in_pool", "prompts_with_markup", "prompts_with_markup_twice"), 0),
+            **dict.fromkeys(("longest_prompt", "longest_response", "longest_total"), 0),
+            **dict.fromkeys(("prompt_tokens", "response_tokens"), 0),
+        }
+        self._too_long = TooLong(max_length)
+        self._marks = encoder.marks()
+        self._responses: dict[str, _Response] = {}
+        self._differs: dict[tuple[str, str], bool] = {}  # by the words on both sides of the joint
+
+    def block(self, numbers: Sequence[int], examples: Sequence[PreferenceExample]) -> list[dict[str, Any]]:
+        """The rows of the table that examples become; `numbers` are their places in the split."""
+        texts = [self.encoder.rendered(example) for example in examples]
+        prompts = self.encoder.prompts(texts, examples)
+        slates = self._slates(examples)
+        rooms = [self.max_length - max(len(each.ids) for each in slate) for slate in slates]
+        cuts = self._without_oldest(examples, texts, prompts, rooms)
+        differs = self._boundaries_differ(texts, slates)
+        found = []
+        for row, (example, prompt, room) in enumerate(zip(examples, prompts, rooms, strict=True)):
+            responses = [each.ids for each in slates[row]]
+            if len(prompt) > room:
+                self._too_long.add(example, len(prompt), self.max_length - room)
+                if self.long_rows != "truncate":
+                    continue
+                responses = [truncated_response(ids, self.max_length // 2) for ids in responses]
+                prompt = truncated_prompt(prompt, self.max_length - max(map(len, responses)), self.encoder.bos)
+            self._count(example, prompt, responses, cuts[row], differs[row])
+            found.append({"row": numbers[row], "id": example.id, "prompt": prompt, "responses": responses})
+        return found
+
+    def notes(self, rows: int) -> list[str]:
+        """What became of the rows that are too long.
+
+        Raises:
+            UserError: there are some, and they are to be refused, or no other is left.
+        """
+        if not self._too_long.count:
+            return []
+        if self.long_rows == "error" or not self.report["examples"]:
+            raise self._too_long.refusal(rows)
+        how = f"left out, as too long for max_length={self.max_length}"
+        if self.long_rows == "truncate":
+            how = (
+                f"cut to max_length={self.max_length} (responses of more than half of it lose their end, prompts their "
+                "beginning)"
+            )
+        return [f"{how}: {self._too_long.named(rows)}"]
+
+    def _slates(self, examples: Sequence[PreferenceExample]) -> list[list[_Response]]:
+        """The responses of each example, the chosen one first; those not met lately are tokenised all at once."""
+        join, known = self.encoder.joined, self._responses
+        slates = [[join(example.prompt, text) for text in (example.chosen, *example.pool)] for example in examples]
+        if len(known) > HELD:
+            known.clear()
+        new: dict[str, str] = {}  # with the id of the first example that has it
+        for example, slate in zip(examples, slates, strict=True):
+            for text in slate:
+                if text not in known:
+                    new.setdefault(text, example.id)
+        for text, ids in zip(new, self.encoder.responses(list(new), list(new.values())), strict=True):
+            known[text] = _Response(ids, first_word(text))
+        return [[known[text] for text in slate] for slate in slates]
+
+    def _without_oldest(
+        self, examples: Sequence[PreferenceExample], texts: list[str], prompts: list[Ids], rooms: list[int]
+    ) -> list[int]:
+        """Shorten the prompts that do not fit, in place; how many items of its history each has lost."""
+        cuts = [0] * len(examples)
+        long = [row for row, prompt in enumerate(prompts) if len(prompt) > rooms[row]]
+        asked = [examples[row] for row in long]
+        items = history_to_cut(asked, self.encoder, [rooms[row] for row in long])
+        shorter = [self.encoder.rendered(*pair) for pair in zip(asked, items, strict=True)]
+        for row, cut, text, ids in zip(long, items, shorter, self.encoder.prompts(shorter, asked), strict=True):
+            cuts[row], texts[row], prompts[row] = cut, text, ids
+        return cuts
+
+    def _boundaries_differ(self, texts: list[str], slates: list[list[_Response]]) -> list[bool]:
+        """Whether each row has a response that is tokenised differently when joined to its prompt."""
+        pairs = [
+            {(end, each.first_word) for each in slate} for end, slate in zip(map(last_word, texts), slates, strict=True)
         ]
-    if len(long):
-        shorter_B = _fitting(prompts, long, Ragged.load(scratch, "shorter"), max_length - longest_B, encoder.bos)
-        prompts = Ragged.written(shorter_B, folder, "prompts")
+        if len(self._differs) > HELD:
+            self._differs.clear()
+        new = sorted({pair for each in pairs for pair in each} - self._differs.keys())
+        self._differs |= zip(new, self.encoder.differ(new), strict=True)
+        return [any(self._differs[pair] for pair in each) for each in pairs]
 
-    report = {
-        "examples": len(ids),
-        "prompts_truncated": len(long),
-        "history_items_cut": items_cut,
-        "boundary_differences": differences,
-        "chosen_tokens_in_pool": in_pool,
-        "prompts_with_markup": 0 if encoder.chat_template else marked,
-        "prompts_with_markup_twice": marked if encoder.chat_template else 0,
-        **_sizes(prompts.lengths, longest_B, tokens),
-    }
-    return TokenizedSplit(ids, prompts, responses, candidates, report, notes)
-
-
-def _read(
-    examples: Sequence[PreferenceExample],
-    encoder: Encoder,
-    folder: Path,
-    scratch: Path,
-    ends: Places,
-    end_B: "array[int]",
-) -> int:
-    """Write prompts, ids, candidates and the responses' texts, in one pass: examples may be read from the disk.
-
-    `end_B` gets what each prompt ends in, of `ends`; returned is how many prompts carry markup.
-    """
-    marks, marked = encoder.marks(), 0
-    with (
-        appending(folder, "ids", np.uint8) as add_id,
-        appending(folder, "candidates") as add_candidates,
-        appending(scratch, "texts", np.uint8) as add_text,
-    ):
-        place_of = lru_cache(CACHED)(Places(add_text).of)  # titles and letters of answers come again and again
-
-        def rendered() -> Iterator[str]:
-            nonlocal marked
-            for example in examples:
-                text = encoder.rendered(example)
-                marked += marks.search(example.prompt) is not None
-                end_B.append(ends.of(last_word(text)))
-                add_id(example.id.encode())
-                responses = (example.chosen, *example.pool)
-                add_candidates(array("i", [place_of(encoder.joined(text, each)) for each in responses]))
-                yield text
-
-        Ragged.written(encoder.prompts(rendered(), examples), folder, "prompts")
-    return marked
-
-
-def _owner(ids: Texts, candidates: Ragged, text: int) -> str:
-    """The id of the first row that has this response."""
-    slot = np.flatnonzero(candidates.flat == text)[0]
-    return ids[int(np.searchsorted(candidates.offsets, slot, side="right")) - 1]
-
-
-def _sizes(prompt_B: Counts, longest_B: Counts, response_tokens: int) -> dict[str, int]:
-    return {
-        "longest_prompt": int(prompt_B.max(initial=0)),
-        "longest_response": int(longest_B.max(initial=0)),
-        "longest_total": int((prompt_B + longest_B).max(initial=0)),
-        "prompt_tokens": int(prompt_B.sum()),
-        "response_tokens": response_tokens,
-    }
-
-
-def _fitting(prompts: Ragged, long: Counts, shorter: Ragged, room_B: Counts, bos: int | None) -> Iterator[Any]:
-    """The prompts with the long ones in their shorter form, without their beginning where even that is too long."""
-    of_long = iter(shorter[place] for place in range(len(shorter)))
-    long_B = np.zeros(len(prompts), bool)
-    long_B[long] = True
-    for row, is_long in enumerate(long_B.tolist()):
-        yield truncated_prompt(next(of_long), int(room_B[row]), bos) if is_long else prompts[row]
-
-
-def _responses_of(candidates: Ragged, responses: Ragged) -> tuple[Counts, int, int]:
-    """Tokens of each row's longest response; of all; in how many rows a negative has the chosen response's tokens."""
-    length, tokens, in_pool = responses.lengths, 0, 0
-    tokens_of = (hash(responses[row].tobytes()) for row in range(len(responses)))
-    kind = np.fromiter(tokens_of, np.int64, len(responses))
-    longest_B = np.zeros(len(candidates), np.int64)
-    for rows, block in candidates.blocks():
-        start_B = block.offsets[:-1]
-        length_X = length[block.flat]
-        tokens += int(length_X.sum())
-        longest_B[rows] = np.maximum.reduceat(length_X, start_B)
-        kind_X = kind[block.flat]
-        as_chosen_X = kind_X == np.repeat(kind_X[start_B], block.lengths)
-        in_pool += int((np.add.reduceat(as_chosen_X, start_B, dtype=np.int64) > 1).sum())
-    return longest_B, tokens, in_pool
+    def _count(self, example: PreferenceExample, prompt: Ids, responses: list[Ids], cut: int, differs: bool) -> None:
+        marked = self._marks.search(example.prompt) is not None
+        chosen, *pool = (ids.tobytes() for ids in responses)
+        longest = max(map(len, responses))
+        more = {
+            "examples": 1,
+            "prompts_truncated": cut > 0,
+            "history_items_cut": cut,
+            "boundary_differences": differs,
+            "chosen_tokens_in_pool": chosen in pool,
+            "prompts_with_markup_twice" if self.encoder.chat_template else "prompts_with_markup": marked,
+            "prompt_tokens": len(prompt),
+            "response_tokens": sum(map(len, responses)),
+        }
+        for name, count in more.items():
+            self.report[name] += int(count)
+        sizes = {"prompt": len(prompt), "response": longest, "total": len(prompt) + longest}
+        for name, size in sizes.items():
+            self.report[f"longest_{name}"] = max(self.report[f"longest_{name}"], size)

@@ -3,20 +3,20 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
+import pyarrow as pa
 
-from massdpo.data.ragged import Ragged, Texts
 from massdpo.data.stored import Lazy, Subset
-from massdpo.store import write_json
 
 T = TypeVar("T")
 
-UNPACKED = 1 << 16  # responses that are kept as lists: many rows share them
+# The files of a tokenised split: a table with a record batch for every block of rows, and the report.
+TOKENS, ABOUT = "tokens.arrow", "about.json"
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema({"row": pa.int64(), "id": pa.string(), "prompt": IDS, "responses": pa.list_(IDS)})
 
 
 @dataclass(frozen=True)
@@ -29,38 +29,30 @@ class TokenizedExample:
 
 
 class TokenizedSplit(Lazy[TokenizedExample]):
-    """A tokenised split: each distinct response is held once, everything in files that are mapped.
+    """What `tokenize_split` wrote into a folder. The file is mapped, and a row is read when it is asked for.
 
     `report` counts what happened (flat, json-able); `warnings` says in plain lines what a user should know of it.
     """
 
-    def __init__(
-        self,
-        ids: Sequence[str],
-        prompts: Ragged,
-        responses: Ragged,
-        candidates: Ragged,  # of each example, the rows of `responses`
-        report: dict[str, int],
-        notes: Sequence[str] = (),
-        kept: NDArray[np.int64] | None = None,
-    ):
-        self.ids = ids
-        self.report = report
-        self.notes = notes  # what became of rows that are too long
-        self.kept = kept  # the examples that the rows are, where some were left out
-        self._prompts, self._responses, self._candidates = prompts, responses, candidates
-        self._response = lru_cache(UNPACKED)(lambda row: responses[row].tolist())
+    def __init__(self, folder: Path):
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        self.report: dict[str, int] = about["report"]
+        self.notes: list[str] = about["notes"]  # what became of rows that are too long
+        table = pa.ipc.open_file(pa.memory_map(str(folder / TOKENS))).read_all()
+        self._row, self._id, self._prompt, self._responses = table.columns
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._id)
 
     def _at(self, row: int) -> TokenizedExample:
-        responses = [self._response(text) for text in self._candidates[row].tolist()]
-        return TokenizedExample(self.ids[row], self._prompts[row].tolist(), responses)
+        responses = self._responses[row].values
+        flat, ends = responses.values.to_numpy(), responses.offsets.to_pylist()
+        ids = [flat[start:end].tolist() for start, end in pairwise(ends)]
+        return TokenizedExample(self._id[row].as_py(), self._prompt[row].values.to_numpy().tolist(), ids)
 
     def rows_of(self, examples: Sequence[T]) -> Sequence[T]:
         """Those of the examples that were not left out."""
-        return examples if self.kept is None else Subset(examples, self.kept)
+        return examples if len(examples) == len(self) else Subset(examples, self._row.to_numpy())
 
     @property
     def warnings(self) -> list[str]:
@@ -80,17 +72,3 @@ class TokenizedSplit(Lazy[TokenizedExample]):
             *self.notes,
             *(f"{report[name]} {text.format(**report)}" for name, text in texts.items() if report[name]),
         ]
-
-    def save(self, folder: Path) -> None:
-        """Write what `tokenize_split` has not written to the folder already."""
-        write_json(folder / "about.json", {"report": self.report, "notes": list(self.notes)})
-        if self.kept is not None:
-            np.save(folder / "kept.npy", self.kept)
-
-    @classmethod
-    def load(cls, folder: Path) -> "TokenizedSplit":
-        """What `tokenize_split` and `save` wrote; rows are read when they are asked for."""
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        prompts, responses, candidates = (Ragged.load(folder, name) for name in ("prompts", "responses", "candidates"))
-        kept = np.load(folder / "kept.npy") if (folder / "kept.npy").exists() else None
-        return cls(Texts(folder, "ids"), prompts, responses, candidates, about["report"], about["notes"], kept)

@@ -1,8 +1,8 @@
-"""The rows of a recommendation split: which (user, position) pairs they are, and each as a prompt and a pool when read.
+"""The rows of a recommendation split: which items are targets, and each row as a prompt and a pool when it is read.
 
-Users or times are split; then every position from `min_history` on of a sequence is a row, the item there its target.
+Users or times are split; every item that a user met after `min_history` others is the target of a row.
 
-Shapes: R rows, C = 1 + N candidates, E interactions.
+Shapes: R rows, C = 1 + N candidates, E (user, item) pairs.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from massdpo.data.raw import SPLITS
 from massdpo.data.readers.interactions import Ints, Log
@@ -23,7 +22,7 @@ from massdpo.store import keyed_seed
 BLOCK = 4096  # rows whose slates are drawn at once
 SHARES = (0.8, 0.9)  # where training ends and testing begins, of users or of time
 
-# Wordings: (what stands before the history, the question after it). Candidates, if listed, follow the question.
+# (before the history, the question after it); candidates, if listed, follow the question
 WORDINGS = {
     "artist": (
         ("Artists a listener has played, oldest first: ", ". Which artist is played next?"),
@@ -79,23 +78,14 @@ class Prompting:
         )
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Which (user, position) pairs are the rows of a split, in order."""
-
-    user_R: Ints
-    position_R: Ints
-
-
-def rows_of(log: Log, split: str, seed: int, min_history: int) -> dict[str, Targets]:
-    length = np.array([len(sequence) for sequence in log.sequences])
-    count = np.maximum(length - min_history, 0)
-    user_R = np.repeat(np.arange(len(length)), count)
-    position_R = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count) + min_history
-    part_R = _time_part(log, user_R, position_R) if split == "time" else _user_part(log, split, seed)[user_R]
-    rows = {name: Targets(user_R[part_R == part], position_R[part_R == part]) for part, name in enumerate(SPLITS)}
+def rows_of(log: Log, split: str, seed: int, min_history: int) -> dict[str, Ints]:
+    """The rows of each split: the places of their targets in the log."""
+    position_E = np.arange(len(log.item_E)) - log.start_U[log.user_E]
+    target_R = np.flatnonzero(position_E >= min_history)
+    part_R = _time_part(log)[target_R] if split == "time" else _user_part(log, split, seed)[log.user_E[target_R]]
+    rows = {name: target_R[part_R == part] for part, name in enumerate(SPLITS)}
     for name, each in rows.items():
-        if not len(each.user_R):
+        if not len(each):
             raise UserError(
                 f"the {name} split is empty: too few users or too short histories (min_history={min_history})"
             )
@@ -103,14 +93,14 @@ def rows_of(log: Log, split: str, seed: int, min_history: int) -> dict[str, Targ
 
 
 def _user_part(log: Log, split: str, seed: int) -> Ints:
-    """Each user's split as 0, 1, 2: the published one, or 8 : 1 : 1 of the users in seeded or first-seen order."""
+    """Each user's split as 0, 1, 2: the published one, or the users cut 8 : 1 : 1 in seeded or first-seen order."""
     if log.split_of is not None:
         return np.array([SPLITS.index(name) for name in log.split_of])
     users = len(log.users)
     if split == "first_seen":
-        if log.times is None:
+        if log.time_E is None:
             raise UserError("dataset.split=first_seen needs times, and this data has none: use dataset.split=user")
-        order = np.argsort([times[0] for times in log.times], kind="stable")
+        order = np.argsort(log.time_E[log.start_U], kind="stable")
     else:
         order = np.random.default_rng(keyed_seed("users", seed)).permutation(users)
     val = int(SHARES[0] * users)
@@ -121,40 +111,31 @@ def _user_part(log: Log, split: str, seed: int) -> Ints:
     return part
 
 
-def _time_part(log: Log, user_R: Ints, position_R: Ints) -> Ints:
-    """Each row's split by when its target was met: before, between or after the 80 % and 90 % points of all times."""
-    if log.times is None:
+def _time_part(log: Log) -> Ints:
+    """The split of each (user, item) pair by its time: before, between or after the 80 % and 90 % points of all."""
+    if log.time_E is None:
         raise UserError("dataset.split=time needs times, and this data has none: use dataset.split=user")
-    time_E = np.concatenate(log.times)
-    start = np.concatenate([[0], np.cumsum([len(times) for times in log.times])[:-1]])
-    val, test = np.quantile(time_E, SHARES)
-    time_R = time_E[start[user_R] + position_R]
-    return (time_R > val).astype(np.int64) + (time_R > test)
-
-
-def times_met(log: Log, train: Targets) -> NDArray[np.float64]:
-    """How often each item is a training target, plus one: an item that is never drawn could not be a negative."""
-    target_R = targets(log, train.user_R, train.position_R)
-    return np.bincount(target_R, minlength=len(log.titles)).astype(np.float64) + 1
+    val, test = np.quantile(log.time_E, SHARES)
+    return (log.time_E > val).astype(np.int64) + (log.time_E > test)
 
 
 @dataclass(eq=False)
 class RecommendationSplit(Lazy[PreferenceExample]):
     """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
 
-    Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` has the items that the
+    Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` lists the items that the
     user met before the target.
     """
 
     name: str
     log: Log
-    rows: Targets
+    target_R: Ints  # their places in the log
     slates: CleanSlates | None
     prompting: Prompting
     tell_met: bool = False
 
     def __len__(self) -> int:
-        return len(self.rows.user_R)
+        return len(self.target_R)
 
     def _at(self, row: int) -> PreferenceExample:
         return next(self._examples(row, row + 1))
@@ -164,33 +145,27 @@ class RecommendationSplit(Lazy[PreferenceExample]):
             yield from self._examples(start, min(start + BLOCK, len(self)))
 
     def _examples(self, start: int, stop: int) -> Iterator[PreferenceExample]:
-        user_R, position_R = self.rows.user_R[start:stop], self.rows.position_R[start:stop]
-        slates = self._slates(start, user_R, position_R)
-        titles = self.log.titles
-        for row, user, position, slate in zip(
-            range(start, stop), user_R.tolist(), position_R.tolist(), slates, strict=True
-        ):
-            meta: dict[str, Any] = {"user": self.log.users[user], "position": position}
+        log, titles = self.log, self.log.titles
+        target_R = self.target_R[start:stop]
+        user_R = log.user_E[target_R]
+        first_R = log.start_U[user_R]
+        if self.slates is not None:
+            slates = self.slates.draw(start, user_R, log.item_E[target_R]).tolist()
+        else:
+            slates = [
+                legacy_slate(len(titles), log.item_E[first : target + 1].tolist())
+                for first, target in zip(first_R, target_R, strict=True)
+            ]
+        places = zip(user_R.tolist(), first_R.tolist(), target_R.tolist(), strict=True)
+        for row, (user, first, target), slate in zip(range(start, stop), places, slates, strict=True):
+            meta: dict[str, Any] = {"user": log.users[user], "position": target - first}
             if self.tell_met:
-                meta["met"] = self.log.sequences[user][:position].tolist()
+                meta["met"] = log.item_E[first:target].tolist()
+            shown = log.item_E[max(first, target - self.prompting.max_history) : target]
             yield self.prompting.example(
                 f"{self.name}/{row}",
-                [titles[item] for item in self.log.sequences[user][:position][-self.prompting.max_history :].tolist()],
-                titles[self.log.sequences[user][position]],
+                [titles[item] for item in shown],
+                titles[log.item_E[target]],
                 [titles[item] for item in slate],
                 meta,
             )
-
-    def _slates(self, start: int, user_R: Ints, position_R: Ints) -> list[list[int]]:
-        if self.slates is not None:
-            slate_RC: list[list[int]] = self.slates.draw(start, user_R, targets(self.log, user_R, position_R)).tolist()
-            return slate_RC
-        return [
-            legacy_slate(len(self.log.titles), self.log.sequences[user][: position + 1].tolist())
-            for user, position in zip(user_R.tolist(), position_R.tolist(), strict=True)
-        ]
-
-
-def targets(log: Log, user_R: Ints, position_R: Ints) -> Ints:
-    """The item at each (user, position)."""
-    return np.array([log.sequences[user][position] for user, position in zip(user_R, position_R, strict=True)])

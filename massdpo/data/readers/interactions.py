@@ -1,8 +1,12 @@
-"""Who met which items in which order: a `Log`; and what all readers share."""
+"""Who met which items in which order: a `Log`.
+
+Shapes: E (user, item) pairs, U users.
+"""
 
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +21,27 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Log:
-    """Every user's items, oldest first. `titles` are by item number; users keep the names their file gives them."""
+    """The items that users met: user after user, and each user's oldest first."""
 
-    titles: list[str]
-    users: list[str]
-    sequences: list[Ints]
-    times: list[NDArray[Any]] | None = None  # of each item of each sequence; None: the data has none
+    titles: list[str]  # by item number
+    users: list[str]  # by user number, as their file names them
+    user_E: Ints
+    item_E: Ints
+    time_E: NDArray[Any] | None = None  # None: the data has no times
     split_of: list[str] | None = None  # the published split of each user; None: there is none
     report: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def start_U(self) -> Ints:
+        """Where the items of each user begin."""
+        return np.searchsorted(self.user_E, np.arange(len(self.users)))
 
 
 def raw_file(raw_dir: str | None, name: str, what: str) -> Path:
     """The file `name` of the raw folder.
 
     Raises:
-        UserError: there is no such file; says what it is and what the folder holds instead.
+        UserError: there is no such file; says what it should hold and what the folder has instead.
     """
     if raw_dir is None:
         raise UserError(f"dataset.raw_dir is not set: give the folder that holds {name} ({what})")
@@ -44,9 +54,9 @@ def raw_file(raw_dir: str | None, name: str, what: str) -> Path:
 
 
 class Interactions:
-    """Interactions as they come, kept as numbers; users and items are numbered in order of first appearance.
+    """Collects interactions one by one; users and items are numbered in order of first appearance.
 
-    Times are whole numbers as long as all are: nanoseconds since 1970 have more digits than a float keeps.
+    Times stay whole numbers as long as all of them are: nanoseconds since 1970 have more digits than a float keeps.
     """
 
     def __init__(self, titles: Mapping[str, str]):
@@ -65,50 +75,41 @@ class Interactions:
         self.item.append(self.item_of[item])
         try:
             self.time.append(time)
-        except (TypeError, OverflowError):  # the first that is no whole number, or too large a one
+        except (TypeError, OverflowError):  # the first time that is not a whole number, or too large
             self.time = array("d", self.time)
             self.time.append(float(time))
 
     def log(self, path: Path, report: dict[str, Any], timed: bool = True) -> Log:
         if not self.user:
             raise UserError(f"{path}: no interaction is left to learn from")
-        user, item, time = (np.array(column) for column in (self.user, self.item, self.time))
-        order = np.lexsort((np.arange(len(user)), time, user))
-        ends = np.cumsum(np.bincount(user))[:-1]
-        sequences, times = (np.split(column[order], ends) for column in (item, time))
-        if timed and (told := _ties(times)):
-            report = report | {"equal_times": told}
-        return Log(self.titles, list(self.user_of), sequences, times if timed else None, report=report)
-
-
-def _ties(times: list[NDArray[Any]]) -> str:
-    """How many neighbours in the users' sequences have one time: only the file's order says which came first."""
-    equal, all_of_them = sum(int((np.diff(each) == 0).sum()) for each in times), sum(len(each) - 1 for each in times)
-    return (
-        f"{equal} of {all_of_them} neighbours ({equal / all_of_them:.0%}): their order is the file's" if equal else ""
-    )
+        order = np.lexsort((np.array(self.time), np.array(self.user)))  # stable: ties keep the file's order
+        user_E, item_E, time_E = (np.array(column)[order] for column in (self.user, self.item, self.time))
+        if timed:
+            neighbours = user_E[1:] == user_E[:-1]
+            ties, pairs = int((neighbours & (time_E[1:] == time_E[:-1])).sum()), int(neighbours.sum())
+            if ties:
+                told = f"{ties} of {pairs} neighbours ({ties / pairs:.0%}): their order is the file's"
+                report = report | {"equal_times": told}
+        return Log(self.titles, list(self.user_of), user_E, item_E, time_E if timed else None, report=report)
 
 
 def tidy(log: Log, same: Callable[[str], str] = normalise) -> Log:
-    """One number for items of the `same` title; items no one met, and a user's repeats, are left out and counted.
+    """Merge items whose titles are the `same`; leave out, and count, items that nobody met and a user's repeats.
 
-    Numbers go by title, so that slates do not depend on how a source numbers its items.
+    Items are numbered by title, so that slates do not depend on how a source numbers them.
     """
     keys = [same(title) for title in log.titles]
     title_of: dict[str, str] = {}
     for key, title in sorted(zip(keys, log.titles, strict=True)):
         title_of.setdefault(key, title)
-    number_of = {key: number for number, key in enumerate(title_of)}
-    canonical = np.array([number_of[key] for key in keys])
-    merged = [canonical[sequence] for sequence in log.sequences]
-    met = np.unique(np.concatenate(merged))
-    kept = [np.sort(np.unique(sequence, return_index=True)[1]) for sequence in merged]
-    sequences = [np.searchsorted(met, sequence[keep]) for sequence, keep in zip(merged, kept, strict=True)]
-    times = None if log.times is None else [time[keep] for time, keep in zip(log.times, kept, strict=True)]
+    titles, number_of = list(title_of.values()), {key: number for number, key in enumerate(title_of)}
+    merged_E = np.array([number_of[key] for key in keys])[log.item_E]
+    first = np.sort(np.unique(log.user_E * len(titles) + merged_E, return_index=True)[1])
+    met, item_E = np.unique(merged_E[first], return_inverse=True)
     report = log.report | {
-        "items_merged_by_title": len(log.titles) - len(title_of),
-        "items_without_interactions": len(title_of) - len(met),
-        "repeats_left_out": sum(map(len, merged)) - sum(map(len, sequences)),
+        "items_merged_by_title": len(log.titles) - len(titles),
+        "items_without_interactions": len(titles) - len(met),
+        "repeats_left_out": len(merged_E) - len(first),
     }
-    titles = list(title_of.values())
-    return Log([titles[number] for number in met], log.users, sequences, times, log.split_of, report)
+    time_E = None if log.time_E is None else log.time_E[first]
+    return Log([titles[number] for number in met], log.users, log.user_E[first], item_E, time_E, log.split_of, report)

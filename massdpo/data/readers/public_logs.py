@@ -1,4 +1,4 @@
-"""The raw files of LastFM, as S-DPO publishes them or by sequences, read into a `Log`."""
+"""The raw files of LastFM, as sequences or as S-DPO publishes them, read into a `Log`."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from massdpo.data.containers import placed_rows
 from massdpo.data.raw import SPLITS, BadRows
-from massdpo.data.readers.interactions import Ints, Log
+from massdpo.data.readers.interactions import Log
 from massdpo.data.text import read_jsonl, read_lines
 from massdpo.errors import UserError
 
@@ -18,28 +18,39 @@ def read_lastfm_sequences(sequences: Path, names: Path, bad: BadRows) -> Log:
     titles: list[str] = []
     for number, line in read_lines(names):
         item, _, title = line.partition("::")
-        if item != str(len(titles)) or not title.strip():  # a line left out would shift every later id: never skipped
+        if item != str(len(titles)) or not title.strip():  # never skipped: that would shift every later id
             raise UserError(f"{names}:{number}: expected '{len(titles)}::<name>', found {line!r:.80}")
         titles.append(title.strip())
     wanted = (
         f"split (train, val or test), user, and items, a list of numbers from 0 to {len(titles) - 1} ({names.name})"
     )
-    chains: dict[str, Ints] = {}
+    chains: dict[str, list[int]] = {}
     for number, row in read_jsonl(sequences, bad):
         split, user, items = (row.get(name) for name in ("split", "user", "items"))
         name = f"{split}/{user}"
-        known = isinstance(items, list) and all(type(item) is int and 0 <= item < len(titles) for item in items)
-        if split not in SPLITS or not isinstance(user, int | str) or not known:
+        named = split in SPLITS and isinstance(user, int | str)
+        if (
+            not named
+            or not isinstance(items, list)
+            or not all(type(item) is int and item in range(len(titles)) for item in items)
+        ):
             bad(UserError(f"{sequences}:{number}: a line must have {wanted}"))
         elif name in chains:
             bad(UserError(f"{sequences}:{number}: user {name} is listed twice"))
         else:
-            chains[name] = np.array(items, dtype=np.int64)
-    return Log(titles, list(chains), list(chains.values()), split_of=[name.partition("/")[0] for name in chains])
+            chains[name] = items
+    return _log(titles, chains)
+
+
+def _log(titles: list[str], chains: dict[str, list[int]]) -> Log:
+    """A log of the users `split/name`, each with the items in order."""
+    user_E = np.repeat(np.arange(len(chains)), [len(items) for items in chains.values()])
+    item_E = np.array([item for items in chains.values() for item in items], dtype=np.int64)
+    return Log(titles, list(chains), user_E, item_E, split_of=[name.partition("/")[0] for name in chains])
 
 
 def split_titles(joined: str, known: set[str]) -> list[str]:
-    """The titles that were joined by `::`; one that begins or ends with a colon is recognised by the `known` ones."""
+    """The titles that `::` joins. One that begins or ends with a colon is recognised by being among the `known`."""
 
     def parts(text: str) -> list[str] | None:
         if text in known:
@@ -78,34 +89,28 @@ def _is_whole(row: dict[str, Any]) -> bool:
 def chain_ready_rows(paths: dict[str, Path], bad: BadRows) -> Log:
     """The users' sequences behind S-DPO's JSON arrays of `historyList`, `itemList` and `trueSelection`, by split.
 
-    A user's rows stand together, and the first of them has 3 items of history.
+    A user's rows stand together, and the first of them has a history of 3 items.
 
     Raises:
-        UserError: the rows are not whole sequences (some were left out).
+        UserError: the rows do not make up whole sequences (some were left out).
     """
     rows_of = {split: list(_checked_rows(path, bad)) for split, path in paths.items()}
     known = {title for rows in rows_of.values() for row in rows for title in row["itemList"]}
     number_of: dict[str, int] = {}
-    users: list[str] = []
-    chains: list[list[int]] = []
-    split_of: list[str] = []
-
-    def numbers(titles: list[str]) -> list[int]:
-        return [number_of.setdefault(title, len(number_of)) for title in titles]
-
+    chains: dict[str, list[int]] = {}
     for split, rows in rows_of.items():
+        users: list[list[int]] = []
         for row_number, row in enumerate(rows, start=1):
-            history, (target,) = numbers(split_titles(row["historyList"], known)), numbers([row["trueSelection"]])
+            titles = [*split_titles(row["historyList"], known), row["trueSelection"]]
+            *history, target = (number_of.setdefault(title, len(number_of)) for title in titles)
             if len(history) == 3:
-                users.append(f"{split}/{split_of.count(split)}")
-                chains.append([*history, target])
-                split_of.append(split)
-            elif chains and split_of[-1] == split and chains[-1][-10:] == history:
-                chains[-1].append(target)
+                users.append([*history, target])
+            elif users and users[-1][-10:] == history:
+                users[-1].append(target)
             else:
                 raise UserError(
-                    f"{paths[split]}: row {row_number} does not continue the row before it, so the sequences cannot be "
-                    "put together: give the files as they were published"
+                    f"{paths[split]}: row {row_number} does not continue the row before it, so the users' sequences "
+                    "cannot be put together: give the files as they were published"
                 )
-    sequences = [np.array(chain, dtype=np.int64) for chain in chains]
-    return Log(list(number_of), users, sequences, split_of=split_of)
+        chains |= {f"{split}/{user}": items for user, items in enumerate(users)}
+    return _log(list(number_of), chains)

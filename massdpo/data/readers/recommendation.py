@@ -17,7 +17,7 @@ import numpy as np
 
 from massdpo.data.raw import SPLITS, BadRows
 from massdpo.data.readers import public_logs
-from massdpo.data.readers.histories import Prompting, RecommendationSplit, rows_of, times_met
+from massdpo.data.readers.histories import Prompting, RecommendationSplit, rows_of
 from massdpo.data.readers.interactions import Log, raw_file, tidy
 from massdpo.data.readers.tables import Tables
 from massdpo.data.schema import Splits
@@ -69,15 +69,17 @@ class Recommendation(Prompting, ABC):
         """Raises UserError for a missing or damaged raw file, and for a pool that cannot be filled."""
         bad = BadRows(self.bad_rows)
         log = self.log(bad)
-        if not any(map(len, log.sequences)):
+        if not len(log.item_E):
             raise UserError(f"{self.files()[0]}: no interaction is left to learn from")
         if not self.legacy:
             log = tidy(log, MERGES[self.merge_titles])
         elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
             raise UserError(f"dataset.slate=legacy needs {LEGACY_ITEMS} titles or more that differ: use slate=clean")
         rows = rows_of(log, self.split, self.seed, self.min_history)
-        weights_I = times_met(log, rows["train"]) if self.negatives == "popularity" else None
-        seen_E = np.unique(np.concatenate([u * len(log.titles) + items for u, items in enumerate(log.sequences)]))
+        weights_I = None
+        if self.negatives == "popularity":  # plus one: an item that is never a target could not be a negative
+            weights_I = np.bincount(log.item_E[rows["train"]], minlength=len(log.titles)).astype(np.float64) + 1
+        seen_E = np.unique(log.user_E * len(log.titles) + log.item_E)
 
         def split_of(name: str) -> RecommendationSplit:
             clean = CleanSlates(self.seed, name, self.num_negatives, len(log.titles), seen_E, weights_I)
@@ -94,7 +96,7 @@ class Recommendation(Prompting, ABC):
         report = {
             "users": len(log.users),
             "items": len(log.titles),
-            "interactions": sum(map(len, log.sequences)),
+            "interactions": len(log.item_E),
             **{f"{split}_rows": len(splits[split]) for split in SPLITS},
             **log.report,
             **bad.report(),
