@@ -7,7 +7,6 @@ Suffixes: B prompts, C = 1 + N candidates (column 0 is the chosen one, the targe
 Masks are boolean, True where a candidate exists.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from massdpo.config.messages import near
 from massdpo.errors import UserError
 
 CUTOFFS = (1, 3, 5, 10, 20)
@@ -202,13 +202,9 @@ def check_keep_metric(name: str) -> None:
     """Refuse what no policy can be chosen by: `trainer.keep_metric` is known on validation, and higher is better."""
     names = [metric.name for metric in METRICS.values() if metric.better > 0 and (metric.of_rank or metric.of_rewards)]
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        told = (
-            f"did you mean '{near[0]}'?"
-            if near
-            else f"{' | '.join(name for name in names if not name.endswith('_sum'))}; ranks also with _sum"
-        )
-        raise UserError(f"trainer.keep_metric={name!r} is not possible: {told}")
+        listed = " | ".join(known for known in names if not known.endswith("_sum"))
+        hint = near(name, names) or f"; there are {listed}, and those of ranks with _sum"
+        raise UserError(f"trainer.keep_metric={name!r} is not possible{hint}")
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:
