@@ -62,7 +62,7 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
 CAPTIONS = {
     plots.dots: "Means; bars: 95% t intervals over seeds; dashed: random. ",
     plots.lines: "Means; bars: 95% t intervals over seeds; horizontal lines: one setting for all. ",
-    plots.front: "Means; pale bars: 95% t intervals over seeds; dashed: through what nothing beats in both. ",
+    plots.front: "Means; pale bars: 95% t intervals over seeds; dashed: joins the points that nothing beats in both. ",
 }
 DIFFERENCES = (
     "Method minus random; bars: 95% intervals, seeds and prompts as crossed random effects; dashed: no difference. "

@@ -31,7 +31,7 @@ METHODS = {  # in the order of tables
     "dmpo": Method(SKY, "s", "DMPO (arXiv 2405.16127): k random negatives, their mean reward"),
     "mppo": Method(SKY, "^", "MPPO (arXiv 2412.15244): k random negatives, no reference"),
     "pairwise": Method(SKY, "v", "k random negatives, one pair each"),
-    "lipo": Method(SKY, "<", "LiPO-lambda (arXiv 2402.01878): k random negatives, pairs weighed by their ranks"),
+    "lipo": Method(SKY, "<", "LiPO-lambda (arXiv 2402.01878): k random negatives, pairs weighted by their ranks"),
     "is_pl": Method(
         *(SKY, "P", "k negatives in proportion to their share of the gradient, Plackett-Luce loss corrected for that")
     ),
@@ -44,7 +44,7 @@ METHODS = {  # in the order of tables
     "dpp": Method(GREEN, "s", "k negatives sampled from the determinantal point process that mass maximises"),
     "farthest": Method(GREEN, "^", "the k negatives farthest from one another"),
     "coreset": Method(GREEN, "v", "AMPO's coreset (arXiv 2502.18293): the hardest negative of each of k clusters"),
-    "medoids": Method(GREEN, "P", "AMPO's medoids (arXiv 2502.18293): k negatives that the weighed pool is nearest to"),
+    "medoids": Method(GREEN, "P", "AMPO's medoids (arXiv 2502.18293): k negatives nearest to the weighted pool"),
     "herding": Method(GREEN, "D", "kernel herding: k negatives whose mean matches the whole pool's gradient"),
     "dynamic": Method(
         PINK, "s", "DynamicPO (arXiv 2605.00327): its boundary set, at most k negatives, and its varying beta"

@@ -73,7 +73,7 @@ VIEWS = {  # in the order in which a reader asks
         against="mass",
     ),
     "small_rates": View("Real models: learning rates", QUALITY, best_on="val/ndcg@5"),
-    "demo": View("Demonstration: selectors on the embedded default", QUALITY, differences=True),
+    "demo": View("Demonstration: selectors on the default dataset", QUALITY, differences=True),
     "main": View(
         "Main comparison",
         ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change"),
