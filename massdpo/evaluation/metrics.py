@@ -208,7 +208,7 @@ def check_keep_metric(name: str) -> None:
             if near
             else f"{' | '.join(name for name in names if not name.endswith('_sum'))}; ranks also with _sum"
         )
-        raise UserError(f"trainer.keep_metric={name!r} is not possible: {told}")
+        raise UserError(f"trainer.keep_metric={name!r} is not allowed: {told}")
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:
