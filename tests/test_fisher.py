@@ -22,7 +22,6 @@ from massdpo.selection.logdet import (
     select_subset_fisher,
     solve,
 )
-from massdpo.selection.logdet.design import DESIGNS, pl_fisher
 from massdpo.selection.logdet.subset import _with_one_more, subset_fisher_logdet
 
 BATCH = 24  # prompts of one shape; 48 shapes make 1,152 instances
@@ -30,6 +29,16 @@ BATCH = 24  # prompts of one shape; 48 shapes make 1,152 instances
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def pl_fisher(features_CD: Tensor, rewards_C: Tensor, beta: float) -> Tensor:
+    """The exact Fisher matrix `(D, D)` of one prompt's Plackett-Luce loss over the candidates given.
+
+    beta^2 Phi^T (diag q - q q^T) Phi, q = softmax(r): the Hessian of log(1 + sum_i exp s_i) under a log-linear policy.
+    """
+    share_C = torch.softmax(rewards_C, dim=0)
+    centred_CD = features_CD - share_C @ features_CD
+    return beta**2 * (share_C[:, None] * centred_CD).T @ centred_CD
 
 
 def explicit_logdet(vectors_ND: Tensor, members: list[int], ridge: float, scale: float) -> float:
@@ -189,7 +198,7 @@ def test_design_vectors_by_hand() -> None:
     assert float(pair_scale_B) == 0.25
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("design", ["centered", "relative", "pairwise"])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_gram_form_equals_vectors_and_masks(design: str, normalize: bool) -> None:
     noise = generator(3)

@@ -21,7 +21,7 @@ from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.errors import UserError
 from massdpo.evaluation.baselines import baselines, guess_metrics, guessed, leak_check
 from massdpo.store import Cache
-from massdpo.tasks.inspect import LOOKED_AT, export, sample
+from massdpo.tasks.inspect import COUNTED, export, sample
 from massdpo.tasks.inspect import page as page_of
 from tests.conftest import SHARED_DATA, needs_shared_data
 from tests.test_recommendation import write_interactions
@@ -168,31 +168,31 @@ def test_the_page(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
         assert expected in page
     for example in prepared.val[:3]:
         place = example.candidates.index(example.chosen) + 1
-        assert example.prompt in page and f"chosen, number {place} of its slate of 20: {example.chosen}\n" in page
+        assert example.prompt in page and f"chosen, number {place} of a slate of 20: {example.chosen}\n" in page
         assert f"pool (19): {' | '.join(example.pool)}\n" in page + "\n"
     assert "leak check, standard error:" in page and "lookup/accuracy:" in page and "popularity/mrr:" in page
-    assert "of a response: 2 to 2, median 2" in page  # "Thing 001" in words
-    with pytest.raises(UserError, match="split is train, val or test"):
+    assert "per response: 2 to 2, median 2" in page  # "Thing 001" in words
+    with pytest.raises(UserError, match="split must be train, val or test"):
         page_of(prepared, prepared, tokenizer, "dev")
 
 
 def test_a_large_split_is_sampled_evenly_and_said_so(prepared: Splits, tokenizer: PreTrainedTokenizerFast) -> None:
     whole = replace(prepared, train=[*prepared.train] * 20)
     looked_at = sample(whole)
-    assert len(looked_at.train) == LOOKED_AT and looked_at.val == list(prepared.val)
+    assert len(looked_at.train) == COUNTED and looked_at.val == list(prepared.val)
     assert looked_at.train[0] == whole.train[0] and looked_at.train[-1] == whole.train[-1]
     assert len({example.id for example in looked_at.train}) > 200  # of 216
     page = page_of(whole, looked_at, tokenizer)
-    assert "train: 4320 examples; what follows is of 300 of them" in page and "val: 27 examples\n" in page
+    assert "train: 4320 examples; counted here: 300 of them" in page and "val: 27 examples\n" in page
 
 
 def test_what_repeats_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
     """All prompts of `splits_of` are equal, and one slate holds a text twice but for its case."""
     splits = splits_of([("a", "a", "b"), ("a", "a", "A")], [("a", "a", "b")], [("b", "a", "b")] * 3)
     train, val, test = page_of(splits, splits, tokenizer).split("\n\n")[:3]
-    assert "prompts that repeat an earlier one: 1" in train and "slates with equal texts: 1" in train
-    assert "prompts that stand in train too: 1" in val and "slates with equal texts: 0" in val
-    assert "prompts that repeat an earlier one: 2" in test and "prompts that stand in train too: 3" in test
+    assert "prompts that repeat an earlier one: 1" in train and "slates that hold a text twice: 1" in train
+    assert "prompts also in train: 1" in val and "slates that hold a text twice: 0" in val
+    assert "prompts that repeat an earlier one: 2" in test and "prompts also in train: 3" in test
 
 
 def test_the_export(prepared: Splits, tmp_path: Path) -> None:

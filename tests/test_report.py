@@ -28,7 +28,7 @@ from massdpo.report.methods import method as look_of
 from massdpo.report.per_prompt import prompt_values
 from massdpo.report.reading import read_history
 from massdpo.report.rows import RunRows, collect, run_status
-from massdpo.report.statistics import crossed_effects, holm, p_value, standard_errors
+from massdpo.report.statistics import crossed_effects, holm, p_value, possible_errors
 from massdpo.report.status import sweep_status
 from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, view_of
@@ -246,7 +246,7 @@ def test_intervals_cover_and_small_p_values_are_rare(seeds: int) -> None:
             both = drawn - drawn.mean(1, keepdims=True) - drawn.mean(2, keepdims=True) + mean_R[part, None, None]
             rest_R[part] = (both**2).sum((1, 2)) / ((seeds - 1) * (prompts - 1))
         squares = (by_seed_R[:, None], by_prompt_R[:, None], rest_R[:, None])
-        error_RQ, weight_Q = standard_errors(*squares, seeds, prompts)
+        error_RQ, weight_Q = possible_errors(*squares, seeds, prompts)
         p_R = p_value(np.abs(mean_R)[:, None], error_RQ, weight_Q, prompts)
         coverage.append((p_R >= 0.05).mean())
         assert coverage[-1] >= 0.92 and (p_R < 0.01).mean() <= 0.02 and (p_R < 0.001).mean() <= 0.005, name
@@ -532,7 +532,7 @@ def test_what_is_not_a_number_is_never_best_and_its_run_is_named(value: float, t
     assert not math.isfinite(line.mean) and not line.best and not line.tie
     assert cell(summary, "random", "margin").best
     table = tables.to_markdown(tables.means_table(summary, "t"))
-    assert f"NaN or infinity in 1 runs, never best: {folder.name}".replace("_", r"\_") in table
+    assert f"NaN or infinity in 1 runs, which are never best: {folder.name}".replace("_", r"\_") in table
 
 
 @pytest.mark.parametrize("damage", ["empty", "twice", "short", "foreign", "short and always right"])
@@ -625,7 +625,7 @@ def test_differences_are_of_what_is_known_prompt_by_prompt(demo: Path, tmp_path:
     table = tables.differences_table(summary, "t")
     assert table.head[-2:] == ["Δ accuracy", "Δ mean margin (β·nats)"]
     assert {len(line) for line in table.lines} == {len(table.head)}
-    assert table.notes[-1] == "Not kept prompt by prompt, so not tested: training (s)."
+    assert table.notes[-1] == "Not recorded per prompt, so not tested: training (s)."
     assert "training (s) ↓" in tables.means_table(summary, "t").head
 
 
@@ -903,7 +903,7 @@ def test_status_tells_what_is_left(demo: Path) -> None:
     assert states["never-made"] == "missing" and sorted(states.values()).count("finished") == 9
     notes = [line["note"] for line in lines if line["state"] == "failed"]
     assert sorted(notes) == ["loss is not finite at step 7", "no file data.jsonl"]
-    assert sentence == "9 finished, 1 missing, 2 failed, 1 running; about 80 s left at 20 s a run, 1 at once"
+    assert sentence == "9 finished, 1 missing, 2 failed, 1 running; about 80 s left at 20 s per run, 1 at once"
 
 
 @pytest.mark.slow

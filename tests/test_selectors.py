@@ -623,15 +623,15 @@ def test_what_is_not_finite_names_its_example(value: float) -> None:
     [
         ({"k": 0}, "k must be a whole number"),
         ({"k": "abc"}, "k must be a whole number"),
-        ({"variant": "centred"}, "unknown variant 'centred': did you mean centered"),
+        ({"variant": "centred"}, "unknown variant 'centred'; did you mean 'centered'"),
         ({"variant": "pairwise"}, "unknown variant 'pairwise'"),
         ({"features": "gradient"}, "unknown features 'gradient'"),
-        ({"features": "hed"}, "did you mean head"),
-        ({"solver": "exakt"}, "did you mean exact"),
-        ({"variant": "subset_fisher", "solver": "swap"}, "one of greedy, exact"),
+        ({"features": "hed"}, "did you mean 'head'"),
+        ({"solver": "exakt"}, "did you mean 'exact'"),
+        ({"variant": "subset_fisher", "solver": "swap"}, "there are greedy, exact"),
         ({"ridge": 0}, "ridge must be a positive number"),
         ({"ridge": "x"}, "ridge must be a positive number"),
-        ({"short_pool": "al"}, "did you mean all"),
+        ({"short_pool": "al"}, "did you mean 'all'"),
     ],
 )
 def test_bad_options_fail_when_built(options: dict[str, object], message: str) -> None:

@@ -64,7 +64,7 @@ def test_a_merged_model_computes_what_its_adapter_did(adapter: Path, saved: Path
     assert "merged into the base's weights" in card.text and "`peft`" not in card.text
     for message, policy, out in (
         ("there is no adapter", tmp_path / "whole", tmp_path / "again"),
-        ("there already", adapter, tmp_path / "whole"),
+        ("exists already", adapter, tmp_path / "whole"),
     ):
         with pytest.raises(UserError, match=message):
             call("merge", policy, out)
@@ -117,7 +117,7 @@ def refused(message: str, do: Callable[[], None]) -> None:
 
 
 def test_push_refuses_in_one_line(adapter: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    refused("no name on the hub", lambda: call("push", adapter, "a/b/c", "force=true"))
+    refused("not a name on the hub", lambda: call("push", adapter, "a/b/c", "force=true"))
     refused("there is no policy", lambda: call("push", adapter.parent / "nosuch", "me/policy", "force=true"))
     refused("needs out=OWNER/NAME", lambda: tasks.run(compose(["task=push", f"policy={adapter}"])))
     monkeypatch.setattr(push_module, "get_token", lambda: None)
@@ -152,5 +152,5 @@ def test_what_the_hub_says_is_one_line(adapter: Path, hub: list[Any], monkeypatc
 
     monkeypatch.setattr(push_module.HfApi, "upload_folder", upload_folder)
     refused(
-        "the hub has not taken me/policy: no route to host", lambda: call("push", adapter, "me/policy", "force=true")
+        "the hub did not accept me/policy: no route to host", lambda: call("push", adapter, "me/policy", "force=true")
     )

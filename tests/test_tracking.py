@@ -82,7 +82,8 @@ def test_offline_file_holds_config_steps_and_final_metrics(
     result = tmp_path / "metrics.json"
     result.write_text("{}")
     tracker = build("wandb")
-    tracker.start({"loss": {"name": "pl"}, "k": 4}, tmp_path / "run", "a run", group="main", tags=["mass", "x" * 99])
+    choices = {"selector": "mass", "dataset": "x" * 99}
+    tracker.start({"loss": {"name": "pl"}, "k": 4, "sweep": "main", "choices": choices}, tmp_path / "a run")
     steps = [{"loss": 1 / (1 + i), "margin": i * 0.1} for i in range(3000)]  # enough to cross blocks of the file
     for step, row in enumerate(steps):
         tracker.log(step, row)
@@ -92,7 +93,7 @@ def test_offline_file_holds_config_steps_and_final_metrics(
     assert out == err == ""
 
     assert command.startswith("wandb sync ")
-    (path,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    (path,) = (tmp_path / "a run" / "wandb").glob("offline-run-*/*.wandb")
     kinds: dict[str, list[Any]] = {}
     for record in records(path):
         kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
@@ -123,7 +124,7 @@ def test_tensorboards_files_hold_config_steps_tables_and_final_metrics(tmp_path:
     """As TensorBoard itself reads them."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     tracker = build("tensorboard")
-    tracker.start({"loss": {"name": "pl"}, "k": 4}, tmp_path, "a run")
+    tracker.start({"loss": {"name": "pl"}, "k": 4}, tmp_path)
     for step in range(3):
         tracker.log(step, {"loss": 1 / (1 + step)})
     tracker.table("picks", [{"prompt": "a|b", "picked": "c"}])
@@ -142,7 +143,7 @@ def test_tensorboard_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tracker = build("tensorboard")
     with pytest.raises(UserError, match=r"pip install '.\[loggers\]'"):
-        tracker.start({}, tmp_path, "a run")
+        tracker.start({}, tmp_path)
     assert tracker.finish() is None
 
 
@@ -150,7 +151,7 @@ def test_online_without_credentials_records_offline(
     tmp_path: Path, no_account: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tracker = build("wandb", mode="online")
-    tracker.start({}, tmp_path / "run", "a run")
+    tracker.start({}, tmp_path / "run")
     tracker.log(0, {"loss": 1.0})
     assert tracker.finish({}).startswith("wandb sync ")
     out, err = capfd.readouterr()
@@ -163,11 +164,11 @@ def test_a_wandb_that_fails_costs_one_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # every import of it raises
     tracker = Wandb("p", "offline")
-    tracker.start({}, tmp_path, "a run")
+    tracker.start({}, tmp_path)
     tracker.log(0, {"loss": 1.0})
     assert tracker.finish({"accuracy": 1.0}) is None
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "W&B was left out" in error
+    assert error.count("\n") == 1 and "W&B stopped recording" in error
 
 
 def test_a_run_that_fails_before_it_is_announced_ends_quietly() -> None:
@@ -178,7 +179,7 @@ def test_a_run_that_was_stopped_is_one_run_when_it_goes_on(tmp_path: Path, no_ac
     folders, command = [], ""
     for _ in range(2):
         tracker = build("wandb")
-        tracker.start({}, tmp_path, "name")
+        tracker.start({}, tmp_path)
         tracker.log(1, {"loss": 1.0})
         command = tracker.finish(None)
         folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
@@ -193,7 +194,7 @@ def test_a_wandb_that_hangs_costs_its_timeout(
     monkeypatch.setattr(Wandb, "_init", lambda *_: time.sleep(20))
     tracker = Wandb("p", "offline", timeout=1)
     begin = time.monotonic()
-    tracker.start({}, tmp_path, "a run")
+    tracker.start({}, tmp_path)
     tracker.log(0, {"loss": 1.0})
     assert time.monotonic() - begin < 0.9  # nothing waits before the end
     assert tracker.finish({}) is None
@@ -204,7 +205,7 @@ def test_a_wandb_that_hangs_costs_its_timeout(
 def test_none_logs_nothing(tmp_path: Path) -> None:
     tracker = build("none")
     assert isinstance(tracker, NoLogger)
-    tracker.start({}, tmp_path / "run", "a run")
+    tracker.start({}, tmp_path / "run")
     tracker.log(0, {"loss": 1.0})
     assert tracker.finish({}) is None and not (tmp_path / "run").exists()
 

@@ -64,8 +64,7 @@ def rank_catalogue(
             rival_BI[row, [*example.meta["met"], place_of[example.chosen]]] = False
         both = scored.scores.mean_logp_BC, scored.scores.logp_BC
         parts.append((batch.index_B, *(_ranks(score_BI, target_B, rival_BI).cpu() for score_BI in both)))
-    if accelerator.num_processes > 1:
-        parts = gather_object(parts)
+    parts = gather_object(parts)
     rank_S, rank_sum_S = torch.zeros(2, len(rows), dtype=torch.int64)
     for index_B, rank_B, rank_sum_B in parts:
         rank_S[index_B], rank_sum_S[index_B] = rank_B, rank_sum_B

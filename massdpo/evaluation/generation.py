@@ -50,9 +50,7 @@ def generate_split(
             constrained = [ids for part in batches for ids in decode(model, part, constrained=True)]
             for row, wrote, held in zip(numbers, free, constrained, strict=True):
                 parts.append((row, named(wrote, held, rows[row], tokenizer)))
-    if accelerator.num_processes > 1:
-        parts = gather_object(parts)
-    answers = dict(parts)  # the last batch is answered more than once where processes have unequal shares
+    answers = dict(gather_object(parts))  # a batch that fills up unequal shares is answered twice
     return [answers[row] for row in range(len(rows))]
 
 

@@ -7,7 +7,6 @@ Suffixes: B prompts, C = 1 + N candidates (column 0 is the chosen one, the targe
 Masks are boolean, True where a candidate exists.
 """
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from massdpo.config.messages import near
 from massdpo.errors import UserError
 
 CUTOFFS = (1, 3, 5, 10, 20)
@@ -79,7 +79,8 @@ RANKING = (  # of one relevant candidate: its ideal DCG is 1 (Järvelin and Kek�
     ),
     *(
         Metric(
-            *(f"ndcg@{k}", f"NDCG@{k}", "the same, worth `1 / log2(1 + rank)`: less, the lower it stands"),
+            *(f"ndcg@{k}", f"NDCG@{k}"),
+            f"mean of `1 / log2(1 + rank)`, and 0 where the chosen response is not among the first {k}",
             of_rank=partial(_ndcg, k),
             summary=k == 5,
         )
@@ -100,18 +101,18 @@ REWARDS = (  # a NaN reward is never a win, and makes the prompt's margin NaN
     ),
     Metric(
         *("reward_accuracy_pairwise", "pairwise reward accuracy"),
-        "share of rejected rewards that the chosen one is above, averaged over prompts",
+        "share of rejected rewards below the chosen one, averaged over prompts",
         of_rewards=lambda it: it.mean_rejected(it.wins_BN.double()),
         summary=True,
     ),
     Metric(
-        *("margin", "mean margin", "chosen reward less the mean rejected one, in units of β · nats", "β·nats"),
+        *("margin", "mean margin", "chosen reward minus the mean rejected reward, in β · nats", "β·nats"),
         of_rewards=lambda it: it.mean_rejected(it.margin_BN),
         column="margin",
         summary=True,
     ),
     Metric(
-        *("margin_max", "max margin", "chosen reward less the largest rejected one", "β·nats"),
+        *("margin_max", "max margin", "chosen reward minus the largest rejected reward", "β·nats"),
         of_rewards=lambda it: it.margin_BN.masked_fill(~it.mask_BC[:, 1:], torch.inf).amin(-1),
         column="margin_max",
         summary=True,
@@ -126,7 +127,7 @@ REWARDS = (  # a NaN reward is never a win, and makes the prompt's margin NaN
     ),
     Metric(
         *("chosen_logp_change", "chosen log-prob change"),
-        "nats by which the chosen response became likelier than at the start; far below 0, the policy leaves what it"
+        "nats by which the chosen response became likelier than at the start; far below 0, the policy loses what it"
         " was taught (likelihood displacement)",
         *("nats", 0),
         of_rewards=lambda it: it.chosen_logp_change_B,
@@ -137,26 +138,26 @@ REWARDS = (  # a NaN reward is never a win, and makes the prompt's margin NaN
 GENERATION = (
     Metric(
         *("hr@1", "generated the chosen one"),
-        "share of prompts where greedy decoding writes the chosen response and ends there, case and spaces aside (this"
-        " and the next three: `trainer.generate=true` only)",
+        "share of prompts where greedy decoding writes the chosen response and nothing else, ignoring case and spaces"
+        " (this and the next three only with `trainer.generate=true`)",
     ),
     Metric("valid_ratio", "generated a candidate", "share of prompts where it writes exactly one of the candidates"),
     Metric(
         *("hr@1_constrained", "hit rate, constrained"),
-        "`hr@1` of greedy decoding that may only continue some candidate, token by token",
+        "`hr@1` of greedy decoding held, token by token, to what continues some candidate",
     ),
     Metric(
         *("constrained_agreement", "constrained agreement"),
-        "share of prompts where that ends at the candidate with the largest summed log-prob",
+        "share of prompts where that yields the candidate with the largest summed log-prob",
     ),
 )
 COST = (
-    Metric("k_effective", "negatives", "negatives per prompt that were really trained on", "negatives", 0),
-    Metric("train_seconds", "training", "the preference stage", "s", -1),
-    Metric("select_seconds", "selection", "the part of it spent on scoring pools and selecting", "s", -1),
-    Metric("fed_tokens", "fed forward", "through the model in the preference stage, selection included", "tokens", -1),
-    Metric("train_tokens", "with gradients", "those of them that gradients went through", "tokens", -1),
-    Metric("tokens_per_second", "speed", "tokens fed to the model in the preference stage", "tokens/s"),
+    Metric("k_effective", "negatives", "negatives per prompt that were actually trained on", "negatives", 0),
+    Metric("train_seconds", "training", "time spent in the preference stage", "s", -1),
+    Metric("select_seconds", "selection", "the part of that spent on scoring pools and selecting", "s", -1),
+    Metric("fed_tokens", "fed forward", "tokens fed in the preference stage, selection included", "tokens", -1),
+    Metric("train_tokens", "with gradients", "the part of them that gradients went through", "tokens", -1),
+    Metric("tokens_per_second", "speed", "tokens fed to the model per second of the preference stage", "tokens/s"),
     Metric("peak_memory_mb", "peak memory", "the GPU's where there is one, else the process's", "MB", -1),
 )
 BY_SUM = tuple(
@@ -202,13 +203,9 @@ def check_keep_metric(name: str) -> None:
     """Refuse what no policy can be chosen by: `trainer.keep_metric` is known on validation, and higher is better."""
     names = [metric.name for metric in METRICS.values() if metric.better > 0 and (metric.of_rank or metric.of_rewards)]
     if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1)
-        told = (
-            f"did you mean '{near[0]}'?"
-            if near
-            else f"{' | '.join(name for name in names if not name.endswith('_sum'))}; ranks also with _sum"
-        )
-        raise UserError(f"trainer.keep_metric={name!r} is not allowed: {told}")
+        listed = " | ".join(known for known in names if not known.endswith("_sum"))
+        hint = near(name, names) or f"; there are {listed}, and those of ranks with _sum"
+        raise UserError(f"trainer.keep_metric={name!r} is not allowed{hint}")
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:

@@ -85,8 +85,7 @@ class SplitScorer:
             with self.accelerator.autocast():
                 scored: Scored = scorer(batch)
             parts.append((batch.index_B, scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
-        if self.accelerator.num_processes > 1:
-            parts = gather_object(parts)
+        parts = gather_object(parts)
         width = max(logp_BC.shape[1] for _, logp_BC, _ in parts)
         logp_SC = torch.zeros(len(rows), width)
         length_SC = torch.zeros(len(rows), width, dtype=torch.int64)

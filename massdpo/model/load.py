@@ -79,7 +79,6 @@ class PretrainedModel:
         if self.path is None:
             return hub_snapshot(str(self.hub_id), self.revision)
         folder = Path(self.path).expanduser().resolve()
-        _check_folder(folder)
         if (folder / ADAPTER).is_file():
             raise UserError(f"model.path: {folder} holds an adapter, not a whole model: merge it first")
         return folder
@@ -143,15 +142,10 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        _zero_dropout(module)
-        if isinstance(module, PreTrainedModel):
-            _zero_dropout(module.config)
-
-
-def _zero_dropout(holder: Any) -> None:
-    for name, value in list(vars(holder).items()):
-        if name.endswith(("drop", "dropout", "jitter_noise")) and isinstance(value, float):
-            setattr(holder, name, 0.0)
+        for holder in (module, module.config) if isinstance(module, PreTrainedModel) else (module,):
+            for name, value in list(vars(holder).items()):
+                if name.endswith(("drop", "dropout", "jitter_noise")) and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def attention(config: PreTrainedConfig) -> str | None:

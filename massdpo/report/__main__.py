@@ -5,7 +5,6 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -20,26 +19,26 @@ from massdpo.report.rows import DATA, RunRows, collect
 from massdpo.report.summary import Summary, at_best, summarise
 from massdpo.report.views import VIEWS, View, reading_order, rows_of, view_of
 
-PRINTED = 60  # lines; a longer table is only written
+PRINTED = 60  # lines; a longer table is written but not printed
 
 
 def main(arguments: list[str] | None = None) -> int:
     in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m massdpo.report", description=__doc__)
-    parser.add_argument("sweeps", nargs="*", help="sweeps to report; none: all that have rows or runs")
+    parser.add_argument("sweeps", nargs="*", help="sweeps to report (default: all that have rows or runs)")
     parser.add_argument("--status", action="store_true", help="only list which runs are finished, failed or missing")
-    parser.add_argument("--render", action="store_true", help="from the existing rows; do not look at run folders")
+    parser.add_argument("--render", action="store_true", help="render the existing rows without looking at run folders")
     parser.add_argument(
-        "--replace", action="store_true", help="delete rows whose run folders are not here (else they are kept)"
+        "--replace", action="store_true", help="delete rows whose run folders are not here (default: keep them)"
     )
-    parser.add_argument("--x", default="", help="the option that curves go over (default: as the sweep suggests)")
-    parser.add_argument("--group", default="", help="the option whose values are coloured (default: methods)")
+    parser.add_argument("--x", default="", help="the option on the x axis of curves (default: as the sweep suggests)")
+    parser.add_argument("--group", default="", help="the option that colours stand for (default: methods)")
     parser.add_argument(
         "--runs", type=Path, default=Path("results/runs"), help="where runs are (default: results/runs)"
     )
     parser.add_argument("--out", type=Path, help="where reports go (default: reports/ beside the runs)")
     options = parser.parse_args(arguments)
-    out, chosen = options.out or options.runs / "reports", Chosen(options.x, options.group)
+    out = options.out or options.runs / "reports"
     try:
         sweeps = options.sweeps or _all_sweeps(options.runs, out)
         folders = [options.runs / sweep for sweep in dict.fromkeys(map(rows_of, sweeps))]
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.render:
             for folder in folders:
                 _collect(folder, out, options.replace)
-        sections = {sweep: _report(out / sweep, chosen) for sweep in sweeps}
+        sections = {sweep: _report(out / sweep, options.x, options.group) for sweep in sweeps}
         for folder in (path.parent for path in sorted(out.glob("*/means.md"))):
             if folder.name not in sections:
                 sections[folder.name] = write_tables(folder)[1]
@@ -64,21 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-class Chosen(NamedTuple):
-    """What a user asked figures to show; empty: as the sweep suggests."""
-
-    x: str = ""
-    group: str = ""
-
-    def of(self, view: View, axes: list[str]) -> View:
-        known = ["label", *(axis.rsplit("/")[-1].removeprefix(DATA) for axis in axes)]
-        for option in filter(None, self):
-            if option not in known:
-                raise UserError(f"this sweep varies no {option}: --x and --group take {' | '.join(known)}")
-        x, group = self.x or view.x, self.group or view.group
-        return replace(view, x=x, group=group, figure="lines") if any(self) else view
-
-
 def _all_sweeps(runs: Path, out: Path) -> list[str]:
     sweeps = {path.parent.parent.name for path in runs.glob("*/*/config.yaml")}
     sweeps |= {path.parent.name for path in out.glob("*/rows.csv")}
@@ -87,11 +71,11 @@ def _all_sweeps(runs: Path, out: Path) -> list[str]:
     return sorted(sweeps | {name for name, view in VIEWS.items() if view.rows_of in sweeps})
 
 
-def _report(folder: Path, chosen: Chosen) -> Section:
+def _report(folder: Path, x: str, group: str) -> Section:
     rows_in = folder.with_name(rows_of(folder.name))
     if not (rows_in / "rows.csv").exists():
         raise UserError(f"there is no sweep {folder.name}: no runs of {rows_in.name}, and no rows in {rows_in}")
-    section = render(folder, chosen)
+    section = render(folder, x, group)
     for table in section.tables:
         if len(table.lines) > PRINTED:
             print(f"{table.title}: {len(table.lines)} lines, in {folder}")
@@ -111,8 +95,8 @@ def _plain(cell: tables.Cell) -> str:
 
 
 def _collect(runs: Path, out: Path, only_these: bool) -> None:
-    """Add the rows of one sweep's runs, if any, to the existing ones, replacing those of the same name; write the
-    histories for every view of them that shows curves."""
+    """Add the rows of one sweep's runs, if any, to the existing ones, in place of those of the same name, and write the
+    histories for every view that shows their curves."""
     if not runs.is_dir():
         return
     rows, folder = collect(runs), out / runs.name
@@ -143,7 +127,7 @@ def _histories(runs: Path, rows: RunRows, view: View) -> pd.DataFrame:
     """The columns of the view from the history of every finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
-        if not (runs / row["name"] / "history.csv").exists():  # a row of before
+        if not (runs / row["name"] / "history.csv").exists():  # a row kept from an earlier report
             continue
         history = read_history(runs / row["name"] / "history.csv", view.curves)
         parts.append(history.assign(**{name: row[name] for name in ("dataset", "model", "label", "seed")}))
@@ -191,15 +175,22 @@ def write_tables(folder: Path) -> tuple[Summary, Section]:
     return summary, Section(sweep, view.title.format(sweep=sweep), came_from, list(found.values()), pictures)
 
 
-def render(folder: Path, chosen: Chosen) -> Section:
-    """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it."""
+def render(folder: Path, x: str, group: str) -> Section:
+    """Write tables and figures of one sweep from the rows in its folder; returns what the page shows of it.
+
+    `x` and `group` are those of `View`; empty: as the sweep suggests.
+    """
     summary, section = write_tables(folder)
     histories = folder / "histories.csv"
     curves = read_histories(histories) if histories.exists() else None
-    shutil.rmtree(folder / "figures", ignore_errors=True)  # those of datasets that are no longer there would stay
-    pictures = figures.draw(
-        summary, chosen.of(view_of(folder.name), summary.axes), folder.name, folder / "figures", curves
-    )
+    shutil.rmtree(folder / "figures", ignore_errors=True)  # else those of datasets that are gone would stay
+    view = view_of(folder.name)
+    if x or group:
+        known = ["label", *(axis.rsplit("/")[-1].removeprefix(DATA) for axis in summary.axes)]
+        if unknown := {x, group} - {"", *known}:
+            raise UserError(f"this sweep does not vary {min(unknown)}: --x and --group take {' | '.join(known)}")
+        view = replace(view, x=x or view.x, group=group or view.group, figure="lines")
+    pictures = figures.draw(summary, view, folder.name, folder / "figures", curves)
     return replace(section, figures=sorted(pictures))
 
 
@@ -211,7 +202,7 @@ def source(rows: RunRows, sweep: str) -> str:
         if column in finished:
             values = finished[column].dropna().astype(str).drop_duplicates()
             parts.append(f"{name}: {', '.join(values[:3])}{f' and {len(values) - 3} more' if len(values) > 3 else ''}")
-    return "; ".join([*parts, "each run's own command stands in its row"])
+    return "; ".join([*parts, "each run's command is in its row"])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from massdpo.report.methods import GREY
 from massdpo.report.summary import Summary
 from massdpo.report.views import View, shares
 
-BESIDE = 5  # panels that a figure holds beside each other; more metrics are more figures
+BESIDE = 5  # panels side by side in a figure; more metrics make more figures
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -27,7 +27,7 @@ STYLE = {
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.6,
     "svg.hashsalt": "massdpo",  # the same figure gives the same bytes
-    "svg.fonttype": "none",  # text as text: a quarter of the size, and found by a search
+    "svg.fonttype": "none",  # text as text: a quarter of the size, and searchable
 }
 
 
@@ -61,11 +61,11 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
 
 CAPTIONS = {
     plots.dots: "Means; bars: 95% t intervals over seeds; dashed: random. ",
-    plots.lines: "Means; bars: 95% t intervals over seeds; level lines: one run setting for all. ",
-    plots.front: "Means; pale bars: 95% t intervals over seeds; dashed: joins what no other beats in both. ",
+    plots.lines: "Means; bars: 95% t intervals over seeds; horizontal lines: one setting for all. ",
+    plots.front: "Means; pale bars: 95% t intervals over seeds; dashed: joins the points that nothing beats in both. ",
 }
 DIFFERENCES = (
-    "Method less random; bars: 95% intervals, seeds and prompts as crossed random effects; dashed: no difference. "
+    "Method minus random; bars: 95% intervals, seeds and prompts as crossed random effects; dashed: no difference. "
 )
 CURVES = "Mean over seeds; band: lowest to highest seed."
 
@@ -89,7 +89,7 @@ def _save(figure: Figure, path: Path, title: str, caption: str) -> Path:
 
 
 def save_pictures(figure: Figure, path: Path) -> None:
-    """Write `path`.png and `path`.svg, without what would differ from one day to the next, and close the figure."""
+    """Write `path`.png and `path`.svg, the same bytes every time, and close the figure."""
     for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         with store.replacing(path.with_name(f"{path.name}.{ending}")) as beside:
             figure.savefig(beside, format=ending, metadata=metadata, dpi=120)

@@ -5,12 +5,14 @@ import re
 from massdpo.report.tables import Cell, ReportTable
 from massdpo.report.views import shares
 
-LATEX_COLUMNS = 6  # values beside each other that a page's width can hold
+LATEX_COLUMNS = 6  # values side by side that fit a page
 
 
 def to_latex(table: ReportTable, label: str) -> str:
-    """A float for each block, as wide as the page at most, many columns in tabulars below each other; p values are left
-    to the other forms, their stars stay. Needs the packages booktabs and graphicx."""
+    """A float per block, at most as wide as the page, with many columns split into stacked tabulars.
+
+    p values are left to the other formats; their stars stay.
+    """
     return "\n".join(_float(table, block, label) for block in table.blocks)
 
 
@@ -43,7 +45,7 @@ def _tabular(head: list[str], lines: list[list[Cell]], columns: list[int]) -> st
 
     return "\n".join(
         [
-            # never wider than the page, and not blown up to it either
+            # shrunk to the page if wider, but never enlarged
             r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
             r"\toprule",

@@ -1,4 +1,4 @@
-"""Every method by its name in tables: its place, its colour and marker in every figure, and what it does."""
+"""Every method by its name in tables: its place, its colour and marker in figures, and what it does."""
 
 from dataclasses import dataclass
 from zlib import crc32
@@ -20,9 +20,9 @@ class Method:
 
 
 METHODS = {  # in the order of tables
-    "popularity": Method(GREY, "|", "a count of how popular each item is; no model", "--"),
-    "lookup": Method(GREY, "_", "whatever training data say of the words of a prompt, by table; no model", "-."),
-    "sft": Method(GREY, "x", "the SFT start that every run begins with: no preference stage", ":"),
+    "popularity": Method(GREY, "|", "the popularity of each item in the training data; no model", "--"),
+    "lookup": Method(GREY, "_", "what the training data say about the words of a prompt, by table; no model", "-."),
+    "sft": Method(GREY, "x", "the SFT start of every run: no preference stage", ":"),
     "random": Method(GREY, "o", "k negatives drawn uniformly, Plackett-Luce loss"),
     "sdpo": Method(
         GREY, "o", "S-DPO (Softmax-DPO, arXiv 2406.09215): k random negatives, Plackett-Luce loss; not TRL's SDPO"
@@ -31,7 +31,7 @@ METHODS = {  # in the order of tables
     "dmpo": Method(SKY, "s", "DMPO (arXiv 2405.16127): k random negatives, their mean reward"),
     "mppo": Method(SKY, "^", "MPPO (arXiv 2412.15244): k random negatives, no reference"),
     "pairwise": Method(SKY, "v", "k random negatives, one pair each"),
-    "lipo": Method(SKY, "<", "LiPO-lambda (arXiv 2402.01878): k random negatives, pairs weighed by their ranks"),
+    "lipo": Method(SKY, "<", "LiPO-lambda (arXiv 2402.01878): k random negatives, pairs weighted by their ranks"),
     "is_pl": Method(
         *(SKY, "P", "k negatives in proportion to their share of the gradient, Plackett-Luce loss corrected for that")
     ),
@@ -44,7 +44,7 @@ METHODS = {  # in the order of tables
     "dpp": Method(GREEN, "s", "k negatives sampled from the determinantal point process that mass maximises"),
     "farthest": Method(GREEN, "^", "the k negatives farthest from one another"),
     "coreset": Method(GREEN, "v", "AMPO's coreset (arXiv 2502.18293): the hardest negative of each of k clusters"),
-    "medoids": Method(GREEN, "P", "AMPO's medoids (arXiv 2502.18293): k negatives that the weighed pool is nearest to"),
+    "medoids": Method(GREEN, "P", "AMPO's medoids (arXiv 2502.18293): k negatives nearest to the weighted pool"),
     "herding": Method(GREEN, "D", "kernel herding: k negatives whose mean matches the whole pool's gradient"),
     "dynamic": Method(
         PINK, "s", "DynamicPO (arXiv 2605.00327): its boundary set, at most k negatives, and its varying beta"
@@ -54,13 +54,13 @@ METHODS = {  # in the order of tables
     "mass": Method(ORANGE, "o", "MASS-DPO (arXiv 2605.10784): k negatives by log-det of the Fisher information"),
 }
 START = "sft"  # label of the start that every run is measured from
-UNTRAINED = (START, "popularity", "lookup")  # lines that no preference stage made, from the `sft/...` metrics and so on
-BASELINES = ("random", "sdpo")  # two names of one thing
+UNTRAINED = (START, "popularity", "lookup")  # lines without a preference stage, from the `sft/...` metrics and so on
+BASELINES = ("random", "sdpo")  # two names for one thing
 OTHERS = [(colour, marker) for marker in "<>hp*X" for colour in (BROWN, PINK, SKY, YELLOW, GREEN, BLUE)]
 
 
 def method(label: str) -> Method:
-    """A method of one's own has one colour and marker everywhere, too: those that its name leads to."""
+    """The entry of a method; one of your own gets a colour and marker from its name, so the same ones everywhere."""
     return METHODS.get(label, Method(*OTHERS[crc32(label.encode()) % len(OTHERS)], "a method of your own"))
 
 

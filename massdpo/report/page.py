@@ -1,4 +1,4 @@
-"""`index.html`: the finding, then all tables and figures of all sweeps, in one file that needs no other."""
+"""`index.html`: the finding, then all tables and figures of all sweeps, in one self-contained file."""
 
 import base64
 import html
@@ -11,8 +11,8 @@ from massdpo.evaluation.metrics import METRICS
 from massdpo.report.methods import METHODS
 from massdpo.report.tables import ReportTable, to_html
 
-FINDING = "finding.md"  # in the folder of the page, where somebody has written one: a paragraph in Markdown
-FOLDED = 30  # lines; longer tables open on request
+FINDING = "finding.md"  # beside the page, if somebody has written one: a paragraph in Markdown
+FOLDED = 30  # lines; longer tables are folded
 
 STYLE = """
 *{box-sizing:border-box}body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;background:#fff;max-width:72rem;
@@ -44,7 +44,7 @@ class Section:
 
 
 def write_page(path: Path, sections: list[Section]) -> None:
-    """The page of these sections, in their order, behind the finding where the page's folder has one."""
+    """The page of these sections, in their order, after the finding if there is one."""
     finding = path.with_name(FINDING)
     told = f"<p class=finding>{_inline(finding.read_text(encoding='utf-8'))}</p>" if finding.exists() else ""
     names = [(part.sweep, part.title) for part in sections] + [("methods", "Methods"), ("metrics", "Metrics")]
@@ -59,7 +59,7 @@ def write_page(path: Path, sections: list[Section]) -> None:
 
 
 def _inline(markdown: str) -> str:
-    """Bold and code of a paragraph in Markdown; the rest is text."""
+    """A paragraph of Markdown as HTML: bold and code only."""
     text = html.escape(" ".join(markdown.split()))
     return re.sub(r"`(.+?)`", r"<code>\1</code>", re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text))
 
@@ -78,7 +78,7 @@ def _section(part: Section) -> str:
 
 
 def _figure(figure: Path, part: Section) -> str:
-    """A click opens it large, another one closes it."""
+    """A click enlarges it, another one closes it."""
     name, picture = html.escape(figure.stem), base64.b64encode(figure.with_suffix(".svg").read_bytes()).decode()
     return (
         f'<figure id="figure-{name}"><a class=close href="#{html.escape(part.sweep)}">close ✕</a>'

@@ -14,7 +14,7 @@ from massdpo.report.statistics import Difference, crossed_effects
 Floats = NDArray[np.float64]
 Run = tuple[Any, Any]  # its set of test prompts and its name; neither is a string where no run made the line
 NO_TEST = Difference(*[np.nan] * 4)
-NOT_PER_PROMPT = "not kept per prompt"
+NOT_PER_PROMPT = "not recorded per prompt"
 
 
 class PerPrompt:
@@ -27,7 +27,7 @@ class PerPrompt:
         self._values = cache(values)
 
     def compare(self, metric: str, pairs: list[tuple[Run, Run]]) -> tuple[Any, ...]:
-        """(difference, low, high, p, pairs compared, note) of runs and those of the baseline, one pair per seed.
+        """(difference, low, high, p, pairs compared, note) of runs against the baseline's, one pair per seed.
 
         The note says why there is no test.
         """

@@ -1,4 +1,4 @@
-"""Panels of a figure: a row per model, a column per metric, each method in its own colour and with its own marker."""
+"""Panels of a figure: a row per model, a column per metric, each method with its own colour and marker."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _looks(label: str) -> dict[str, str]:
 
 
 def _bounded(axis: Any, metric: str) -> None:
-    """Shares end at 0 and 1, and so do their axes; `axis` is a pair of a getter and a setter of limits."""
+    """Keep the axis of a share within 0 and 1; `axis` is the getter and the setter of its limits."""
     get, put = axis
     low, high = get()
     if not described(metric).unit:
@@ -48,9 +48,9 @@ def _names(cells: pd.DataFrame, axes: list[str]) -> list[str]:
 
 
 def _bars(cells: pd.DataFrame, metric: str) -> np.ndarray:
-    """How far intervals reach below and above the means, (2, cells); 0 where a single seed gives none.
+    """How far intervals reach below and above the means, (2, cells); 0 for a single seed, which has none.
 
-    That of a share is cut at 0 and 1.
+    The interval of a share is cut at 0 and 1.
     """
     half, mean = cells["half"].fillna(0).to_numpy(), cells["mean"].to_numpy()
     if described(metric).unit:
@@ -67,7 +67,7 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
     place_of = {name: len(names) - place for place, name in enumerate(names)}
     # Margins by hand: fitting them takes most of the time of a figure with many panels.
     left, panel, gap, top = 0.25 + 0.08 * max(map(len, names)), 0.22 * len(names) + 0.15, 0.7, 0.6
-    bottom = 0.95  # the axis's name and the caption
+    bottom = 0.95  # the axis label and the caption
     width, height = left + max(2.2 * len(metrics), 4), bottom + top + (panel + gap) * len(models) - gap
     figure, axes = plt.subplots(len(models), len(metrics), figsize=(width, height), squeeze=False)
     figure.subplots_adjust(
@@ -103,7 +103,7 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
 
 
 def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
-    """Metrics over `view.x`, or the numeric option with most values; a method at one value only is a level line."""
+    """Metrics over `view.x`, or the numeric option with most values; a method with one value is a horizontal line."""
     numeric = [axis for axis in summary.axes if all(not isinstance(value, str) or not value for value in cells[axis])]
     chosen = [axis for axis in summary.axes if view.x in (axis, _option(axis))]
     if not (chosen or numeric):
@@ -134,7 +134,7 @@ def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                 line = line[line[over] != ""]
                 line = line.iloc[np.argsort([place_of[value] for value in line[over]])]
                 x = np.array([place_of[value] for value in line[over]])
-                aside = 0.012 * (place - middle)  # of the axis: bars at one value would hide one another
+                aside = 0.012 * (place - middle)  # of the axis: bars at the same value would hide one another
                 x = x * (last / first) ** aside if log else x + (last - first) * aside
                 bars = {"linestyle": method(label).dashes, "capsize": 2, "markersize": 4.5}
                 axis.errorbar(x, line["mean"], _bars(line, metric), label=name, **bars, **looks)
@@ -155,7 +155,7 @@ def _line_name(keys: tuple[Any, ...]) -> str:
 
 
 def front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
-    """Pairs of metrics against each other; the line joins what nothing beats in both."""
+    """Pairs of metrics against each other; the line joins the points that nothing beats in both."""
     models = sorted(cells["model"].unique())
     pairs = [pair for pair in view.pairs if set(pair) <= set(summary.metrics)]
     if not pairs:
@@ -174,7 +174,7 @@ def front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
                     line.mean_x, line.mean_y, label=name, markersize=6, elinewidth=0.8, **bars, **_looks(line.label)
                 )
                 for bar in point[2]:
-                    bar.set_alpha(0.35)  # with few seeds they are long, and the points matter
+                    bar.set_alpha(0.35)  # with few seeds they are long, and it is the points that matter
             best_x = -1.0 if described(across).better < 0 else 1.0
             points = both[["mean_x", "mean_y"]].to_numpy(dtype=float) * [best_x, 1.0]
             unbeaten = [p for p in points if not ((points >= p).all(1) & (points > p).any(1)).any()]

@@ -1,4 +1,4 @@
-"""The picture of one prompt: its candidates' ranks before and after, what selectors take of it, how alike it all is.
+"""The picture of one prompt: its candidates' ranks before and after, what selectors take, how similar candidates are.
 
 Suffixes: C = 1 + N candidates (column 0 is the chosen one).
 """
@@ -24,9 +24,9 @@ class Prompt:
     names: Sequence[str]  # of the candidates
     before_C: Sequence[int]  # their ranks under the SFT start, 1 the likeliest per token
     after_C: Sequence[int]  # under the trained policy
-    cosine_CC: Tensor  # of the hidden states, from the pool's mean
+    cosine_CC: Tensor  # of the hidden states, centred on the pool's mean
     takes: Mapping[str, Sequence[int]]  # by selector
-    trained_on: Sequence[int]  # picks of the run itself; none of a test prompt
+    trained_on: Sequence[int]  # the run's own picks; empty for a test prompt
 
 
 def draw_prompt(prompt: Prompt, title: str, file: Path) -> None:
@@ -63,7 +63,7 @@ def _ranks(axes: Axes, prompt: Prompt) -> None:
 
 
 def _takes(axes: Axes, prompt: Prompt, order: Sequence[int]) -> None:
-    """Selectors by negatives, the likeliest first: the number says when a selector takes it."""
+    """Selectors by negatives, likeliest first: a number is the place in the selector's pick order."""
     rows = dict(prompt.takes) | ({"in training": prompt.trained_on} if prompt.trained_on else {})
     taken = np.zeros((len(rows), len(order)))
     for row, picks in enumerate(rows.values()):
@@ -74,8 +74,8 @@ def _takes(axes: Axes, prompt: Prompt, order: Sequence[int]) -> None:
     axes.imshow(taken, cmap="Oranges", vmin=0, vmax=2, aspect="auto")
     axes.set_xticks(range(len(order)), [str(place - 1) for place in order], fontsize=7)
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
-    axes.set_xlabel("place in the pool, the likeliest first", fontsize=8)
-    axes.set_title("what each selector would take now, and when", loc="left", fontsize=9)
+    axes.set_xlabel("place in the pool, likeliest first", fontsize=8)
+    axes.set_title("what each selector would take now, in pick order", loc="left", fontsize=9)
 
 
 def _similarity(axes: Axes, prompt: Prompt, order: Sequence[int]) -> None:
@@ -83,5 +83,5 @@ def _similarity(axes: Axes, prompt: Prompt, order: Sequence[int]) -> None:
     image = axes.imshow(prompt.cosine_CC[order][:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axes.set_xticks(range(len(order)), labels, fontsize=7, rotation=90)
     axes.set_yticks(range(len(order)), labels, fontsize=7)
-    axes.set_title("similarity: cosine of hidden states from the pool's mean", loc="left", fontsize=9)
+    axes.set_title("similarity: cosine of hidden states, centred on the pool's mean", loc="left", fontsize=9)
     axes.figure.colorbar(image, ax=axes, shrink=0.8)

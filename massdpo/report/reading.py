@@ -1,4 +1,4 @@
-"""The files of results: read, or refused in one line that names the file, what is wrong with it, and what helps."""
+"""The files of results: read, or refused in one line that names the file, what is wrong, and what to do."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from massdpo.errors import UserError, one_line
 from massdpo.evaluation.metrics import METRICS, ranking_values
 
 GROUPS = ["dataset", "model", "selector", "loss", "method"]
-STATES = ("running", "finished", "interrupted", "failed")
-FIELDS = {  # what is kept of a prompt: the columns of predictions.jsonl that metrics come from; older runs lack some
+STATES = ("finished", "missing", "interrupted", "failed", "running")  # as a list shows them: what needs doing last
+FIELDS = {  # recorded per prompt: the columns of predictions.jsonl that metrics come from; older runs lack some
     **{metric.column: np.float32 for metric in METRICS.values() if metric.column},
     **{"rank": np.uint16, "rank_sum": np.uint16, "reward_correct": np.bool_},
 }
@@ -31,7 +31,7 @@ Prompts = dict[str, NDArray[Any]]  # results of a run, one per test prompt, by f
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever damaged content leads to becomes one `UserError`."""
+    """Turn any error that damaged content causes into one `UserError`."""
     try:
         yield
     except Exception as error:
@@ -40,7 +40,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def sound(value: Any) -> Any:
-    """The value itself; UnicodeEncodeError where a text in it is half a character, which no file can hold."""
+    """The value itself; UnicodeEncodeError if a text in it has half a character, which no file can hold."""
     json.dumps(value, ensure_ascii=False, default=str).encode()
     return value
 
@@ -50,7 +50,7 @@ def read_json(path: Path) -> Any:
 
 
 def run_status(folder: Path) -> tuple[str, str]:
-    """A run's state (running, finished, interrupted, failed), and for a failed or interrupted one why."""
+    """A run's state (running, finished, interrupted, failed), and why if it failed or was interrupted."""
     path = folder / "status.json"
     if not path.exists():
         return "running", ""
@@ -62,26 +62,26 @@ def run_status(folder: Path) -> tuple[str, str]:
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
-    """Flat: numbers, and texts about where they come from."""
+    """A flat dict: numbers, and texts about where they come from."""
     with reading(path):
         return {name: as_cell(value) if name in TEXTS else value for name, value in read_json(path).items()}
 
 
 def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Prompts]:
-    """Ids of the test prompts, sorted, and each of `FIELDS` that is there, in that order.
+    """Ids of the test prompts, sorted, and each of the `FIELDS` that the file has, in the order of the ids.
 
-    They are the prompts that `metrics` were measured on: a file cut short, or with a line twice, is refused.
+    They must be the prompts that `metrics` were measured on: a truncated file or one with a repeated line is refused.
     """
     with reading(path), open(path, encoding="utf-8") as file:
         lines = sorted((sound(json.loads(line)) for line in file), key=lambda line: str(line["id"]))
         ids = [str(line["id"]) for line in lines]
         if not lines or len(set(ids)) < len(ids):
-            raise ValueError("a prompt twice" if lines else "no prompt")
+            raise ValueError("a prompt appears twice" if lines else "no prompts")
         there = [name for name in FIELDS if all(isinstance(line.get(name), int | float) for line in lines)]
         prompts: Prompts = {name: np.array([line[name] for line in lines], FIELDS[name]) for name in there}
         ranked = ranking_values(torch.tensor(prompts["rank"].astype(np.int64)))
         means = {name: float(values.mean()) for name, values in ranked.items()}
-        if "margin" in prompts:  # of a policy that is always right, ranks do not tell which prompts there were
+        if "margin" in prompts:  # ranks of a policy that is always right do not tell prompts apart
             means["margin"] = float(prompts["margin"].astype(float).mean())
         for name, mean in means.items():
             if not math.isclose(metrics.get(name, mean), mean, rel_tol=1e-4, abs_tol=1e-6) and math.isfinite(
@@ -92,7 +92,7 @@ def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Pr
 
 
 def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Steps of the preference stage and the columns asked for, all of them numbers; step 0 is the SFT start."""
+    """Steps of the preference stage with the given columns, all of them numbers; step 0 is the SFT start."""
     with reading(path):
         frame = pd.read_csv(path)
         columns = tuple(column for column in columns if column in frame)
@@ -141,7 +141,7 @@ def read_rows(csv: Path | io.StringIO) -> pd.DataFrame:
 
 
 def as_cell(text: str) -> str:
-    """A text for `rows.csv`: on one line, and no formula to a spreadsheet that opens it."""
+    """A text for `rows.csv`: on one line, and not a formula to a spreadsheet that opens it."""
     text = "".join(char if char.isprintable() else " " for char in text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 

@@ -20,9 +20,9 @@ from massdpo.errors import UserError
 from massdpo.report import reading
 from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, as_cell, run_status
 
-DATA = "dataset."  # options that change what is asked
+DATA = "dataset."  # options that change the questions
 NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
-PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.path=")  # of one machine alone
+PLACES = ("data_dir=", "cache_dir=", "runs_dir=", "dataset.raw_dir=", "dataset.path=")  # of one machine only
 
 
 @dataclass
@@ -48,7 +48,7 @@ class RunRows:
         return cls(read, _axes(read), prompts)
 
     def only(self, labels: tuple[str, ...], datasets: tuple[str, ...]) -> "RunRows":
-        """The rows of these labels and datasets; none given: of all."""
+        """The rows of these labels and datasets; empty: of all."""
         frame = self.frame
         for column, allowed in (("label", labels), ("dataset", datasets)):
             if allowed:
@@ -56,7 +56,7 @@ class RunRows:
         return RunRows(frame, _axes(frame), self.prompts)
 
     def merged(self, new: "RunRows") -> "RunRows":
-        """These rows and the new ones, which stand for those of the same name (it holds a hash of the run's config)."""
+        """These rows and the new ones, which replace those of the same name (it holds a hash of the run's config)."""
         kept = self.frame[~self.frame["name"].isin(new.frame["name"])]
         frame = pd.concat([kept, new.frame], ignore_index=True).sort_values("name", kind="stable")
         return RunRows.through_text(frame, self.prompts | new.prompts)
@@ -74,7 +74,7 @@ class RunRows:
 
 
 def collect(folder: Path) -> RunRows:
-    """The rows of all runs below `results/runs/<sweep>`; a run that has not finished is there without numbers."""
+    """The rows of all runs below `results/runs/<sweep>`; one that has not finished has a row without numbers."""
     runs = [_read_run(path.parent) for path in sorted(folder.glob("*/config.yaml"))]
     started = {row["name"] for row, _, _ in runs}
     for name, noted in expected_runs(folder).items():
@@ -107,7 +107,7 @@ def _axes(frame: pd.DataFrame) -> list[str]:
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
-    """One run's row, its config flattened, and its per-prompt results (none: not finished)."""
+    """One run's row, its config flattened, and its per-prompt results (empty if it has not finished)."""
     status, why = run_status(folder)
     with reading.reading(folder / "config.yaml"):
         config = reading.sound(store.plain_yaml((folder / "config.yaml").read_text(encoding="utf-8")))
@@ -133,7 +133,7 @@ def _row(name: str, config: dict[str, Any], status: str, why: str = "") -> dict[
 
 
 def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {"job", "command", "config"} of the runs that multiruns into this folder were started for."""
+    """Name -> {"job", "command", "config"} of the runs that multiruns into this folder were to make."""
     path = folder / EXPECTED
     with reading.reading(path):
         runs = reading.read_json(path) if path.exists() else {}
@@ -151,9 +151,9 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
-    """Options that differ between runs of the same choices: what a sweep varied by itself, short name -> path.
+    """Options that differ between runs of the same choices, so those that the sweep itself varied: short name -> path.
 
-    Those of the data keep their path: lines that differ in one answer other questions.
+    Options of the data keep their path: lines that differ in one answer different questions.
     An option that follows another one (`selector.k`, interpolated from `k`) is no axis of its own.
     """
     seen: dict[tuple[Any, ...], dict[str, set[Any]]] = {}

@@ -1,4 +1,4 @@
-"""How far a sweep is: which runs are finished, running, failed (and why) or missing, and the time left."""
+"""The progress of a sweep: which runs are finished, running, failed (and why) or missing, and the time left."""
 
 import time
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Any
 
 from massdpo.console import spell
 from massdpo.errors import UserError
-from massdpo.report.reading import run_status
+from massdpo.report.reading import STATES, run_status
 from massdpo.report.rows import expected_runs
 
-KNOWN = ("config.yaml", "status.json")  # of a run; one that failed early has only the second
-STATES = ("finished", "missing", "interrupted", "failed", "running")  # what there is to do stands last, at the prompt
+KNOWN = ("config.yaml", "status.json")  # files of a run; one that failed early has only the second
 
 
 def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
@@ -29,20 +28,20 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     sentence = ", ".join(f"{count} {state}" for state, count in told.items())
     if left and took:
         side_by_side = max(1, counts["running"])
-        each = median(took)  # not the mean: one run over a suspended night would stand for all
+        each = median(took)  # not the mean: one run on a machine that slept overnight would spoil it
         left_seconds = left * each / side_by_side
-        sentence += f"; about {spell(left_seconds)} left at {spell(each)} a run, {side_by_side} at once"
+        sentence += f"; about {spell(left_seconds)} left at {spell(each)} per run, {side_by_side} at once"
     return lines, sentence
 
 
 def _line(folder: Path, job: str) -> dict[str, Any]:
-    """Times are those of the files: the config is a run's first one, metrics.json its last."""
+    """Times are those of the files: the config is the first that a run writes, metrics.json the last."""
     if not any((folder / name).exists() for name in KNOWN):
         return {"run": folder.name, "state": "missing", "seconds": 0, "note": job}
     state, why = run_status(folder)
     times = {path.name: path.stat().st_mtime for path in folder.iterdir()}
     last = max(times.values())
     if state == "running":
-        why = f"last sign of life {spell(time.time() - last)} ago"
+        why = f"last file written {spell(time.time() - last)} ago"
     end = times["metrics.json"] if state == "finished" and "metrics.json" in times else last
     return {"run": folder.name, "state": state, "seconds": round(end - times.get("config.yaml", last)), "note": why}

@@ -1,8 +1,8 @@
 """Rows -> one long frame: a line per table cell, with mean, interval, number of seeds, best and ties, and the paired
-difference to `random`.
+difference from `random`.
 
-A table has a block for each (dataset, model) and, where options of the data are varied, each of their values: only
-within a block are methods compared. In it is a line for each label and value of the other varied options.
+A table has a block for each (dataset, model) and, if options of the data are varied, for each of their values: methods
+are compared only within a block. It has a line for each label and value of the other varied options.
 """
 
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ BLOCK = ["dataset", "model"]
 @dataclass
 class Summary:
     """`cells`: columns dataset, model, label, the axes, metric, mean, half, n, of, best, tie, difference, low, high, p,
-    pairs (seeds that were compared), note, p_holm. A cell that no finished run fills has n = 0."""
+    pairs (seeds that were compared), note, p_holm. A cell without a finished run has n = 0."""
 
     cells: pd.DataFrame
     block: list[str]  # columns that say which block a line is in: dataset, model and the axes that change the data
     axes: list[str]
     metrics: list[str]
-    absent: list[str]  # metrics that were asked for and that no run has
+    absent: list[str]  # requested metrics that no run has
     unfinished: pd.DataFrame  # name, status and why of runs without numbers
     odd: list[str]  # names of finished runs with NaN or infinity among the metrics
     sizes: dict[str, str]  # test prompts of each dataset
@@ -47,7 +47,7 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
     data_axes, axes = split_axes(rows.axes)
     in_block = [*BLOCK, *data_axes]
     frame = pd.concat([frame, _untrained(frame, in_block, axes, present)], ignore_index=True)
-    frame = frame[frame["label"].notna()]  # an expected run that never started has a name and nothing else
+    frame = frame[frame["label"].notna()]  # a run that never started may have nothing but a name
     lines = _grid(frame, axes)
     _refuse_twins(frame, rows.axes)
     per_prompt = PerPrompt(rows.prompts)
@@ -88,7 +88,7 @@ def split_axes(axes: list[str]) -> tuple[list[str], list[str]]:
 def at_best(rows: RunRows, metric: str) -> tuple[RunRows, list[str]]:
     """Only the runs at each method's best value of the varied options, by the mean over seeds of a validation metric.
 
-    Also says which values these are. The order of the rows decides between equal means.
+    Also returns notes on which values these are. The order of the rows decides between equal means.
     """
     data_axes, axes = split_axes(rows.axes)
     keys = [*BLOCK, *data_axes, "label"]
@@ -108,16 +108,16 @@ def _refuse_twins(frame: pd.DataFrame, axes: list[str]) -> None:
     if len(twins):
         first, second = twins.sort_values([*BLOCK, "label", "seed"], kind="stable")["name"].iloc[:2]
         raise UserError(
-            f"runs {first} and {second} have the same data, model, method, options and seed: remove one,"
-            " or report with --replace"
+            f"runs {first} and {second} have the same data, model, method, options and seed: remove one, "
+            "or report with --replace"
         )
 
 
 def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metrics: list[str]) -> pd.DataFrame:
     """A line for the SFT start, and for each guess without a model, of each block and seed.
 
-    They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them: all of a
-    seed's, unless an option changes the start; then those of each of its values.
+    They come from the `sft/...`, `popularity/...` and `lookup/...` metrics of one of the runs that share them: all runs
+    of a seed, unless an option changes the start; then those with the same value of it.
     """
     parts = []
     shared = [*in_block, "seed"]
@@ -136,7 +136,7 @@ def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metric
 
 
 def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
-    """The lines of every block: whatever any block has, all have, so that what is missing can be seen."""
+    """The lines of every block: all blocks have the same lines, so that what is missing can be seen."""
     lines = frame[["label", *axes]].drop_duplicates()
     keys = [(label_rank(label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
     return lines.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
@@ -151,7 +151,7 @@ def _block_cells(
     lines: pd.DataFrame,
     axes: list[str],
     metrics: list[str],
-    per_prompt: "PerPrompt",
+    per_prompt: PerPrompt,
     baselines: tuple[str, ...],
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
@@ -169,7 +169,7 @@ def _block_cells(
     for metric in metrics:
         values = finished[metric].to_numpy(dtype=np.float64)
         values_LS = np.where(run_LS >= 0, values[run_LS], np.nan)
-        if described(metric).of_rewards:  # measured from the start: its own are 0, and no result
+        if described(metric).of_rewards:  # measured from the start: its own are 0 by definition
             values_LS[lines["label"].isin(UNTRAINED)] = np.nan
         cells = lines.assign(metric=metric, **_means(values_LS, run_LS >= 0))
         cells["best"], cells["tie"] = _best(metric, values_LS, run_LS >= 0)
@@ -199,7 +199,7 @@ def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
 
 
 def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """The best line, and those that the 95% interval of the difference over shared seeds does not tell from it."""
+    """The best line, and those whose difference from it over shared seeds has a 95% interval that contains 0."""
     best_L, tie_L = (np.zeros(len(values_LS), dtype=bool) for _ in range(2))
     better = described(metric).better
     mean_L = better * _means(values_LS, there_LS)["mean"]
@@ -213,7 +213,7 @@ def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[
 
 
 def _baselines(lines: pd.DataFrame, there_L: Any, axes: list[str], names: tuple[str, ...]) -> list[int]:
-    """For each line the baseline's at the same options; where the baseline was run at one setting only, that one.
+    """For each line, the baseline's line with the same options; if the baseline was run at one setting only, that one.
 
     -1: there is none.
     """

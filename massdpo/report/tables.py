@@ -1,4 +1,4 @@
-"""A summary as Markdown, HTML, LaTeX (booktabs) and CSV: one table of means, one of paired differences to `random`."""
+"""A summary as tables, of means and of paired differences from `random`: in Markdown, HTML and CSV."""
 
 import html
 import math
@@ -17,8 +17,8 @@ from massdpo.report.summary import Summary
 from massdpo.report.views import metric_name, shown
 
 MISSING = "missing"
-NAMED = 5  # runs without numbers that a table names
-QUIET = ("baseline", "start", "no baseline")  # no test to be expected
+NAMED = 5  # runs without results that a table names
+QUIET = ("baseline", "start", "no baseline")  # where no test is expected
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Cell:
 
 @dataclass
 class ReportTable:
-    """Lines of cells under a head. The first `names` columns say what a line is, the first `block_names` of them what
-    its block is."""
+    """Lines of cells under a head. The first `names` columns say what a line is, and the first `block_names` of these
+    which block it is in."""
 
     title: str
     notes: list[str]
@@ -60,48 +60,43 @@ class ReportTable:
 
 def means_table(summary: Summary, title: str) -> ReportTable:
     notes = [
-        "Mean over seeds ± half-width of its 95% t interval; bold: best of its block; ~: not told apart from the "
-        "best (the 95% interval of the difference over shared seeds holds 0).",
+        "Mean over seeds ± half-width of its 95% t interval; bold: best of its block; ~: not distinguishable from the "
+        "best (the 95% interval of the difference over shared seeds contains 0).",
     ]
     if summary.absent:
-        notes.append(f"No run has: {', '.join(metric_name(metric) for metric in summary.absent)}.")
+        notes.append(f"No run has: {', '.join(map(metric_name, summary.absent))}.")
     if len(summary.unfinished):
         counts = summary.unfinished["status"].value_counts().sort_index()
         told = ", ".join(f"{count} {status}" for status, count in counts.items())
-        notes.append(f"Without numbers here: {told} ({', '.join(summary.unfinished['name'][:NAMED])}{_more(summary)}).")
+        names, more = ", ".join(summary.unfinished["name"][:NAMED]), len(summary.unfinished) - NAMED
+        notes.append(f"Runs without results: {told} ({names}{f' and {more} more' if more > 0 else ''}).")
     if summary.odd:
-        notes.append(f"NaN or infinity in {len(summary.odd)} runs, never best: {', '.join(summary.odd[:NAMED])}.")
+        notes.append(
+            f"NaN or infinity in {len(summary.odd)} runs, which are never best: {', '.join(summary.odd[:NAMED])}."
+        )
     arrows = {metric: "↓" if described(metric).better < 0 else "" for metric in summary.metrics}
     head = [f"{metric_name(metric)} {arrows[metric]}".strip() for metric in summary.metrics]
     return _table(summary, title, notes, head, _mean_cell, seeds=True)
 
 
-def _more(summary: Summary) -> str:
-    more = len(summary.unfinished) - NAMED
-    return f" and {more} more" if more > 0 else ""
-
-
 def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> ReportTable:
     count = int(summary.cells["p_holm"].notna().sum())
     notes = [
-        f"Mean paired difference to {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
+        f"Mean paired difference from {baseline} on the same seeds and test prompts [95% interval], p adjusted by "
         f"Holm ({count} tests); seeds and prompts are crossed random effects. *: p below 0.05.",
     ]
     if (summary.cells["pairs"] == 1).any():
-        notes.append("One seed: the interval is over prompts alone, and says nothing of other seeds.")
+        notes.append("One seed: the interval is over prompts alone, and says nothing about other seeds.")
     of_runs = set(summary.cells.loc[summary.cells["note"] == NOT_PER_PROMPT, "metric"])
     tested = [metric for metric in summary.metrics if metric not in of_runs]
     untested = [metric for metric in summary.metrics if metric in of_runs]
     if untested:
-        notes.append(f"Not kept prompt by prompt, so not tested: {', '.join(map(metric_name, untested))}.")
+        notes.append(f"Not recorded per prompt, so not tested: {', '.join(map(metric_name, untested))}.")
     head = [f"Δ {metric_name(metric)}" for metric in tested]
     table = _table(replace(summary, metrics=tested), title, notes, head, _difference_cell, seeds=False)
-    return _without_empty_lines(table)
-
-
-def _without_empty_lines(table: ReportTable) -> ReportTable:
-    """The baseline has no difference to itself, and a guess without a model none to a policy."""
-    return replace(table, lines=[line for line in table.lines if any(cell.text != "–" for cell in line[table.names :])])
+    # The baseline has no difference from itself, and a guess without a model none from a policy.
+    table.lines = [line for line in table.lines if any(cell.text != "–" for cell in line[table.names :])]
+    return table
 
 
 def _table(
@@ -124,12 +119,12 @@ def _table(
 
 
 def _named(lines: pd.DataFrame) -> pd.DataFrame:
-    """What a line is, as it is shown: `full` trains on the whole pool, whatever k its command says."""
+    """What a line is, as shown: `full` trains on the whole pool, whatever k its command says."""
     return lines.assign(k=lines["k"].mask(lines["label"] == "full", "all")) if "k" in lines else lines
 
 
 def number(value: float, scale: float | None = None) -> str:
-    """Three decimals, fewer for large numbers (`scale` decides, where a value goes with another one)."""
+    """Three decimals, fewer for large numbers (`scale` decides if a value accompanies another one)."""
     if math.isnan(value):
         return "NaN"
     size = abs(value if scale is None else scale)
@@ -140,7 +135,7 @@ def _mean_cell(cell: Any) -> Cell:
     if cell.n == 0:
         return Cell(MISSING)
     if cell.label in UNTRAINED and math.isnan(cell.mean):
-        return Cell("–")  # what it does not have, such as training time
+        return Cell("–")  # what does not apply, such as training time
     text = number(cell.mean)
     if not math.isnan(cell.half):
         text += f" ± {number(cell.half, cell.mean)}"
@@ -195,6 +190,6 @@ def to_html(table: ReportTable) -> str:
 
 
 def to_csv(summary: Summary) -> str:
-    """Every number behind the tables, one line a cell, at six significant digits (the rows have all of them)."""
+    """Every number behind the tables, one line per cell, with six significant digits (the rows have all digits)."""
     frame: pd.DataFrame = summary.cells.rename(columns=lambda name: str(name).removeprefix("option/"))
     return frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")

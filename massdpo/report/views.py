@@ -10,39 +10,39 @@ T = TypeVar("T")
 
 
 def metric_name(metric: str, *notes: str) -> str:
-    """The metric's label, with what its numbers count, and notes."""
+    """The metric's label, with its unit and notes."""
     known = described(metric)
     notes = (known.unit, *notes) if known.unit else notes
     return f"{known.label} ({', '.join(notes)})" if notes else known.label
 
 
 def axis_name(metric: str) -> str:
-    """As an axis shows it: also which way is better, where that is not up."""
+    """As an axis shows it: also which way is better, if that is not up."""
     return metric_name(metric, *(["lower is better"] if described(metric).better < 0 else []))
 
 
 def shown(value: object) -> str:
-    """An option's value; nothing for a line that the option does not concern."""
+    """An option's value; empty for a line that the option does not apply to."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def shares(values: list[T], most: int) -> list[list[T]]:
-    """The values in as few lists of at most `most` as will do, of as equal a length as can be."""
+    """The values in as few lists of at most `most` as possible, as equal in length as possible."""
     count = max(1, math.ceil(len(values) / most))
     return [values[len(values) * at // count : len(values) * (at + 1) // count] for at in range(count)]
 
 
 @dataclass(frozen=True)
 class View:
-    """Tables show `metrics`; `figure` is `lines` (over a numeric option that the sweep varies; `dots` where there is
-    none), `dots` (a mean and interval a method), `front` (pairs of metrics against each other) or `curves` (columns of
-    `history.csv` over steps).
+    """Tables show `metrics`; `figure` is `lines` (over a numeric option that the sweep varies; `dots` if there is
+    none), `dots` (a mean and interval per method), `front` (pairs of metrics against each other) or `curves` (columns
+    of `history.csv` over steps).
     `x`: the option of the lines' axis, `group`: the column whose values are coloured; as the sweep suggests, if empty.
-    `best_on`: where an option is varied, a further table with each method at its best value by this validation metric.
-    `differences`: a further figure, of the paired differences to random. `against`: a further table, of those to this
-    method. `rows_of`: the sweep whose runs are shown, where it is another one; `labels` and `datasets`: only these of
+    `best_on`: if an option is varied, another table with each method at its best value by this validation metric.
+    `differences`: another figure, of the paired differences from random. `against`: another table, of those from this
+    method. `rows_of`: the sweep whose runs are shown, if it is another one; `labels` and `datasets`: only these of
     them.
     """
 
@@ -73,7 +73,7 @@ VIEWS = {  # in the order in which a reader asks
         against="mass",
     ),
     "small_rates": View("Real models: learning rates", QUALITY, best_on="val/ndcg@5"),
-    "demo": View("Demonstration: selectors on the embedded default", QUALITY, differences=True),
+    "demo": View("Demonstration: selectors on the default dataset", QUALITY, differences=True),
     "main": View(
         "Main comparison",
         ("accuracy", "reward_accuracy", "margin", "margin_max", "chosen_logp_change"),

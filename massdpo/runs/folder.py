@@ -1,4 +1,4 @@
-"""A run's folder from outside: who holds it, whether it is done, what it used."""
+"""A run's folder from outside: who holds it, whether it is finished, what it was computed from."""
 
 import glob
 import json
@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
 def alone(
     accelerator: Accelerator, lock: Callable[[Callable[[], object]], AbstractContextManager[None]]
 ) -> Iterator[None]:
-    """The main process takes a lock; the others wait in short rounds, as a single long collective would time out."""
+    """The main process takes a lock; the others wait in short rounds, since one long collective would time out."""
 
     def told(taken: bool) -> bool:
         return bool(accelerator.reduce(torch.tensor(float(taken), device=accelerator.device), "sum") > 0)
@@ -47,7 +47,7 @@ def alone(
 
 @contextmanager
 def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder: a second run of the same config waits. The lock goes with the process that holds it."""
+    """Hold the run's folder: a second run of the same config waits. The lock ends with the process that holds it."""
 
     @contextmanager
     def lock(meanwhile: Callable[[], object]) -> Iterator[None]:
@@ -69,7 +69,7 @@ def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """What status.json says; nothing where it is missing or damaged."""
+    """What status.json says; empty if it is missing or damaged."""
     try:
         found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -81,7 +81,8 @@ def status(folder: Path) -> dict[str, Any]:
 def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[None]:
     """Keep status.json true: `running`, then `finished`, `interrupted` or `failed` (and why), however the run ends.
 
-    SIGTERM, a cluster's preemption, ends a run as Ctrl-C does. Raises `UserError` where the folder takes no more.
+    SIGTERM, as sent by a cluster that preempts a job, ends a run as Ctrl-C does. Raises `UserError` if the folder can
+    no longer be written to.
     """
 
     def tell(state: str, **more: Any) -> None:
@@ -90,7 +91,7 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
             write_json(folder / "status.json", without_secrets(found))
 
     try:
-        with writing(folder, "free some room or set runs_dir; the last checkpoint is good"), _terminable():
+        with writing(folder, "free some space or set runs_dir; the last checkpoint is good"), _terminable():
             tell("running", pid=os.getpid())
             yield
             tell("finished")
@@ -106,7 +107,7 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
 
 
 def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
-    """A run that a multirun expected, and that failed before its folder held anything, shows in `--status` too."""
+    """Let `--status` show a run that a multirun expected even if it failed before its folder held anything."""
     if not (sweep / EXPECTED).exists():
         return
     folder = sweep / (config.get("name") or run_name(config))
@@ -117,7 +118,7 @@ def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
 @contextmanager
 def _terminable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt("SIGTERM; the same command goes on")
+        raise KeyboardInterrupt("SIGTERM; the same command resumes it")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -127,9 +128,9 @@ def _terminable() -> Iterator[None]:
 
 
 def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> bool:
-    """May this run be computed into the folder? False, with a line that says so, where it is finished already.
+    """May this run be computed into the folder? False, with a line that says so, if it is finished already.
 
-    Raises `UserError` where the folder holds a run of other code, data or options.
+    Raises `UserError` if the folder holds a run of other code, data or options.
     """
     before, key = status(folder), digest(parts)
     if before and before["key"] != key and not force:
@@ -137,14 +138,14 @@ def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> 
     if before.get("status") == "finished" and not force:
         if accelerator.is_main_process:
             shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # it was killed before it could
-        if accelerator.is_main_process and screen.level != "sweep":  # which has a line per job
+        if accelerator.is_main_process and screen.level != "sweep":  # that has a line per job
             same = ", ".join(parts)
             print(f"{folder} is finished already: skipped, with the same {same} (force=true computes it again)")
         return False
     if accelerator.is_main_process:
         remove_unfinished(folder)
         if not before and (folder / CHECKPOINTS).is_dir():
-            set_aside(folder / CHECKPOINTS)  # status.json is lost: nobody knows what config they belong to
+            set_aside(folder / CHECKPOINTS)  # status.json is lost: their config is unknown
         if before and (before["key"] != key or before["status"] == "finished"):
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
@@ -162,7 +163,7 @@ def _otherwise(before: Mapping[str, Any], parts: Parts) -> str:
 
 
 def take_over(folder: Path, parts: Parts) -> None:
-    """Copy the same run from another sweep beside this one, if it is finished there: tables share many runs."""
+    """Copy the same run from a sibling sweep, if it is finished there: tables share many runs."""
     others = sorted(folder.parent.parent.glob(f"*/{glob.escape(folder.name)}"))
     finished = {"status": "finished", "key": digest(parts), "parts": parts}
     if not status(folder) and (other := next((path for path in others if status(path) == finished), None)):
@@ -170,4 +171,4 @@ def take_over(folder: Path, parts: Parts) -> None:
         shutil.copytree(
             other, folder, ignore=shutil.ignore_patterns(".lock", "wandb", "status.json"), dirs_exist_ok=True
         )
-        write_json(folder / "status.json", finished)  # last: now all of it is there
+        write_json(folder / "status.json", finished)  # last: everything else is in place

@@ -1,4 +1,4 @@
-"""Before anything is computed: threads, devices, processes, and what libraries may print."""
+"""Set up before anything is computed: threads, devices, processes, and what libraries may print."""
 
 import ctypes
 import logging
@@ -24,15 +24,15 @@ from massdpo.runs.machine import reset_peak_memory
 
 
 def end_with_launcher() -> None:
-    """A process of torchrun's goes when torchrun is killed: it would wait for its mates until their timeouts.
+    """End a torchrun process when torchrun is killed: it would wait for its peers until they time out.
 
-    Only Linux notifies a process of its parent's end.
+    Only Linux notifies a process that its parent has ended.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent or parent == 1:
-            os.kill(os.getpid(), signal.SIGTERM)  # it had gone before
+            os.kill(os.getpid(), signal.SIGTERM)  # it was gone already
 
 
 def in_multirun() -> bool:
@@ -49,11 +49,11 @@ def start(config: DictConfig) -> Accelerator:
     if level != "debug":
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-    # Renamed in the newest transformers; peft, and we for older ones, use the old names.
+    # Renamed in the newest transformers; peft still uses the old names, and so do we, for older versions.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
-    # It reports every tied weight at every checkpoint.
+    # It reports every tied weight at every checkpoint, and bitsandbytes every product that it rounds.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of every product that it rounds
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     AcceleratorState._reset_state(reset_partial_state=True)
     cpu = config.trainer.device == "cpu" or (config.trainer.device == "auto" and not torch.cuda.is_available())
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.trainer.precision == "bfloat16" else "no")
@@ -67,19 +67,21 @@ def start(config: DictConfig) -> Accelerator:
     sharded = accelerator.distributed_type == DistributedType.FSDP
     if config.trainer.generate and sharded:
         raise UserError(
-            "trainer.generate=true cannot decode with sharded weights: leave it out here, and let "
-            "task=evaluate in=RUN trainer.generate=true do it afterwards"
+            "trainer.generate=true cannot decode with sharded weights: leave it out here, and run "
+            "task=evaluate in=RUN trainer.generate=true afterwards"
         )
     if config.trainer.adapter and config.trainer.adapter.get("quantize") and sharded:
-        raise UserError("trainer.adapter.quantize: weights in few bits are not sharded: leave FSDP's settings out")
+        raise UserError(
+            "trainer.adapter.quantize: quantised weights cannot be sharded: leave out Accelerate's FSDP settings"
+        )
     reset_peak_memory()
     return accelerator
 
 
 def check_sharding(accelerator: Accelerator) -> None:
-    """Hold Accelerate's FSDP settings against what a run needs; log-probs stay in float32 whatever the precision."""
+    """Check Accelerate's FSDP settings against what a run needs; log-probs stay in float32 whatever the precision."""
     if accelerator.distributed_type != DistributedType.FSDP:
-        raise UserError("Accelerate shards weights over several GPUs only: leave its FSDP settings out here")
+        raise UserError("Accelerate shards weights only over several GPUs: leave out its FSDP settings here")
     plugin = accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
         raise UserError("Accelerate's FSDP settings: set fsdp_version: 2")
@@ -89,5 +91,5 @@ def check_sharding(accelerator: Accelerator) -> None:
             "reference with whole weights before they are sharded"
         )
     if plugin.mixed_precision_policy is not None:
-        in_float32 = {"reduce_dtype": torch.float32, "output_dtype": None}  # None: as the scorer gives them
+        in_float32 = {"reduce_dtype": torch.float32, "output_dtype": None}  # None: as the scorer returns them
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **in_float32)

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its config: the code's commit, the machine, and the memory it took."""
+"""What a run's numbers depend on besides its config: the code's commit and the machine; and the memory it takes."""
 
 import importlib.metadata
 import os
@@ -21,18 +21,16 @@ from massdpo.errors import UserError
 
 def commit() -> str:
     """The commit of the code that runs, `+changes` where files differ from it, `unknown` outside a checkout."""
+    describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        root = Path(__file__).parent
-        name = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True).stdout
-        status = ["git", "status", "--porcelain", "--untracked-files=no"]
-        changes = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True).stdout
+        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return name.strip() + ("+changes" if changes.strip() else "")
+    return done.stdout.strip()
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on, and nothing that names the computer."""
+    """What the numbers depend on of this machine, and nothing that identifies it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -53,7 +51,7 @@ def in_words(machine: Mapping[str, Any]) -> str:
 
 
 def reset_peak_memory() -> None:
-    """Several jobs run in one process: each counts its own peak, where the system allows it."""
+    """Several jobs run in one process: let each count its own peak, where the system allows it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -63,12 +61,12 @@ def reset_peak_memory() -> None:
 
 
 def check_memory(policy: nn.Module, accelerator: Accelerator) -> None:
-    """Refuse what cannot fit before anything is trained: gradients and AdamW's two moments, beside the weights.
+    """Refuse what cannot fit before anything is trained: gradients and AdamW's two moments, besides the weights.
 
-    Activations come on top and depend on the batch: what passes may still run out of memory.
+    Activations come on top and depend on the batch: a run that passes may still run out of memory.
 
     Raises:
-        UserError: they need more than is free.
+        UserError: more memory is needed than is free.
     """
     trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
     there = 0 if accelerator.device.type == "cuda" else sum(weight.nbytes for weight in policy.parameters())
@@ -81,7 +79,7 @@ def check_memory(policy: nn.Module, accelerator: Accelerator) -> None:
 
 
 def training_bytes(policy: nn.Module, accelerator: Accelerator) -> int:
-    """What a process holds of a policy in training: its weights, their gradients and AdamW's two moments."""
+    """What a process holds of a policy in training: weights, gradients and AdamW's two moments."""
     sharded = accelerator.distributed_type == DistributedType.FSDP
     trained = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
     weights = sum(weight.nbytes for weight in policy.parameters())

@@ -1,4 +1,4 @@
-"""One run, top to bottom: prepare, SFT, reference, preference stage, evaluate, result files; what is there is kept."""
+"""One run, top to bottom: prepare, SFT, reference, preference stage, evaluate, result files; what exists is reused."""
 
 import json
 import time
@@ -81,7 +81,7 @@ def compute(run: Run, model: nn.Module) -> None:
     policy = trainable(config, model)
     tell_plan(run, policy, selector)
     start_folder = sft_start(config, data, policy, features, run.cache, run.score, run.tracker)
-    for weight in policy.parameters():  # they are saved: from here on one model's are in memory, the policy's
+    for weight in policy.parameters():  # they are on disk: from here on only the policy's own weights are in memory
         weight.data = weight.data.new_empty(0)
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
     run.history.rows[:] = start["history"]
@@ -140,8 +140,8 @@ def conclude(run: Run, scorer: Any, position: Position, reference: SplitScores, 
 
 
 def tell_plan(run: Run, policy: nn.Module, selector: Selector) -> None:
-    """What speaks against the run, and what it will do and take, before anything is computed."""
-    kept = what_is_kept(run.config, run.data, run.cache, run.accelerator)  # every process asks
+    """Say what speaks against the run, what it will do and what it will take, before anything is computed."""
+    kept = what_is_kept(run.config, run.data, run.cache, run.accelerator)  # by every process
     if screen.level != "sweep" and run.accelerator.is_main_process:
         for doubt in doubts(run.config, run.data, run.data.rows, run.accelerator.num_processes):
             warn(doubt)
@@ -152,25 +152,24 @@ def tell_plan(run: Run, policy: nn.Module, selector: Selector) -> None:
 
 
 def decorate(run: Run, metrics: dict[str, Any]) -> None:
-    """What a run shows of its results, once they are written: none of it can cost them."""
+    """Show the results once they are written: nothing that fails here can cost them."""
     with decorating("history.png"):
         draw_history(run.history.rows, run.folder / "history.png", run.folder.name)
     if run.config.trainer.preference.epochs:
         with decorating("the table of picks"):
             run.tracker.table("picks", picks_table(run.folder / PICKS))
-    with patiently("handing over to the logger"):
+    with patiently("finishing the log"):
         sync = run.tracker.finish(metrics, [run.folder / "metrics.json", run.folder / "history.csv"])
-    with decorating("the table"):  # nobody may read it any more
+    with decorating("the table"):  # its reader may be gone
         if shows("normal"):
             show(run.folder, metrics, sync)
-        elif not launch.in_multirun():  # there the sweep has a line per job
+        elif not launch.in_multirun():  # where the sweep has a line per job
             print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
 
 
 def announce(run: Run) -> None:
     """Tell the tracker of the run and write down its config."""
     config = resolved(run.config)
-    tags = [str(name) for name in run.config.choices.values()]
-    run.tracker.start(config, run.folder, run.folder.name, run.config.sweep, tags)
+    run.tracker.start(config, run.folder)
     if run.accelerator.is_main_process:
         write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))

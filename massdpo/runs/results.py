@@ -1,4 +1,4 @@
-"""What a run leaves: its metrics, its result files, the policy with its card."""
+"""What a run leaves behind: metrics, result files, the policy with its card."""
 
 import json
 import shlex
@@ -118,18 +118,22 @@ def save(run: Run, policy: Any, weights: dict[str, torch.Tensor] | None, metrics
 
 @contextmanager
 def decorating(what: str) -> Iterator[None]:
-    """Something that a result can do without: where it fails, all else is complete."""
+    """Something that a result can do without: if it fails, everything else is still complete."""
     try:
         yield
-    except (Exception, SystemExit) as error:  # the latter is rich's, where nobody reads any more
+    except (Exception, SystemExit) as error:  # SystemExit: rich, when the reader is gone
         why = one_line(error, with_type=True)
-        print(f"warning: {what} is left out ({why}); all else is complete", file=sys.stderr)
+        print(f"warning: {what} is left out ({why}); everything else is complete", file=sys.stderr)
+
+
+def overrides() -> list[str]:
+    """The options on the command line; none in a notebook."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def command_line() -> str:
-    """The command that this process computes, as it may be written down."""
-    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else []  # none in a notebook
-    return str(without_secrets(shlex.join(["python", "run.py", *overrides])))
+    """The command that this process runs, without secrets."""
+    return str(without_secrets(shlex.join(["python", "run.py", *overrides()])))
 
 
 def picks_table(file: Path) -> list[dict[str, str]]:

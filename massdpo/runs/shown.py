@@ -1,4 +1,4 @@
-"""What a run shows of itself when it is done: the table of its metrics, its curves, what to try next."""
+"""What a finished run shows: the table of its metrics, its curves, what to try next."""
 
 import json
 import math
@@ -14,12 +14,12 @@ from massdpo.store import replacing
 
 SHOWN = tuple(metric.name for metric in METRICS.values() if metric.summary)  # in the table at the end of a run
 GENERATED = tuple(metric.name for metric in GENERATION)  # below it, with trainer.generate
-COMPARED = ("mass", "random", "hardest", "full")  # what a run is to be held against
+COMPARED = ("mass", "random", "hardest", "full")  # with every run
 OF_ONE_RUN = ("selector", "method", "seed", "name", "sweep", "force", "task", "in")  # options that a comparison sets
 
 
 def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
-    """The table at the end: the SFT start against the trained policy, where the files are, and what to try next."""
+    """The table at the end: the SFT start and the trained policy, where the files are, and what to try next."""
     with open(folder / "predictions.jsonl", encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]
     errors = standard_errors({name: [line[name] for line in lines] for name in lines[0]})
@@ -43,7 +43,7 @@ def show(folder: Path, metrics: dict[str, Any], sync: str | None) -> None:
 
 
 def comparison(command: str) -> str:
-    """The command that holds a run's selector against others over seeds, with every other option of its own."""
+    """The command that compares a run's selector with others over seeds, all its other options kept."""
     given = [word for word in shlex.split(command)[2:] if "=" in word]
     own = [word.partition("=")[2] for word in given if word.startswith("selector=")]
     selectors = dict.fromkeys([*own, *COMPARED])

@@ -1,4 +1,4 @@
-"""What the preference stage begins with: data, the SFT policy, reference log-probs; each computed once and shared."""
+"""What the preference stage starts from: data, the SFT policy, reference log-probs; each computed once and shared."""
 
 import shutil
 import sys
@@ -40,7 +40,7 @@ from massdpo.training.stage import Stage
 
 @dataclass
 class Data:
-    """The splits as text and as tokens, what the preference stage takes of them, and what determines them all."""
+    """The splits as text and as tokens, and the keys of what determines them."""
 
     splits: Splits
     tokenizer: PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class Data:
     @property
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
-        return self.tokenizer.eos_token_id if pad is None else pad  # masked wherever it stands
+        return self.tokenizer.eos_token_id if pad is None else pad  # masked everywhere
 
 
 def cache_of(config: DictConfig) -> Cache:
@@ -76,7 +76,7 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
 
     def texts() -> Iterator[str]:
         for example in splits.train:
-            prompt = example.prompt  # texts as they stand when trained on: a space joins them
+            prompt = example.prompt  # joined by a space, as in training
             yield prompt + joint(prompt, example.chosen) + example.chosen
             yield from (joint(prompt, response) + response for response in example.pool)
 
@@ -139,7 +139,7 @@ def sft_start(
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared.
 
-    Whether the model gives what the preference stage needs, the selector's `features` too, is found out before it.
+    A model that cannot give what the preference stage needs, such as the selector's `features`, fails before training.
     """
     trainer, accelerator = config.trainer, score.accelerator
     key = start_key(config, data.key, data.model_key, accelerator)
@@ -194,10 +194,10 @@ def reference_scores(
     cache: Cache,
     score: SplitScorer,
 ) -> dict[str, SplitScores]:
-    """Log-probs of every split under the policy as the preference stage starts: that in the folder `start`.
+    """Log-probs of every split under the policy that the preference stage starts from, the one in the folder `start`.
 
     Raises:
-        UserError: what was kept is not what this policy gives.
+        UserError: the stored log-probs are not this policy's.
     """
     trainer, accelerator = config.trainer, score.accelerator
     splits = {"train": data.rows, "val": data.val, "test": data.test}
@@ -221,14 +221,14 @@ def reference_scores(
 def shared_folder(
     cache: Cache, kind: str, key: str, accelerator: Accelerator, make: Callable[[Path | None], None]
 ) -> Path:
-    """The cached folder for `key`; else every process takes part in `make`, and the main one gets a folder to fill."""
+    """The cached folder for `key`; if there is none, every process calls `make`, the main one with a folder to fill."""
     if accelerator.num_processes == 1:
         return cache.folder(kind, key, make)
     place = cache.path(kind, key)
     with alone(accelerator, lambda meanwhile: cache.lock(kind, key, meanwhile)):
-        held = accelerator.is_main_process and cache.holds(kind, key)  # sets a damaged one aside
+        held = accelerator.is_main_process and cache.holds(kind, key)  # moves a damaged one aside
         accelerator.wait_for_everyone()
-        # One process of each machine looks at every byte.
+        # One process per machine checks every byte.
         there = held or (cache.believes(kind, key) if accelerator.is_local_main_process else place.is_dir())
         count = torch.tensor(float(there), device=accelerator.device)
         if int(accelerator.reduce(count, "sum")) < accelerator.num_processes:
@@ -241,7 +241,7 @@ def shared_folder(
 
 
 def gathered(scorer: nn.Module, accelerator: Accelerator) -> dict[str, torch.Tensor] | None:
-    """The policy's weights by name, where they are sharded; every process takes part, the main one gets them."""
+    """The policy's weights by name, if they are sharded; every process takes part, the main one gets them."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return None
     names = [name for name, _ in scorer.named_parameters()]  # a tied matrix counts once

@@ -1,6 +1,6 @@
-"""Where step metrics go beside a run's own files: Weights & Biases, TensorBoard, or nowhere.
+"""Where step metrics go besides a run's own files: Weights & Biases, TensorBoard, or nowhere.
 
-Weights & Biases works in a thread of its own: training never waits for it, and one that fails or hangs costs a run
+Weights & Biases works in a thread of its own: training never waits for it, and if it fails or hangs, that costs a run
 one line of warning.
 """
 
@@ -27,9 +27,7 @@ RECORDED = re.compile(r"(offline-)?run-(?P<time>\d+_\d+)-(?P<id>\w+)")
 class NoLogger:
     """Only the run's own files."""
 
-    def start(
-        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
-    ) -> None:
+    def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
         pass
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
@@ -45,11 +43,9 @@ class NoLogger:
 class TensorBoard:
     """TensorBoard's event files, into `<run_dir>/tensorboard`; nothing leaves the machine."""
 
-    def start(
-        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
-    ) -> None:
+    def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
         if importlib.util.find_spec("tensorboard") is None:
-            raise UserError(f"logger=tensorboard takes the package tensorboard, which {comes_with('loggers')}")
+            raise UserError(f"logger=tensorboard needs the package tensorboard, which {comes_with('loggers')}")
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(run_dir / "tensorboard")
@@ -64,7 +60,7 @@ class TensorBoard:
         self._writer.add_text(name, markdown_table(list(rows[0]), cells))
 
     def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
-        if writer := getattr(self, "_writer", None):  # none where the run ended before it was announced
+        if writer := getattr(self, "_writer", None):  # there is none if the run ended before it started to log
             for name, value in (metrics or {}).items():
                 if isinstance(value, int | float):
                     writer.add_scalar(f"test/{name}", value)
@@ -73,10 +69,11 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases, into `<run_dir>/wandb`; offline it needs no account, no network and asks nothing.
+    """Weights & Biases, into `<run_dir>/wandb`; offline it needs no account and no network, and asks nothing.
 
-    `mode="online"` without credentials or network records offline, and says so. `timeout` (seconds) bounds how long the
-    end of a run waits for what is still under way. Not recorded: git remote, code, credentials, names of user and host.
+    The group is the run's sweep, the tags are its choices. `mode="online"` without credentials or network records
+    offline, and says so. `timeout` (seconds) bounds how long the end of a run waits for what is still under way. Not
+    recorded: git remote, code, credentials, names of user and host.
     """
 
     def __init__(
@@ -88,11 +85,9 @@ class Wandb:
         self._run: Any = None
         self._broken = False
 
-    def start(
-        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
-    ) -> None:
+    def start(self, config: Mapping[str, Any], run_dir: Path) -> None:
         self._thread.start()
-        self._actions.put(lambda: self._init(config, run_dir, name, group, tags))
+        self._actions.put(lambda: self._init(config, run_dir))
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None:
         row = dict(metrics)
@@ -111,7 +106,7 @@ class Wandb:
         self._actions.put(log)
 
     def finish(self, metrics: Mapping[str, Any] | None = None, files: Sequence[Path] = ()) -> str | None:
-        if not self._thread.ident:  # the run ended before it was announced
+        if not self._thread.ident:  # the run ended before it started to log
             return None
         self._actions.put(lambda: self._end(metrics, files))
         self._actions.put(None)
@@ -123,10 +118,8 @@ class Wandb:
         parts = [path for path, run_id in _recorded(Path(self._run.settings.sync_dir).parent) if run_id == self._run.id]
         return shlex.join(["wandb", "sync", *(os.path.relpath(part) for part in parts)])
 
-    def _init(
-        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None, tags: Sequence[str]
-    ) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")  # must stand before the import to keep the login notes away too
+    def _init(self, config: Mapping[str, Any], run_dir: Path) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # before the import, to silence the notes about logging in too
         import wandb
 
         settings = wandb.Settings(
@@ -135,13 +128,13 @@ class Wandb:
             disable_git=True,
             disable_code=True,
             x_disable_stats=True,
-            x_disable_meta=True,  # the command line as it was typed, the names of user and host
+            x_disable_meta=True,  # the command line as typed, the names of user and host
             x_save_requirements=False,
-            init_timeout=self.timeout / 2,  # leaves time to record offline what a server did not take
+            init_timeout=self.timeout / 2,  # leaves time to record offline if the server does not answer
             finish_timeout=self.timeout,
         )
         run_dir.mkdir(parents=True, exist_ok=True)
-        recorded = _recorded(run_dir / "wandb")  # by the same run, before it was stopped
+        recorded = _recorded(run_dir / "wandb")  # by the same run, before it was interrupted
 
         def init(mode: Literal["offline", "online"]) -> Any:
             return wandb.init(
@@ -151,11 +144,11 @@ class Wandb:
                 dir=run_dir,
                 id=recorded[-1][1] if recorded else None,
                 resume="allow",
-                name=name,
-                group=group,
-                tags=[tag[:64] for tag in tags],  # W&B refuses longer ones
+                name=run_dir.name,
+                group=config.get("sweep"),
+                tags=[str(choice)[:64] for choice in config.get("choices", {}).values()],  # W&B refuses longer ones
                 config=dict(config),
-                reinit="create_new",  # a job of the same process that died left its run open
+                reinit="create_new",  # an earlier job of this process that died left its run open
                 settings=settings,
             )
 
@@ -165,7 +158,7 @@ class Wandb:
                     self._run = init("online")
                     return
                 warn("logger.mode=online without W&B credentials: recorded offline (`wandb login`, then sync)")
-            except Exception as error:  # no network, a refused key, ...: nothing that was logged is lost
+            except Exception as error:  # no network, a refused key, ...: nothing logged is lost
                 warn(f"W&B is unavailable ({one_line(error, with_type=True)}): recorded offline")
         self._run = init("offline")
 
@@ -192,11 +185,11 @@ class Wandb:
     def _give_up(self, why: str) -> None:
         if not self._broken:
             self._broken = True
-            warn(f"W&B was left out ({why}); the run's own files are complete")
+            warn(f"W&B stopped recording ({why}); the run's own files are complete")
 
 
 def _recorded(folder: Path) -> list[tuple[Path, str]]:
-    """What W&B recorded into a folder, oldest first: a folder a start, and the id of the run that it belongs to."""
+    """The folders that W&B recorded into, one per start, oldest first; with each, the id of its run."""
     found = [(path, RECORDED.fullmatch(path.name)) for path in folder.glob("*run-*")]
     times = sorted((match["time"], path, match["id"]) for path, match in found if match)
     return [(path, run_id) for _, path, run_id in times]

@@ -1,4 +1,4 @@
-"""What each `task` does, one file each; where results go is what `out` says."""
+"""What each `task` does, one file each."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def run(config: DictConfig) -> Path | None:
     """Do what `task` says; returns the folder of a run, where it makes one.
 
     Raises:
-        UserError: anything a user can cause; nothing half-written is left where a result is expected.
+        UserError: any mistake of the user's; nothing half-written is left where a result is expected.
     """
     try:
         validate(config)

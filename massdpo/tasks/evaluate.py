@@ -19,6 +19,7 @@ from massdpo.evaluation.generation import generate_split, generation_metrics
 from massdpo.evaluation.scores import SplitScorer, ranking
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
+from massdpo.runs.results import overrides
 from massdpo.store import write_json
 from massdpo.tasks.rank import policy_in, trained_with, writing_to
 
@@ -26,11 +27,11 @@ from massdpo.tasks.rank import policy_in, trained_with, writing_to
 def evaluate(config: DictConfig) -> None:
     """Rank the run's own test split, or that of `dataset`, with the policy of the run in `in` and its tokenizer.
 
-    Of the run's folder only policy/ is loaded; its config.yaml is read as plain data. Metrics are those of ranking,
-    and of generation with `trainer.generate`: the run's reference, which rewards and margins need, is not kept.
+    Only policy/ is loaded from the run's folder; its config.yaml is read as plain data. Metrics are those of ranking
+    and, with `trainer.generate`, of generation: the run's reference, which rewards and margins need, is not kept.
 
     Raises:
-        UserError: no policy there, or a dataset that it cannot read.
+        UserError: there is no policy, or the dataset cannot be read.
     """
     accelerator = launch.start(config)
     run = Path(config["in"]).expanduser()
@@ -61,13 +62,13 @@ def evaluate(config: DictConfig) -> None:
 
 
 def with_data_of(run: Path, config: DictConfig) -> DictConfig:
-    """The config, with the data that the run was trained on where the command line names no others.
+    """The config, with the data that the run was trained on unless the command line names others.
 
-    Options of the dataset that it does name hold for the run's data. A run's config is somebody's text: of it only the
-    project's own readers are built, with options that they take.
+    Options of the dataset on the command line apply to the run's data. A run's config may be somebody else's: only the
+    project's own readers are built from it, with options that they know.
 
     Raises:
-        UserError: the run was trained with a reader that is not the project's, or with options that it does not take.
+        UserError: the run was trained with a reader that is not the project's, or with options that it does not know.
     """
     found = trained_with(run)
     given = [override.lstrip("+~").split("=")[0] for override in overrides()]
@@ -75,24 +76,20 @@ def with_data_of(run: Path, config: DictConfig) -> DictConfig:
         return config
     node, choices = found.get("dataset"), found.get("choices")
     if not isinstance(node, dict) or not isinstance(choices, dict) or not isinstance(choices.get("dataset"), str):
-        print(f"note: {run} does not say what it was trained on: dataset={config.choices.dataset}", file=sys.stderr)
+        print(
+            f"note: {run} does not say what it was trained on: using dataset={config.choices.dataset}", file=sys.stderr
+        )
         return config
     if node.get("_target_") not in readers():
-        raise UserError(f"{run} was trained on data of a reader that is not massdpo's: name it with dataset=")
-    node |= {
-        key: config.dataset[key] for key in (name.removeprefix("dataset.") for name in given) if key in config.dataset
-    }
+        raise UserError(f"{run} was trained on data of a reader that is not massdpo's: name them with dataset=")
+    options = {name.removeprefix("dataset.") for name in given}
+    node |= {key: value for key, value in config.dataset.items() if key in options}
     whole: Any = OmegaConf.to_container(config, resolve=True)
     whole["dataset"], whole["choices"]["dataset"] = node, choices["dataset"]
     return OmegaConf.create(whole)
 
 
-def overrides() -> list[str]:
-    """What the command line says, where there is one."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
 def readers() -> set[str]:
     """The classes that conf/dataset/ names."""
     files = (root() / "conf" / "dataset").glob("*.yaml")
-    return {yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") for file in files}  # jsonl: another name
+    return {yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") for file in files}  # an alias has none

@@ -1,4 +1,4 @@
-"""`task=explain`: one prompt of a run: how its candidates stood before and after, and what each selector would take.
+"""`task=explain`: one prompt of a run: its candidates' ranks before and after, and what each selector would take.
 
 Suffixes: N pool negatives, C = 1 + N candidates (column 0 is the chosen one); B = 1 prompt.
 """
@@ -22,28 +22,27 @@ from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.report.prompt import Prompt, draw_prompt
 from massdpo.runs import launch
-from massdpo.runs.results import PICKS, PREDICTIONS
+from massdpo.runs.results import PICKS, PREDICTIONS, overrides
 from massdpo.selection import logdet
 from massdpo.selection.gram import candidate_gram
-from massdpo.tasks.evaluate import overrides
 from massdpo.tasks.rank import example_of, policy_in, questions, trained_with, writing_to
 from massdpo.tensors import PoolStatistics
 from massdpo.training.objectives import noise
 
-OF_THE_RUN = ("k", "beta", "seed", "trainer.max_length", "trainer.chat_template")  # where the command says nothing else
-WIDTH = 36  # characters of a response that are shown
-View = Callable[[str | None], PoolStatistics]  # the pool with the features that a selector looks at
+OF_THE_RUN = ("k", "beta", "seed", "trainer.max_length", "trainer.chat_template")  # unless the command line sets them
+WIDTH = 36  # characters shown of a response
+Pools = Callable[[str | None], PoolStatistics]  # the pool, with the features that a selector looks at
 
 
 def explain(config: DictConfig) -> None:
-    """Show the prompt `id` of the run `in`, on the terminal and as a picture (`out`, else in the run's folder).
+    """Show the prompt `id` of the run `in`, on the terminal and as a picture (`out`, or in the run's folder).
 
-    Of the run's folder only policy/ is loaded; its other files are read as plain data. Selectors are those of
+    Only policy/ is loaded from the run's folder; its other files are read as plain data. Selectors are those of
     conf/selector with their defaults, the chosen one with the command line's options, all with the run's k, beta and
     seed.
 
     Raises:
-        UserError: a prompt that the run's files do not name, or no policy.
+        UserError: the run's files do not name the prompt, or there is no policy.
     """
     accelerator = launch.start(config)
     run, name = Path(config["in"]).expanduser(), str(config.id)
@@ -59,18 +58,18 @@ def explain(config: DictConfig) -> None:
     noise_BN = noise(batch, config.seed, int(line.get("epoch", 0)))
 
     @torch.no_grad()
-    def view(features: str | None) -> PoolStatistics:
+    def pool_with(features: str | None) -> PoolStatistics:
         scorer.features = features
         return PoolStatistics(scorer(batch).scores, reference_BC, config.beta, noise_BN, batch.ids)
 
-    pool = view("mean")
+    pool = pool_with("mean")
     gram_BCC = candidate_gram(pool, "mean")
     prompt = Prompt(
         names=[f"{place}  {short(text)}" for place, text in zip(_places(line), line["candidates"], strict=True)],
         before_C=ranks(reference_BC[0] / pool.scores.length_BC[0]),
         after_C=ranks(pool.scores.mean_logp_BC[0]),
         cosine_CC=logdet.unit_gram(gram_BCC, torch.zeros_like(gram_BCC[..., 0]))[0].cpu(),
-        takes={selector: taken(config, selector, view) for selector in options_of("selector")},
+        takes={selector: taken(config, selector, pool_with) for selector in options_of("selector")},
         trained_on=[pick["index"] for pick in line.get("picks", ())],
     )
     _tell(config, line, prompt, pool)
@@ -81,7 +80,7 @@ def explain(config: DictConfig) -> None:
 
 
 def _take_from(run: Path, config: DictConfig) -> None:
-    """Set what the run was trained with, where the command line does not say otherwise."""
+    """Set what the run was trained with, unless the command line says otherwise."""
     given = {override.split("=")[0] for override in overrides()}
     trained = OmegaConf.create(trained_with(run))
     for key in OF_THE_RUN:
@@ -94,7 +93,7 @@ def line_of(run: Path, name: str) -> dict[str, Any]:
     """The newest line of a prompt in the run's predictions.jsonl or picks.jsonl.
 
     Raises:
-        UserError: there is none, or it does not hold what a run of this version writes.
+        UserError: there is none, or it is not as a run of this version writes it.
     """
     known: list[str] = []
     found = None
@@ -119,20 +118,20 @@ def line_of(run: Path, name: str) -> dict[str, Any]:
     return line
 
 
-def taken(config: DictConfig, selector: str, view: View) -> list[int]:
-    """What a selector takes of the pool as the policy sees it now, in pick order."""
+def taken(config: DictConfig, selector: str, pool_with: Pools) -> list[int]:
+    """What a selector would take from the pool as the policy sees it now, in pick order."""
     node = config.selector if selector == config.choices.selector else read_option("selector", selector)
     whole = OmegaConf.create({"k": config.k, "selector": OmegaConf.to_container(node)})
     if "short_pool" in whole.selector:
         whole.selector.short_pool = "all"
     pick = instantiate(whole.selector)
-    picks = pick(view(pick.features))
+    picks = pick(pool_with(pick.features))
     places: list[int] = picks.index_BK[0][picks.mask_BK[0]].tolist()
     return places
 
 
 def ranks(value_C: Tensor) -> list[int]:
-    """Place of each value, 1 the largest."""
+    """Rank of each value, 1 for the largest."""
     places: list[int] = (value_C.argsort(descending=True, stable=True).argsort() + 1).tolist()
     return places
 
@@ -149,7 +148,7 @@ def _places(line: dict[str, Any]) -> list[str]:
 def _tell(config: DictConfig, line: dict[str, Any], prompt: Prompt, pool: PoolStatistics) -> None:
     places, reward_C = _places(line), pool.rewards_BC[0].tolist()
     p_C = ["", *(f"{p:.3f}" for p in pool.rewards_BC[0, 1:].softmax(0).tolist())]
-    others_CC = prompt.cosine_CC - 3 * torch.eye(len(places))  # of nobody with itself
+    others_CC = prompt.cosine_CC - 3 * torch.eye(len(places))  # not with itself
     closest_C = [
         f"{places[other]} ({cosine:+.2f})" for cosine, other in zip(*map(Tensor.tolist, others_CC.max(1)), strict=True)
     ]
@@ -162,13 +161,13 @@ def _tell(config: DictConfig, line: dict[str, Any], prompt: Prompt, pool: PoolSt
                 "rank": f"{prompt.before_C[place]} → {prompt.after_C[place]}",
                 "reward": f"{reward_C[place]:+.2f}",
                 "p": p_C[place],
-                "most like": closest_C[place],
+                "most similar": closest_C[place],
             }
         )
     print(f"prompt: {line['prompt']}")
-    summary_table("candidates, the likeliest first; ranks: SFT start → trained", rows, whole=1)
+    summary_table("candidates, likeliest first; ranks: SFT start → trained", rows, whole=1)
     takes = [{"selector": name, "takes": " ".join(map(str, picks))} for name, picks in prompt.takes.items()]
-    summary_table(f"what each selector would take of the pool now, k={config.k}", takes, whole=1)
+    summary_table(f"what each selector would take from the pool now, k={config.k}", takes, whole=1)
     if prompt.trained_on:
         known = [f"{name} {line[name]:.3g}" for name in ("logdet", "certificate") if isinstance(line.get(name), float)]
         print(f"picked in epoch {line['epoch']}: {' '.join(map(str, prompt.trained_on))}  {', '.join(known)}")

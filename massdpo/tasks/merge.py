@@ -1,4 +1,4 @@
-"""`task=merge`: a policy that is an adapter, as a whole model that anything loads."""
+"""`task=merge`: turn a policy that is an adapter into a whole model that any program can load."""
 
 from pathlib import Path
 
@@ -15,15 +15,15 @@ from massdpo.tasks.rank import writing_to
 
 
 def merge(config: DictConfig) -> None:
-    """Write the adapter in `policy`, added to the weights of its base in their own type, to the new folder `out`.
+    """Write the adapter in `policy`, merged into the weights of its base in their own dtype, to the new folder `out`.
 
     Raises:
-        UserError: no adapter in `policy`, its base cannot be loaded, or `out` is there already.
+        UserError: there is no adapter in `policy`, its base cannot be loaded, or `out` exists.
     """
     launch.start(config)
     folder, out = Path(config.policy).expanduser(), Path(config.out).expanduser()
     if out.exists():
-        raise UserError(f"out={out} is there already: name a new folder")
+        raise UserError(f"out={out} exists already: give a new folder")
     policy, tokenizer = load_policy(folder)
     if isinstance(policy, PreTrainedModel):
         raise UserError(f"{folder} holds a whole model: there is no adapter to merge")
@@ -33,4 +33,4 @@ def merge(config: DictConfig) -> None:
             text = merged_card(card.read_text(encoding="utf-8"))
     with writing_to(config.out):
         build_folder(out, lambda place: save_policy(merge_adapter(policy), tokenizer, place, text))
-    print(f"{out}: the whole model, as save_pretrained writes one")
+    print(f"{out}: the whole model, in the format of save_pretrained")

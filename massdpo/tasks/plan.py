@@ -1,4 +1,4 @@
-"""`task=plan`: what a run would do, and what it would take."""
+"""`task=plan`: what a run would do, and what it would need."""
 
 from omegaconf import DictConfig
 
@@ -9,10 +9,10 @@ from massdpo.runs import plan as plans
 
 
 def plan(config: DictConfig) -> None:
-    """Print the plan of a run of this config, and nothing else: no run, no folder; data and model come into the cache.
+    """Print the plan of a run of this config, without a run or its folder; data and model go to the cache.
 
     Raises:
-        UserError: what a run would refuse before it trains.
+        UserError: a run would be refused before it trains.
     """
     accelerator = launch.start(config)
     cache = start.cache_of(config)

@@ -1,4 +1,4 @@
-"""`task=push`: a policy to the Hugging Face hub, after a look at what would be sent."""
+"""`task=push`: send a policy to the Hugging Face hub, after a look at what would be sent."""
 
 import shutil
 from pathlib import Path
@@ -18,20 +18,20 @@ from massdpo.store import MANIFEST, write_json
 
 
 def push(config: DictConfig) -> None:
-    """Show the files of the folder `policy` and the hub's name `out`; with `force`, send them, to a private repository.
+    """Show what of the folder `policy` would go to the hub as `out`; with `force`, send it, to a private repository.
 
-    An adapter goes out with its base's name on the hub, never with a path of this machine.
+    An adapter goes out with its base's name on the hub, never with a path on this machine.
 
     Raises:
-        UserError: no policy there, a base without a name, no token, or what the hub says.
+        UserError: there is no policy, no name of its base or no token, or the hub refuses.
     """
     folder, name = Path(config.policy).expanduser(), config.out
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"out={name} is no name on the hub: OWNER/NAME") from error
+        raise UserError(f"out={name} is not a name on the hub: use OWNER/NAME") from error
     if not any((folder / file).is_file() for file in (ADAPTER, "config.json")):
-        raise UserError(f"there is no policy in {folder}: name what a run left, or task=merge wrote")
+        raise UserError(f"there is no policy in {folder}: give the policy/ of a run, or a folder that task=merge wrote")
     with TemporaryDirectory(prefix="massdpo.") as place:
         files = _ready(folder, Path(place))
         print(f"{folder} to {HUB}/{name}, a private repository:")
@@ -46,7 +46,7 @@ def push(config: DictConfig) -> None:
             HfApi().create_repo(name, private=True, exist_ok=True)
             HfApi().upload_folder(repo_id=name, folder_path=place, commit_message="A policy trained with massdpo")
         except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-            raise UserError(f"the hub has not taken {name}: {one_line(error)}") from error
+            raise UserError(f"the hub did not accept {name}: {one_line(error)}") from error
         print(f"sent: {HUB}/{name}")
 
 
@@ -54,15 +54,15 @@ def _ready(folder: Path, place: Path) -> list[Path]:
     """The files as they would be sent, in `place`."""
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.name != MANIFEST and not file.name.startswith("."):
-            shutil.copy(file, place)  # a link's target too: what is sent is what it holds
+            shutil.copy(file, place)  # of a link, what it points to
     if (place / ADAPTER).is_file():
         adapter = read_json(place / ADAPTER)
         if Path(str(adapter.get("base_model_name_or_path"))).is_absolute():
             base = read_front_matter(place / "README.md").get("base_model")
             if not isinstance(base, str):
                 raise UserError(
-                    f"the adapter in {folder} belongs to a model in a folder of this machine: train it with "
-                    "model.hub_id=OWNER/NAME beside model.path, or make a whole model of it (task=merge)"
+                    f"the adapter in {folder} belongs to a model in a folder on this machine: train it with "
+                    "model.hub_id=OWNER/NAME besides model.path, or make it a whole model (task=merge)"
                 )
             write_json(place / ADAPTER, adapter | {"base_model_name_or_path": base})
     return sorted(place.iterdir())

@@ -1,4 +1,4 @@
-"""Rank the candidates of any prompt with a trained policy, line by line: for use behind another program.
+"""`task=rank`: rank the candidates of any prompt with a trained policy, line by line, also for another program.
 
 Suffixes: B prompts of a batch, C candidates.
 """
@@ -28,19 +28,19 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.store import plain_yaml, replacing
 
-READING = ("max_length", "chat_template")  # options of the trainer that change what a policy makes of a text
+READING = ("max_length", "chat_template")  # trainer options that change how a text is read
 
 
 def rank(config: DictConfig) -> None:
     """Rank the candidates of each {"prompt", "candidates"} line of `in` by their mean log-prob per token.
 
-    A prompt is a text or a list of messages. Lines go out in their order as they came, with `candidates` best first and
-    their `scores` (nats per token) beside them; equals keep their order. `in=-` reads stdin and `out=-` writes stdout,
-    `trainer.eval_batch_size` lines at a time: set it to 1 for a program that waits for each answer. A file is written
-    whole or not at all.
+    A prompt is a text or a list of messages. Lines go out as they came and in the same order, with `candidates` best
+    first and their `scores` (nats per token) beside them; ties keep their order. `in=-` reads stdin and `out=-` writes
+    stdout, `trainer.eval_batch_size` lines at a time: set it to 1 for a program that waits for each answer. A file is
+    written whole or not at all.
 
     Raises:
-        UserError: no policy in `policy`, or a line (named) that cannot be ranked.
+        UserError: there is no policy in `policy`, or a line (named) cannot be ranked.
     """
     accelerator = launch.start(config)
     if accelerator.num_processes > 1:
@@ -77,7 +77,7 @@ def rank(config: DictConfig) -> None:
 
 
 def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
-    """A trained policy and its tokenizer, where the options fit it."""
+    """A trained policy and its tokenizer, checked against the options."""
     if not folder.is_dir():
         raise UserError(f"there is no policy in {folder}: give the policy/ of a run with trainer.save_policy=true")
     policy, tokenizer = load_policy(folder)
@@ -95,7 +95,7 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
 
 
 def trained_with(run: Path) -> dict[str, Any]:
-    """The config of the run in a folder, read as plain data; nothing where there is none that can be read."""
+    """The config of the run in a folder, read as plain data; empty if it is missing or cannot be read."""
     try:
         config = plain_yaml((run / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -104,7 +104,7 @@ def trained_with(run: Path) -> dict[str, Any]:
 
 
 def questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line with where it stands, checked."""
+    """Each line, checked, with its place in the file."""
     for number, line in read_jsonl(source):
         where = f"{source}:{number}"
         if "prompt" not in line:

@@ -24,12 +24,12 @@ def select(config: DictConfig) -> None:
 
     In the folder `out`: train.jsonl and dataset/ (`datasets.load_from_disk`) with `prompt`, `chosen`, the picked texts
     `rejected` in pick order, their places in the pool `rejected_index`, and `responses`, the chosen one before the
-    picked, for trainers of ranked lists; pairs.jsonl with a line for each picked negative, whose responses bring
-    the space that joins them to the prompt, as TRL wants. With a chat template prompts and responses are lists of
-    messages.
+    picked ones, for trainers of ranked lists; pairs.jsonl with one line per picked negative, whose responses start
+    with the space that joins them to the prompt, as TRL expects. With a chat template, prompts and responses are lists
+    of messages.
 
     Raises:
-        UserError: a pool below k, or an `out` that holds something else.
+        UserError: a pool is smaller than k, or `out` holds something else.
     """
     accelerator = launch.start(config)
     out, trainer = Path(config.out), config.trainer
@@ -56,7 +56,7 @@ def select(config: DictConfig) -> None:
         score=score,
         screen=config.selector.get("screen"),
     )
-    picking.begin_epoch(scorer, 0, observe_every=len(data.rows))  # nobody logs it
+    picking.begin_epoch(scorer, 0, observe_every=len(data.rows))  # nothing is logged
     index_SK, mask_SK = picking.state["index_SK"], picking.state["mask_SK"]
     table = list(_rows(data.examples, index_SK, mask_SK, trainer.chat_template))
     if accelerator.is_main_process:
@@ -94,7 +94,7 @@ def _rows(
     for example, index_K, mask_K in zip(examples, index_SK, mask_SK, strict=True):
         places = index_K[mask_K].tolist()
         rejected = [example.pool[place] for place in places]
-        if chat_template:  # as TRL's conversational form has them, for the template that they were read with
+        if chat_template:  # TRL's conversational form, for the template that they were read with
             asked = example.meta.get("messages") or [{"role": "user", "content": example.prompt}]
             texts = {"prompt": asked, "chosen": answer(example.chosen), "rejected": [answer(text) for text in rejected]}
         else:

@@ -1,4 +1,4 @@
-"""`task=show`: the table of a finished run, as it stood at its end."""
+"""`task=show`: the table of a finished run, as the run printed it."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ def show(config: DictConfig) -> None:
     """Print the table of the run in `in` again, from its files alone.
 
     Raises:
-        UserError: a folder without a finished run, or files that cannot be read.
+        UserError: there is no finished run, or its files cannot be read.
     """
     run = Path(config["in"]).expanduser()
     if not (run / "metrics.json").is_file():
-        raise UserError(f"in={run} is no finished run: name a folder that holds a metrics.json")
+        raise UserError(f"in={run} is not a finished run: give a folder with a metrics.json")
     metrics = read_metrics(run / "metrics.json")
     with reading(run / "predictions.jsonl"):
         shown.show(run, metrics, None)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,14 @@ MEASURED = {  # of each run of study=refresh
 def study(config: DictConfig) -> None:
     """Compute the study that `study` names; its table and figure go to `out`, or results/studies.
 
-    `optimality` and `loglinear` are worlds of their own; `features` and `refresh` train with the config, with several
-    seeds, as runs that are kept and found again.
+    `optimality` and `loglinear` simulate and take nothing from the config; `features` and `refresh` train with it, once
+    per seed, as runs that are kept and found again.
     """
     out = Path(config.out or "results/studies")
     started, code = time.perf_counter(), commit()  # before its own files change the checkout
-    STUDIES[config.study](config, out)
+    module = import_module(f"massdpo.tasks.studies.{config.study}")
+    arguments = ARGUMENTS[config.study](config) if config.study in ARGUMENTS else ()
+    getattr(module, config.study)(out, *arguments)
     page = out / f"{config.study}.md"
     source = f"`{results.command_line()}`, {time.perf_counter() - started:.0f} s. Commit {code}."
     write_text(page, f"{page.read_text(encoding='utf-8')}\n{source} Machine: {in_words(machine())}.\n")
@@ -46,39 +49,25 @@ def study(config: DictConfig) -> None:
     print(f"files: {out} ({config.study}.md, .csv, .png, .svg)")
 
 
-def _study_optimality(config: DictConfig, out: Path) -> None:
-    from massdpo.tasks.studies.optimality import optimality  # seconds: tables and figures
-
-    optimality(out)
-
-
-def _study_loglinear(config: DictConfig, out: Path) -> None:
-    from massdpo.tasks.studies.loglinear import loglinear
-
-    loglinear(out)
-
-
-def _study_refresh(config: DictConfig, out: Path) -> None:
-    from massdpo.tasks.studies.refresh import refresh
-
+def _of_refresh(config: DictConfig) -> tuple[Any, ...]:
     def run(kind: str, seed: int) -> Mapping[str, float]:
         folder = pipeline.train(_run_of(config, refresh=kind, seed=seed))
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         return {name: metrics[name] for name in MEASURED}
 
-    refresh(out, run, _seeds(config), MEASURED)
+    return run, _seeds(config), MEASURED
 
 
-def _study_features(config: DictConfig, out: Path) -> None:
-    from massdpo.tasks.studies.features import features
-
+def _of_features(config: DictConfig) -> tuple[Any, ...]:
     accelerator = launch.start(config)
     if not config.trainer.save_policy:
-        raise UserError("study=features compares the policy before and after training: trainer.save_policy=true")
+        raise UserError("study=features compares the policy before and after training: set trainer.save_policy=true")
     cache = start.cache_of(config)
     data, _ = start.load(config, cache)
     rows = list(enumerate(data.train[:PROMPTS]))
-    batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]  # a backward pass walks all of one
+    batches = [
+        collate([row], data.pad_id).to(accelerator.device) for row in rows
+    ]  # one prompt each: a backward pass goes through a whole batch
 
     def models(seed: int) -> Mapping[str, nn.Module]:
         run = _run_of(config, seed=seed)
@@ -92,15 +81,10 @@ def _study_features(config: DictConfig, out: Path) -> None:
             weight.requires_grad_(name in trained)
         return {"before": before.to(accelerator.device), "after": after.to(accelerator.device)}
 
-    features(out, models, batches, config.beta, config.k, _seeds(config))
+    return models, batches, config.beta, config.k, _seeds(config)
 
 
-STUDIES = {
-    "optimality": _study_optimality,
-    "loglinear": _study_loglinear,
-    "refresh": _study_refresh,
-    "features": _study_features,
-}
+ARGUMENTS = {"refresh": _of_refresh, "features": _of_features}  # of a study's function, after the folder it writes to
 
 
 def _seeds(config: DictConfig) -> range:
@@ -108,7 +92,7 @@ def _seeds(config: DictConfig) -> range:
 
 
 def _run_of(config: DictConfig, **options: Any) -> DictConfig:
-    """The same config as a training run of the group that the study names."""
+    """The same config, as a training run in the study's own sweep."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     run = {"task": "train", "study": None, "out": None, "name": None, "sweep": f"study_{config.study}"}
     return OmegaConf.create(values | run | options)

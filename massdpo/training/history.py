@@ -46,11 +46,9 @@ class History:
 
 
 class Tracker(Protocol):
-    """Where step metrics go beside `history.csv`. No method raises or waits; `finish` waits a bounded time."""
+    """Where step metrics go besides `history.csv`. No method raises or waits; `finish` waits a bounded time."""
 
-    def start(
-        self, config: Mapping[str, Any], run_dir: Path, name: str, group: str | None = None, tags: Sequence[str] = ()
-    ) -> None: ...
+    def start(self, config: Mapping[str, Any], run_dir: Path) -> None: ...
 
     def log(self, step: int, metrics: Mapping[str, Number]) -> None: ...
 

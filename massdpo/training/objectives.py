@@ -8,6 +8,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -20,6 +21,7 @@ from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
 from massdpo.training.picks import Made, PickLog, noise, picked, reasons, unscored
 from massdpo.training.remembered import Remembered
+from massdpo.training.stage import Objective
 
 Loss = Callable[..., Tensor]  # of rewards, mean log-probs and a mask, as in losses.py
 
@@ -30,7 +32,7 @@ COLLAPSE = 1.0
 
 
 @dataclass
-class Sft:
+class Sft(Objective):
     """Supervised fine-tuning on the chosen responses alone."""
 
     rows: Sequence[TokenizedExample]
@@ -44,21 +46,12 @@ class Sft:
         scored: Scored = scorer(batch.chosen_only())
         return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]} | tokens_of(scored)
 
-    def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
-        return {}
-
-    def share(self) -> None:
-        pass
-
     def validate(self, scorer: nn.Module) -> dict[str, float]:
         return ranking(self.score(scorer, self.val, "validate"))
 
-    def alarms(self, row: Mapping[str, float]) -> dict[str, str]:
-        return {}
-
 
 @dataclass
-class Preference:
+class Preference(Objective):
     """The preference objective: select negatives (at this step, or as last refreshed), score them, compare.
 
     `refresh`: `step` selects with the current policy in the same pass that trains on it; `epoch` and `once` select for
@@ -141,7 +134,7 @@ class Preference:
             parts.append((batch.index_B, {name: value_B.cpu() for name, value_B in logs.items()}))
         self.share()
         values: dict[str, Tensor] = {}
-        for index_B, logs in gather_object(parts) if accelerator.num_processes > 1 else parts:
+        for index_B, logs in gather_object(parts):
             for name, value_B in logs.items():
                 values.setdefault(name, torch.full((len(self.rows),), torch.nan))[index_B] = value_B.float()
         self.state["selected_in"].fill_(epoch)
@@ -165,8 +158,8 @@ class Preference:
             self.log.write(self._epoch, places, self.state["written"])
 
     @staticmethod
-    def alarms(row: Mapping[str, float]) -> dict[str, str]:
-        """What a step's mean values give reason to warn of, by kind: runaway rewards, collapsing chosen log-probs."""
+    def alarms(row: Mapping[str, Any]) -> dict[str, str]:
+        """Runaway rewards, collapsing chosen log-probs."""
         found = {}
         reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
         if abs(reward) > RUNAWAY:

@@ -74,12 +74,11 @@ def unscored(batch: Batch) -> Scores:
 
 def noise(batch: Batch, seed: int, draw: int) -> Tensor:
     """Uniform numbers of each negative, `(B, N)`, keyed by (seed, draw, example id): the same in every process."""
-    sizes = (batch.mask_BC.sum(-1) - 1).tolist()
-    place_BN = batch.place_BC[:, 1:].cpu().numpy() - 1
+    place_BN = torch.where(batch.mask_BC, batch.place_BC, 0)[:, 1:].cpu().numpy() - 1  # -1 where there is none
     noise_BN = np.zeros(place_BN.shape)
-    for row, (name, size) in enumerate(zip(batch.ids, sizes, strict=True)):
+    for row, name in enumerate(batch.ids):
         drawn_N = np.random.default_rng(keyed_seed("noise", seed, draw, name)).random(1 + place_BN.max())
-        noise_BN[row, :size] = drawn_N[place_BN[row, :size]]
+        noise_BN[row] = np.where(place_BN[row] < 0, 0.0, drawn_N[place_BN[row]])
     return torch.from_numpy(noise_BN).to(batch.mask_BC.device)
 
 

@@ -1,6 +1,6 @@
 """What the loop is given: a stage, and what it asks of the stage's objective."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ class Objective(Protocol):
 
     def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
         """What an epoch starts with; returns what is logged of it, costly values of every so many batches only."""
-        ...
+        return {}
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of each prompt, and values of each to be logged; `observe` asks for those that cost an extra pass."""
@@ -28,15 +28,15 @@ class Objective(Protocol):
 
     def share(self) -> None:
         """Make the state of all processes the same."""
-        ...
+        return
 
     def validate(self, scorer: nn.Module) -> dict[str, float]:
         """Metrics on the validation split."""
         ...
 
-    def alarms(self, row: dict[str, Any]) -> dict[str, str]:
-        """What to warn of in a step's values, by kind."""
-        ...
+    def alarms(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """What to warn of in a step's mean values, by kind."""
+        return {}
 
 
 @dataclass

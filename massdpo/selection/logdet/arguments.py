@@ -4,11 +4,11 @@ Suffixes: B prompts, N pool negatives.
 """
 
 import math
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
 
+from massdpo.config.messages import nearest
 from massdpo.errors import UserError
 from massdpo.selection.logdet import limits
 
@@ -16,9 +16,7 @@ from massdpo.selection.logdet import limits
 def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     """Raise UserError, with the nearest known name, where `name` is not among `known`."""
     if name not in known:
-        near = get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"unknown {what} '{name}': {hint}it is one of {', '.join(known)}")
+        raise UserError(f"unknown {what} '{name}'{nearest(str(name), known)}")
 
 
 def check_exact(pool: int, k: int) -> None:

@@ -12,8 +12,6 @@ from torch import Tensor
 from massdpo.selection.logdet import limits
 from massdpo.selection.logdet.arguments import selectable
 
-DESIGNS = ("centered", "relative", "pairwise")
-
 
 def design_vectors(
     features_BCD: Tensor,
@@ -82,16 +80,6 @@ def design_gram(
     if normalize:
         weight_BN = weight_BN * _inverse_length(centred_BCC, gram_BCC, mask_BN)[:, 1:]
     return centred_BNN * weight_BN[:, :, None] * weight_BN[:, None, :], scale_B
-
-
-def pl_fisher(features_CD: Tensor, rewards_C: Tensor, beta: float) -> Tensor:
-    """The exact Fisher matrix `(D, D)` of one prompt's Plackett-Luce loss over the candidates given, for checks.
-
-    beta^2 Phi^T (diag q - q q^T) Phi, q = softmax(r): the Hessian of log(1 + sum_i exp s_i) under a log-linear policy.
-    """
-    share_C = torch.softmax(rewards_C, dim=0)
-    centred_CD = features_CD - share_C @ features_CD
-    return beta**2 * (share_C[:, None] * centred_CD).T @ centred_CD
 
 
 def inner_products(vectors_BND: Tensor, origin_B1D: Tensor | None = None) -> Tensor:
