@@ -154,7 +154,7 @@ def test_a_policy_is_kept_by_any_metric_of_validation_that_is_better_when_higher
     for name, told in (
         ("acuracy", "did you mean 'accuracy'"),
         ("chosen_logp_change", "is not allowed"),
-        ("train_seconds", "possible"),
+        ("train_seconds", "is not allowed"),
     ):
         with pytest.raises(UserError, match=told) as error:
             check_keep_metric(name)
