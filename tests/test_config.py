@@ -136,7 +136,7 @@ BAD = [
     ("dataset=jsonl dataset.val_fraction=1", r"^dataset.val_fraction=1 "),
     ("dataset=jsonl dataset.val_fraction=0.6 dataset.test_fraction=0.5", r"no row is left for training"),
     ("dataset=qasc dataset.val_size=0", r"^dataset.val_size=0 "),
-    ("dataset=mcqa dataset.path=a dataset.answer=word", r"dataset.answer=.* is not possible: letter . index0"),
+    ("dataset=mcqa dataset.path=a dataset.answer=word", r"dataset.answer=.* is not allowed: use letter . index0"),
     ("selector.ridge=0", r"^selector.ridge=0 .*above 0"),
     ("selector.variant=centred", r"did you mean 'centered'"),
     ("selector.features=men", r"did you mean 'mean'"),

@@ -156,7 +156,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # Accelerate writes into it
     options = {"device": "cpu", "precision": "float32", "threads": None, "generate": False}
-    with pytest.raises(UserError, match="over several GPUs only"):
+    with pytest.raises(UserError, match="only over several GPUs"):
         launch.start(OmegaConf.create({"trainer": options}))
 
 

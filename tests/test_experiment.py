@@ -348,8 +348,8 @@ def test_bad_data_is_one_line_and_exit_code_2(
     ("options", "said"),
     [
         (["dataset.num_train=3190"], "dataset.num_train + num_val + num_test = 3238, but the knowledge base has 3200"),
-        (["dataset.num_test=4000"], "dataset.num_test=4000 is not possible: it must lie between 1 and 3200"),
-        (["dataset.num_negatives=60", "k=4"], "dataset.num_negatives=60 is not possible: it must lie between 1 and 50"),
+        (["dataset.num_test=4000"], "dataset.num_test=4000 is not allowed: it must be between 1 and 3200"),
+        (["dataset.num_negatives=60", "k=4"], "dataset.num_negatives=60 is not allowed: it must be between 1 and 50"),
         (["trainer.max_length=8"], "exceed max_length=8: raise it to at least"),
         (
             ["trainer.max_length=8", "model.config.max_position_embeddings=8"],

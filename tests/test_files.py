@@ -295,7 +295,7 @@ def test_splits_by_their_names(tmp_path):
         (
             {"prompt": "q", "chosen": "a", "rejected": "b"},
             {"columns": {"odd": "x"}},
-            "dataset.columns.odd is not possible",
+            "dataset.columns.odd is not allowed",
         ),
         ({"prompt": "q", "answers": [{"text": "a", "model": "m"}]}, {}, "text, model, but no score or rank"),
         ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, {}, '"scores" must be a list of 2 numbers'),
@@ -334,7 +334,7 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
     [
         ("own.json", f'[{{"prompt": {DEEP}', "nested too deeply|not JSON"),
         ("own.jsonl", f'{{"prompt": {DEEP}', "not JSON"),
-        ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: dataset.rows=KEY"),
+        ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: set dataset.rows=KEY"),
         ("own.json", f"[{ROW} {ROW}]", r"own.json:1: not JSON \(a comma"),
         ("own.json", f'[{ROW},\n\n{{"prompt": }}]', "own.json:3: not JSON"),
         ("own.csv", "prompt,chosen,prompt\na,b,c\n", "the header has the same name twice"),

@@ -180,7 +180,7 @@ def test_titles_that_are_equal_or_missing(tmp_path: Path) -> None:
     rows = [f"U{row},a b,a-1 b-0 c-0 d-0" for row in range(20)]
     (tmp_path / "own.csv").write_text("user,history,impressions\n" + "\n".join(rows) + "\n")
     (tmp_path / "news.csv").write_text("item,title\na,Alpha\nb,Beta\nc, BETA\n")
-    with pytest.raises(UserError, match=r"own.csv:2: item 'd' has no title in the file .*dataset.missing_titles=skip"):
+    with pytest.raises(UserError, match=r"own.csv:2: item 'd' has no title, .*dataset.missing_titles=skip"):
         Impressions(path=str(tmp_path)).load()
     skipped = Impressions(path=str(tmp_path), missing_titles="skip").load()
     assert {len(each.pool) for each in every(skipped)} == {1}
@@ -236,8 +236,8 @@ def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path, text: str, opti
         ({}, "needs dataset.path"),
         ({"path": "/nowhere"}, "cannot be read"),
         ({"item_separator": ""}, "dataset.item_separator is empty"),
-        ({"columns": {"rating": "x"}}, "dataset.columns.rating is not possible: history, shown"),
-        ({"path": "/nowhere", "splits": {"dev": "x"}}, "dataset.splits.dev is not possible: train, val, test"),
+        ({"columns": {"rating": "x"}}, "dataset.columns.rating is not allowed: use history, shown"),
+        ({"path": "/nowhere", "splits": {"dev": "x"}}, "dataset.splits.dev is not allowed: use train, val, test"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], says: str) -> None:

@@ -170,7 +170,7 @@ def test_what_was_bought_no_time_is_left_out(tmp_path: Path) -> None:
 def test_titles_beside_the_interactions_and_titles_that_are_missing(tmp_path: Path) -> None:
     rows = [f"u{user},{user + place},{place}" for user in range(20) for place in range(8)]
     base = small(tmp_path, rows, titles=20)
-    with pytest.raises(UserError, match=r"interactions.csv:\d+: item '20' has no title .*dataset.missing_titles=skip"):
+    with pytest.raises(UserError, match=r"interactions.csv:\d+: item '20' has no title, .*dataset.missing_titles=skip"):
         base.load()
     left_out = UserSequences(raw_dir=str(tmp_path), num_negatives=2, missing_titles="skip").load()
     assert left_out.report["interactions_without_title"] == sum(
@@ -188,7 +188,7 @@ def test_titles_beside_the_interactions_and_titles_that_are_missing(tmp_path: Pa
     assert whole.report["interactions"] == 160 and whole.report["items"] == 27
     assert whole.train[0].chosen.startswith("Thing ")
     alone.write_text(alone.read_text().replace("product_name", "x"))
-    with pytest.raises(UserError, match=r"alone.csv:2: item '0' has no title .*dataset.columns={title: NAME}"):
+    with pytest.raises(UserError, match=r"alone.csv:2: item '0' has no title, .*dataset.columns={title: NAME}"):
         UserSequences(raw_dir=str(alone)).load()
 
 
@@ -201,7 +201,7 @@ def test_titles_beside_the_interactions_and_titles_that_are_missing(tmp_path: Pa
             r'no "user" in the columns buyer_no, sku, time; .*dataset.columns={user: buyer_no}',
         ),
         ("user,item,time", "u,1,03/04/2019", r"'time' must be a number .* or an ISO date, .*dataset.time_format"),
-        ("user,item,time", "u,1,2019-11-01", r"'time' is '2019-11-01', but a number in the rows before"),
+        ("user,item,time", "u,1,2019-11-01", r"'time' is '2019-11-01', but the rows before have a number"),
         ("user,item,time", "u,1,", r"only some rows have a 'time'"),
     ],
 )
@@ -219,7 +219,9 @@ def test_dates_of_a_told_format_and_two_candidates_for_a_file(tmp_path: Path) ->
     user = int(splits.train[0].meta["user"][1:])
     assert splits.train[0].history == tuple(f"Thing {user + at}" for at in (5, 4, 3))
     (tmp_path / "ratings.csv").write_text("x")
-    with pytest.raises(UserError, match=r"holds interactions.csv, ratings.csv: dataset.interactions_file"):
+    with pytest.raises(
+        UserError, match=r"holds interactions.csv, ratings.csv: say which to read with dataset.interactions_file"
+    ):
         UserSequences(**options).load()
 
 

@@ -321,7 +321,7 @@ BAD = {
     "\"candidates\" must be exactly.*'d'": START + b'"chosen": "c", "rejected": ["a"], "candidates": ["c", "a", "d"]}',
     '"candidates" must be a list': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "candidates": "c"}',
     '"id" must be': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "id": 1.5}',
-    'a message of the role "assistant"': START + b'"chosen": [{"role": "user", "content": "c"}], "rejected": ["a"]}',
+    'a message with the role "assistant"': START + b'"chosen": [{"role": "user", "content": "c"}], "rejected": ["a"]}',
     'without the texts "role"': b'{"prompt": [{"role": "user"}], "chosen": "c", "rejected": ["a"]}',
     "role 'bot'": b'{"prompt": [{"role": "bot", "content": "x"}], "chosen": "c", "rejected": ["a"]}',
     "without content": b'{"prompt": [{"role": "user", "content": ""}], "chosen": "c", "rejected": ["a"]}',

@@ -218,7 +218,7 @@ def test_prompts(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"answerKey": "Z"}, "the answer 'Z' is none of the 4 options"),
-        ({"answerKey": None}, "no answer: an unlabelled split"),
+        ({"answerKey": None}, "no answer: unlabelled questions"),
         ({"question": {"stem": "?"}}, 'no "options" in the columns'),
         ({"question": {"stem": " ", "choices": ["a", "b"]}}, "'question' must be a text that is not empty"),
         ({"question": {"stem": "?", "choices": ["a"]}}, "at least two options"),

@@ -191,7 +191,7 @@ def test_columns_are_told_or_asked_for(tmp_path: Path) -> None:
     assert all(set(pool) == {f"s{chosen[1:]}", f"e{chosen[1:]}"} for _, chosen, pool in found)
     with pytest.raises(UserError, match=r"no column gutt \(dataset.columns.answer\) among Frage, gut"):
         read(path, columns={"question": "Frage", "answer": "gutt", "wrong": "schlecht"})
-    with pytest.raises(UserError, match=r"needs dataset.path=FILE"):
+    with pytest.raises(UserError, match=r"needs either dataset.path=FILE"):
         MultipleChoice().load()
 
 

@@ -153,8 +153,8 @@ def test_a_policy_is_kept_by_any_metric_of_validation_that_is_better_when_higher
         check_keep_metric(name)
     for name, told in (
         ("acuracy", "did you mean 'accuracy'"),
-        ("chosen_logp_change", "is not possible"),
-        ("train_seconds", "possible"),
+        ("chosen_logp_change", "is not allowed"),
+        ("train_seconds", "is not allowed"),
     ):
         with pytest.raises(UserError, match=told) as error:
             check_keep_metric(name)

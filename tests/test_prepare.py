@@ -212,7 +212,7 @@ def test_an_option_out_of_range_is_refused_before_a_file_is_opened(
     with pytest.raises(UserError) as caught:
         prepare({"_target_": f"{READERS}.{reader}", "name": "own", **options}, cache)
     shown = json.dumps(value) if not isinstance(value, str) else repr(value)
-    assert str(caught.value) == f"dataset.{name}={shown} is not possible: {allowed}"
+    assert str(caught.value) == f"dataset.{name}={shown} is not allowed: use {allowed}"
 
 
 def test_a_dataset_without_raw_files_is_made_once_and_limited_too(

@@ -33,7 +33,10 @@ LORA = ["model=qwen3_0_6b", "model.path=somewhere", "trainer=lora"]
         (["trainer=lora", "trainer.adapter.quantize=8bit"], "takes a model of the hub or a folder"),
         ([*LORA, "model.path=a.gguf", "trainer.adapter.quantize=8bit"], "takes a model of the hub or a folder"),
         ([*LORA, "trainer.adapter.quantize=8bit", "trainer.device=cpu"], "takes a GPU: on a CPU, training"),
-        ([*LORA, "trainer.adapter.quantize=3bit"], r"^trainer.adapter.quantize='3bit' is not possible: 4bit \| 8bit"),
+        (
+            [*LORA, "trainer.adapter.quantize=3bit"],
+            r"^trainer.adapter.quantize='3bit' is not allowed: use 4bit \| 8bit",
+        ),
         (["trainer.adapter.quantize=4bit"], r"the trainer chosen has no 'trainer.adapter.quantize': trainer=lora has"),
     ],
 )

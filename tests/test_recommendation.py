@@ -150,7 +150,7 @@ def test_llaras_pickles_are_refused_and_the_recipe_turns_them_into_sequences(
                 history = items[max(0, end - 10) : end]
                 rows.append({"seq": history + [4606] * (10 - len(history)), "len_seq": end, "next": items[end]})
         pandas.DataFrame(rows).to_pickle(tmp_path / f"{name}.df")
-    with pytest.raises(UserError, match=r"Test_data.df is a pickled table .*conf/dataset/lastfm.yaml"):
+    with pytest.raises(UserError, match=r"Test_data.df is one of LLaRA's pickled tables.*conf/dataset/lastfm.yaml"):
         LastFM(raw_dir=str(tmp_path)).load()
     lines = (ROOT / "conf" / "dataset" / "lastfm.yaml").read_text().splitlines()
     monkeypatch.chdir(tmp_path)
@@ -331,7 +331,7 @@ def test_time_needs_times(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"slate": "legacy", "num_negatives": 5}, "legacy has 19 negatives"),
-        ({"slate": "legacy"}, "legacy needs 30 titles or more that differ"),
+        ({"slate": "legacy"}, "legacy needs at least 30 different titles"),
     ],
 )
 @pytest.mark.parametrize("titles", [29, 40])

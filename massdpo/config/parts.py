@@ -40,7 +40,7 @@ def check_part(part: str, node: Mapping[str, Any]) -> None:
             names = [f"{part}.{name}" for name in known]
             raise UserError(f"unknown key '{part}.{key}'{nearest(f'{part}.{key}', names)}")
         if key in hints and not _is_a(value, hints[key]):
-            raise UserError(f"{part}.{key}={shown(value)} is not possible: {_type_name(hints[key])}")
+            raise UserError(f"{part}.{key}={shown(value)} is not allowed: use {_type_name(hints[key])}")
     for key, parameter in parameters.items():
         if key not in node and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise UserError(f"the key '{part}.{key}' is missing: it was removed or overwritten")

@@ -81,7 +81,7 @@ def _check_trainer(values: Mapping[str, Any]) -> None:
         given = values["trainer"].get(node, {})
         if not isinstance(given, dict) and f"trainer.{node}" not in known:
             inside = [key.split(".")[-1] for key in RULES if key.startswith(f"trainer.{node}.")]
-            raise UserError(f"trainer.{node}={shown(given)} is not possible: {{{', '.join(inside)}}}")
+            raise UserError(f"trainer.{node}={shown(given)} is not allowed: use {{{', '.join(inside)}}}")
     for key, _ in leaves({"trainer": values["trainer"]}):
         if key not in known:
             raise UserError(f"unknown key '{key}'{nearest(key, known)}")
@@ -104,7 +104,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
             continue
         value = node[last]
         if not rule.holds(value):
-            raise UserError(f"{key}={shown(value)} is not possible: {rule.allowed}{near(value, rule.names)}")
+            raise UserError(f"{key}={shown(value)} is not allowed: use {rule.allowed}{near(value, rule.names)}")
 
 
 def _node_of(values: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:

@@ -1,4 +1,4 @@
-"""The one place that orders prompts and makes rectangles of them: the same whatever stopped a stage before.
+"""The one place that orders prompts and makes rectangles of them, the same after an interruption as without it.
 
 Suffixes: B prompts of a batch, C candidates (column 0 is the chosen one), P prompt tokens, T response tokens,
 R = B C responses.
@@ -25,18 +25,18 @@ from massdpo.tensors import Batch
 
 
 def in_order(rows: int, *key: int | str) -> list[int]:
-    """The rows as an epoch sees them, decided by the key alone."""
+    """The order in which an epoch sees the rows, decided by the key alone."""
     return np.random.default_rng(keyed_seed("order", *key)).permutation(rows).tolist()
 
 
 def by_length(examples: Sequence[TokenizedExample], size: int) -> list[list[int]]:
-    """Row numbers in batches of prompts of like length, so that little is padded."""
+    """Row numbers in batches of prompts of similar length, so that there is little padding."""
     order = sorted(range(len(examples)), key=lambda row: len(examples[row].prompt_ids))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def micro_batches(prompts: int, world: int, size: int) -> int:
-    """Batches per process, the same number in each, when `prompts` prompts are shared out among them."""
+    """Batches per process when `prompts` prompts are shared among `world` processes; the same in each."""
     return math.ceil(math.ceil(prompts / world) / size)
 
 
@@ -47,7 +47,7 @@ def batches(
     pad_id: int,
     accelerator: Accelerator,
 ) -> Iterator[Batch]:
-    """Batches of this process, step by step; as many in every process, filled up with a prompt that weighs nothing."""
+    """The batches of this process, step by step. Every process has as many; a prompt without weight fills the gaps."""
     found: list[list[int]] = []
     for rows in steps:
         own = list(rows[accelerator.process_index :: accelerator.num_processes])
@@ -65,14 +65,14 @@ def batches(
 
 
 def _outlive_signals(worker: int) -> None:
-    """A terminal or cluster sends its signal to every process: the batches up to the checkpoint are still needed."""
+    """A terminal or cluster signals every process, but the batches up to the next checkpoint are still needed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
 class Numbered(Dataset[tuple[int, TokenizedExample]]):
-    """Rows with their numbers, as `collate` takes them."""
+    """Rows with their numbers, as `collate` wants them."""
 
     rows: Sequence[TokenizedExample]
 
@@ -84,7 +84,7 @@ class Numbered(Dataset[tuple[int, TokenizedExample]]):
 
 
 def real(batch: Batch, rows: Sequence[int], number: int, size: int, accelerator: Accelerator) -> Tensor:
-    """1 for this process's own prompts, 0 for the filler that keeps processes in step."""
+    """1 for this process's own prompts, 0 for the fillers that keep processes in step."""
     own = len(rows[accelerator.process_index :: accelerator.num_processes])
     count = max(0, min(size, own - number * size))
     return (torch.arange(len(batch.ids), device=accelerator.device) < count).float()
@@ -108,7 +108,7 @@ def collate(rows: Sequence[tuple[int, TokenizedExample]], pad_id: int) -> Batch:
 
 
 def _padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows as one rectangle, and where it holds them."""
+    """The rows as one rectangle, and a mask of where they are in it."""
     length = np.array([len(row) for row in rows])
     mask = np.arange(length.max())[None] < length[:, None]
     ids = np.full(mask.shape, pad_id, np.int64)

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template, made to read the same every day; what ends a turn also ends every response."""
+"""A tokenizer's chat template, made to print the same date every day; what ends a turn also ends every response."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from massdpo.errors import UserError
 
-SECONDS, MEGABYTES = 10, 256  # allowed for one rendering, which needs some microseconds and kilobytes
-TODAY = date(2024, 7, 26)  # for templates that print the date: what Llama 3's prints where it has no clock
+SECONDS, MEGABYTES = 10, 256  # the limits of one rendering, which needs microseconds and kilobytes
+TODAY = date(2024, 7, 26)  # for templates that print the date: Llama 3's prints this one where it has no clock
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 
 def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write `TODAY` where the template asks for the date, and make what closes a turn the end token, in place.
+    """Write `TODAY` where the template asks for the date, and make the token that ends a turn the end token, in place.
 
     A saved tokenizer keeps both, so that whoever loads the policy builds the prompts that it was trained on and stops
-    where it stops. Where a template closes turns with no token of its own, the end token stays as it is.
+    where it stops. Where the template ends turns without a token of its own, the end token stays as it is.
 
     Raises:
         UserError: there is no template, or none for a user's turn and its answer.
@@ -40,7 +40,7 @@ def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     after = rendered(tokenizer, turns, "trainer.chat_template", answer=False).rpartition("massdpo")[2]
     for token in tokenizer(after, add_special_tokens=False)["input_ids"]:
         added = tokenizer.added_tokens_decoder.get(token)
-        if added and added.content.strip():  # Gemma has added tokens of line breaks alone
+        if added and added.content.strip():  # Gemma has added tokens that are only line breaks
             tokenizer.eos_token = added.content
             return
 
@@ -48,11 +48,11 @@ def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], where: str, answer: bool = True
 ) -> str:
-    """The messages as the template writes them, up to where the answer begins, or as they are.
+    """The messages as the template writes them; with `answer`, up to where the assistant's answer begins.
 
     Raises:
-        UserError: the template refuses them (a system message, an order of roles), or takes more than `SECONDS` or
-            `MEGABYTES`; `where` names them.
+        UserError: the template refuses them (a system message, an order of roles), or needs more than `SECONDS` or
+            `MEGABYTES`; `where` says whose messages they are.
     """
     found = _asked(
         {
@@ -75,14 +75,14 @@ def rendered(
 @cache
 def _renderer() -> "subprocess.Popen[str]":
     command = [sys.executable, "-P", str(Path(__file__).with_name("render.py")), str(MEGABYTES)]
-    # In a session of its own Ctrl-C does not reach it; it ends with its input, and so with this process.
+    # In a session of its own, Ctrl-C does not reach it; it ends when its input does, and so with this process.
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="ascii", start_new_session=True
     )
 
 
 def _asked(request: dict[str, Any]) -> dict[str, str]:
-    """The rendering process's answer to a request."""
+    """The answer of the rendering process to a request."""
     process = _renderer()
     assert process.stdin and process.stdout
     try:
@@ -90,7 +90,7 @@ def _asked(request: dict[str, Any]) -> dict[str, str]:
         process.stdin.flush()
         found: dict[str, str] = json.loads(process.stdout.readline())
         return found
-    except BaseException as error:  # it has ended, or its answer was not read
+    except BaseException as error:  # it has ended, or this process was interrupted before it answered
         process.kill()
         process.communicate()
         _renderer.cache_clear()

@@ -1,4 +1,4 @@
-"""Which column is which: given by a mapping, or found by the names that people use."""
+"""Which column is which: given by a mapping, or found by its usual names."""
 
 import re
 from collections import Counter
@@ -10,15 +10,15 @@ from massdpo.errors import UserError
 
 
 class Columns:
-    """The parts that a row is made of, by the columns that hold them.
+    """The parts that a row is made of, and the columns that hold them.
 
-    `usual` has, for each part, the names that its column usually has, the most usual first; `given` says which column
-    (or which of several) it is, and takes precedence. A part in `several` may also be spread over numbered columns, as
-    rejected_1, rejected_2. A part in `optional` may be given and yet be missing. `mapped` says what was found,
-    `ignored` counts the columns that mean nothing here.
+    `usual` has the usual column names of each part, the most usual first; `given` names the column (or columns) of a
+    part, and takes precedence. A part in `several` may also be spread over numbered columns, as rejected_1, rejected_2.
+    A part in `optional` may be missing even if its column is given. `mapped` says what was found, `ignored` counts the
+    columns that mean nothing here.
 
     Raises:
-        UserError: `given` names an unknown part.
+        UserError: `given` has an unknown part.
     """
 
     def __init__(
@@ -31,13 +31,13 @@ class Columns:
         self.usual, self.given, self.several, self.optional = usual, given or {}, several, optional
         for part in self.given:
             if part not in usual:
-                raise UserError(f"dataset.columns.{part} is not possible: {', '.join(usual)}")
+                raise UserError(f"dataset.columns.{part} is not allowed: use {', '.join(usual)}")
         self.mapped: dict[str, str] = {}
         self.ignored: Counter[str] = Counter()
         self._known: dict[tuple[str, ...], dict[str, list[str]]] = {}
 
     def parts(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What the row has of each part: one value, or a list of those of several columns; nulls are left out."""
+        """The row's value for each part, or a list of values from several columns; nulls are left out."""
         keys = tuple(row)
         if keys not in self._known:
             self._known[keys] = self._found(where, keys)
@@ -53,7 +53,7 @@ class Columns:
         return parts
 
     def missing(self, where: str, row: Mapping[str, Any], part: str, needed: tuple[str, ...]) -> UserError:
-        """What to say of a row without `part`: the columns that are there, and which of them could be the `needed`."""
+        """The error for a row without `part`: lists its columns, and guesses which of them are the `needed` ones."""
         named = self._known[tuple(row)]
         free = [key for key in row if all(key not in columns for columns in named.values())]
         guess = {}
@@ -68,7 +68,7 @@ class Columns:
         )
 
     def report(self) -> dict[str, Any]:
-        """What was mapped to what and what was ignored, for the report."""
+        """Which column was taken for which part, and which were ignored."""
         found = {"columns": ", ".join(f"{part} = {names}" for part, names in self.mapped.items())}
         return found | {f"ignored_column_{safe(name)}": count for name, count in self.ignored.most_common(20)}
 
@@ -100,7 +100,7 @@ class Columns:
 
 
 def safe(name: str) -> str:
-    """A name from outside for a line of text: without control characters, and not too long."""
+    """A name from outside as a message can show it: without control characters, and not too long."""
     return repr(name)[1:-1][:60]
 
 

@@ -1,6 +1,6 @@
 """The rows of one file, each with its place: JSON in its forms, columns of text, Parquet or Arrow.
 
-Only formats that hold nothing but data are read, piece by piece: memory does not grow with the file.
+Only formats that hold nothing but data are read, and piece by piece: memory does not grow with the file.
 """
 
 import csv
@@ -30,9 +30,9 @@ DAMAGED = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeE
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """The options that say what files do not say of themselves.
+    """What files do not say about themselves.
 
-    `separator` None: found in a table's first line; `rows`: the key of the array in a JSON file.
+    `separator` None: found from a table's first line; `rows`: the key of the array in a JSON file.
     """
 
     separator: str | None = None
@@ -45,14 +45,16 @@ class Reading:
         try:
             "\n".encode(self.encoding)
         except (LookupError, TypeError) as error:
-            raise UserError(f"dataset.encoding={self.encoding} is not known: utf-8, latin-1, cp1252, utf-16") from error
+            raise UserError(
+                f"dataset.encoding={self.encoding} is unknown: use utf-8, latin-1, cp1252, utf-16, ..."
+            ) from error
 
 
 USUAL_READING = Reading()
 
 
 def suffix_of(path: Path) -> str:
-    """What the name ends in, without .gz or .zst."""
+    """The ending of the name, without .gz or .zst."""
     name = path.with_suffix("") if path.suffix in COMPRESSED else path
     return name.suffix.lower()
 
@@ -60,14 +62,14 @@ def suffix_of(path: Path) -> str:
 def placed_rows(
     path: Path, bad: Bad, reading: Reading = USUAL_READING, header: Sequence[str] = ()
 ) -> Iterator[PlacedRow]:
-    """The rows of a file, by what its name ends in; a name that says nothing, by its first character.
+    """The rows of a file, read by its name's ending or, where that says nothing, by its first character.
 
-    `header` names the first columns of a table without one, where quotation marks mean nothing and further columns are
-    left out.
+    `header` names the first columns of a table without a header; quotation marks mean nothing there, and further
+    columns are left out.
 
     Raises:
-        UserError: the file is missing, empty, damaged, or not what it seems; what is wrong with a single row is handed
-            to `bad`.
+        UserError: the file is missing, empty, damaged, or not what its name says; what is wrong with a single row is
+            handed to `bad`.
     """
     suffix = suffix_of(path)
     if suffix in PARQUET + ARROW:
@@ -78,7 +80,7 @@ def placed_rows(
 
 
 def _has_columns(path: Path) -> bool:
-    """Whether a file of text holds separated columns: by its name, else by its first character."""
+    """Whether a text file holds separated columns, by its name or else its first character."""
     if (suffix := suffix_of(path)) in JSON + COLUMNS:
         return suffix in COLUMNS
     return next((line.lstrip()[:1] not in "{[" for _, line in read_lines(path, encoding="latin-1")), False)
@@ -89,21 +91,21 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
         usual = ARRAY_KEYS if suffix_of(path) == ".json" else ()
         if text.seek((reading.rows,) if reading.rows else usual):
             for element, (line, row) in enumerate(text.elements(), start=1):
-                where = f"{path}:{line} (row {element})"  # many may stand in one line
+                where = f"{path}:{line} (row {element})"  # there may be many in one line
                 if checked := json_object(row, where, bad):
                     yield where, checked
             return
         if reading.rows or text.is_one_object:
             raise UserError(
                 f"{path} is one JSON object with the keys {', '.join(text.keys)[:200] or '(none)'}: "
-                "dataset.rows=KEY names the one that holds the array of rows"
+                "set dataset.rows=KEY to the one that holds the array of rows"
             )
     for number, row in read_jsonl(path, bad, reading.encoding):
         yield f"{path}:{number}", row
 
 
 def _column_rows(path: Path, bad: Bad, reading: Reading, header: Sequence[str]) -> Iterator[PlacedRow]:
-    """Rows of separated columns, named by the header or the first line. A cell is a text, whatever it looks like."""
+    """Rows of separated columns, named by `header` or the first line. Every cell is a text, whatever it looks like."""
     names = list(header)
     for number, cells in _cells(path, reading, quoted=not header and suffix_of(path) not in RECBOLE):
         where = f"{path}:{number}"
@@ -118,7 +120,7 @@ def _column_rows(path: Path, bad: Bad, reading: Reading, header: Sequence[str]) 
 
 
 def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every row that is not blank, with the line in which it begins."""
+    """The cells of every row that is not blank, with the line in which the row begins."""
     lines = (line for _, line in read_lines(path, encoding=reading.encoding, whole=True))
     begun = [next(lines)]
     while not begun[-1].strip():
@@ -145,7 +147,7 @@ def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, li
 
 
 def unusual_separators(files: list[Path], encoding: str) -> list[str]:
-    """What was found to separate columns where the files' names say otherwise, such as `;` in a .csv."""
+    """The separators found that the files' names do not suggest, such as `;` in a .csv."""
     found = {}
     for path in files:
         if suffix_of(path) in COLUMNS:
@@ -156,8 +158,8 @@ def unusual_separators(files: list[Path], encoding: str) -> list[str]:
 
 
 def separator_of(header: str) -> str:
-    """The separator that divides a header into the most columns, of the usual ones."""
-    line = header.replace("\r", " ")  # a bare carriage return is no end of line, and csv refuses it within one
+    """Of the usual separators, the one that divides a header into the most columns."""
+    line = header.replace("\r", " ")  # a bare carriage return does not end a line here, but csv refuses it inside one
     return max(SEPARATORS, key=lambda separator: len(next(csv.reader([line], delimiter=separator))))
 
 
@@ -169,10 +171,10 @@ def _parquet_batches(path: Path) -> Iterator[Any]:
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:
-    """Batches whose offsets and texts are checked: Arrow's memory is read as it lies, unchecked, by others."""
+    """Batches with their offsets and texts checked: Arrow itself reads what is in the file without checking."""
     import pyarrow as pa
 
-    with pa.OSFile(str(path)) as source:  # not mapped: a file that was cut short would end the process
+    with pa.OSFile(str(path)) as source:  # not mapped: a file that is cut short meanwhile would kill the process
         try:
             stream = pa.ipc.open_stream(source)  # what `datasets` writes
         except pa.ArrowInvalid:

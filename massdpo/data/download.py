@@ -1,7 +1,7 @@
 """Raw files from their owners' published addresses: fetched once into the cache, checked and unpacked.
 
-Addresses are pinned: files by their SHA-256, hub sets by their revision. Without a network, or where the content
-is not the pinned one, a single error says what to put where.
+Files are pinned by their SHA-256, hub sets by their revision. Without a network, or where the content has changed, one
+error says what to put where.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,18 +13,18 @@ from massdpo.store import Cache, digest, write_jsonl
 
 @dataclass(frozen=True)
 class WebFiles:
-    """Files at plain addresses, `(address, SHA-256)` each; an archive is unpacked, its folder `inside` is the data."""
+    """Files at plain addresses, each `(address, SHA-256)`; archives are unpacked, and the data is in `inside`."""
 
     files: tuple[tuple[str, str], ...]
     inside: str = ""
 
     def wanted(self) -> str:
-        """What to do where nothing can be fetched, up to setting dataset.raw_dir."""
+        """What to do by hand where nothing can be fetched, before setting dataset.raw_dir."""
         named = ", ".join(f"{address.rsplit('/', 1)[1]} (SHA-256 {sha256})" for address, sha256 in self.files)
         return f"unpack {named}, take its folder {self.inside}" if self.inside else f"put {named} into a folder"
 
     def fetch(self, name: str, folder: Path) -> None:
-        import pooch  # here and below: slow to import, seldom needed
+        import pooch  # here and below: slow to import and rarely needed
         import requests
 
         for address, sha256 in self.files:
@@ -37,7 +37,7 @@ class WebFiles:
                     "no connection" if isinstance(error, requests.ConnectionError | requests.Timeout) else str(error)
                 )
                 raise _unreachable(name, address, self.wanted(), reason) from error
-            except ValueError as error:  # what pooch raises for another checksum
+            except ValueError as error:  # pooch's error for a wrong checksum
                 raise UserError(
                     f"{address} is not the published file (its SHA-256 is not {sha256}): "
                     "get the right one and set dataset.raw_dir to its folder"
@@ -46,7 +46,7 @@ class WebFiles:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Parquet files of a hub data set at a revision, by the name that their rows get as JSON Lines."""
+    """Parquet files of a hub data set at a revision, by the name of the JSON Lines file that they become."""
 
     repo: str
     revision: str
@@ -60,7 +60,7 @@ class HubSet:
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import logging as hub_logging
 
-        hub_logging.set_verbosity_error()  # it reports every retry; the error at the end says it once
+        hub_logging.set_verbosity_error()  # it reports every retry; our error reports the failure once
         for file_name, remote in self.files.items():
             try:
                 local = hf_hub_download(self.repo, remote, repo_type="dataset", revision=self.revision)
@@ -133,7 +133,7 @@ def fetch(name: str, cache: Cache) -> Path:
     """The folder with the raw files of the dataset `name`, fetched if the cache does not hold it yet.
 
     Raises:
-        UserError: no address is known, there is no network, or what came is not what was published.
+        UserError: no address is known, there is no network, or the content is not what was published.
     """
     source = SOURCES.get(name)
     if source is None:

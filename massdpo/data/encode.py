@@ -1,4 +1,4 @@
-"""Texts to token ids, in the one way that every stage reads them.
+"""From texts to token ids, in the same way for every stage.
 
 A sequence is `[BOS] prompt | " " response EOS`, without the space where either text brings one (`schema.joint`). The
 two sides are tokenised apart, so that every response follows the very same prompt tokens. With a chat template the
@@ -23,7 +23,7 @@ BOUNDARY = 48  # characters on each side of the joint between prompt and respons
 
 
 class Encoder:
-    """One tokenizer's way with prompts and responses: BOS once before a prompt, EOS after every response."""
+    """How a tokenizer encodes prompts and responses: BOS once before a prompt, EOS after every response."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: bool):
         if tokenizer.eos_token_id is None:
@@ -35,7 +35,7 @@ class Encoder:
         self.bos = None if chat_template else tokenizer.bos_token_id
 
     def rendered(self, example: PreferenceExample, cut: int = 0) -> str:
-        """The text before a response, with the `cut` oldest items of the history left out."""
+        """The text before a response, without the `cut` oldest items of the history."""
         if not example.prompt.strip():
             raise UserError(f"{example.id}: the prompt is empty; give it at least one word")
         prompt = example.without_oldest(cut) if cut else example.prompt
@@ -45,13 +45,13 @@ class Encoder:
         return chat.rendered(self.tokenizer, messages, example.id)
 
     def marks(self) -> re.Pattern[str]:
-        """The tokenizer's own markup: what it reads as special tokens wherever it stands in a text."""
+        """The tokenizer's own markup: texts that it reads as special tokens wherever they are."""
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return re.compile("|".join(map(re.escape, sorted(special))) or r"(?!)")
 
-    def joined(self, rendered: str, response: str) -> str:
-        """The response as it follows the rendered prompt: with the space that joins the two, if one does."""
-        return response if self.chat_template else joint(rendered, response) + response
+    def joined(self, prompt: str, response: str) -> str:
+        """The response as it follows the prompt: with the space that joins the two, if there is one."""
+        return response if self.chat_template else joint(prompt, response) + response
 
     def prompts(self, rendered: Sequence[str], examples: Sequence[PreferenceExample]) -> list[Ids]:
         """The ids of the examples' prompts, as `rendered` gave them."""
@@ -64,9 +64,9 @@ class Encoder:
         return prompts
 
     def responses(self, texts: Sequence[str], owners: Sequence[str]) -> list[Ids]:
-        """The ids of responses, as `joined` gave them, in the middle of a text (a start may be tokenised differently).
+        """The ids of responses, as `joined` gave them, read as in the middle of a text: a beginning may differ.
 
-        `owners` names an example with each of them, for messages.
+        `owners` names an example that has each of them, for messages.
         """
         eos = np.array([self.tokenizer.eos_token_id], np.int32)
         before = dict(zip((":", "\n"), self._ids([":", "\n"]), strict=True))
@@ -114,18 +114,20 @@ class Encoder:
                 texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
             )
         except Exception as error:  # whatever tokenizers raise, as for a text that needs the unknown token they lack
-            raise UserError(f"the tokenizer fails on a text of the data ({one_line(error)}): fix it") from error
+            raise UserError(
+                f"the tokenizer fails on a text of the data ({one_line(error)}): use another one"
+            ) from error
         return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
 
 
 def last_word(text: str) -> str:
-    """The last word with the space after it; a long one is cut: text further from the boundary hardly affects it."""
+    """The last word with the space after it; a long word is cut: what is further away hardly affects the joint."""
     end = text[-BOUNDARY:]
     word = end.rstrip()
     return end[len(word) - len(word.rsplit(maxsplit=1)[-1]) :] if word else end
 
 
 def first_word(text: str) -> str:
-    """The first word with the space before it, cut like a last one."""
+    """The first word with the space before it; a long word is cut."""
     word = text.lstrip()
     return text[: len(text) - len(word)] + word[:BOUNDARY].split(maxsplit=1)[0] if word else text

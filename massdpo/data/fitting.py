@@ -1,4 +1,4 @@
-"""Rows longer than the model reads lose the oldest items of their history. If that is not enough, the user chooses:
+"""Rows that are too long for the model lose the oldest items of their history. If that is not enough, the user chooses:
 the run stops and names them, they are left out, or they are cut.
 """
 

@@ -1,4 +1,4 @@
-"""A JSON text decoded value by value as it is read, so that an array of any length fits in memory."""
+"""JSON that is decoded value by value as it is read, so that an array of any length can be read."""
 
 import codecs
 import json
@@ -33,14 +33,14 @@ class JsonText:
         self.file.close()
 
     def seek(self, keys: tuple[str | None, ...]) -> bool:
-        """Go inside the array that is the text, or the array of objects that stands below one of `keys`."""
+        """Go inside the array that the file is, or the array of objects below one of `keys` if it is an object."""
         try:
             if self._took("["):
                 return True
             if self._took("{"):
                 return self._seek_key(keys)
         except UserError:
-            pass  # reported where lines are read
+            pass  # reported when lines are read
         return False
 
     def _seek_key(self, keys: tuple[str | None, ...]) -> bool:
@@ -50,7 +50,7 @@ class JsonText:
             if self.keys[-1] in keys and self._took("["):
                 if self._next() == "{":
                     return True
-                for _ in self.elements():  # something else of this name
+                for _ in self.elements():  # another kind of array under this name
                     pass
                 self._took("]")
             else:
@@ -60,7 +60,7 @@ class JsonText:
         return False
 
     def elements(self) -> Iterator[tuple[int, Any]]:
-        """Each element of the array that is read, with the line in which it begins."""
+        """Each element of the array, with the line in which it begins."""
         first = True
         while self._next() != "]":
             if not first and not self._took(","):
@@ -75,7 +75,7 @@ class JsonText:
         return found
 
     def _next(self) -> str:
-        """The next character that is not blank, which is left where it is; at the end, an empty text."""
+        """The next character that is not blank, without moving past it; at the end, an empty text."""
         while True:
             while self.place < len(self.text) and self.text[self.place] in " \t\r\n":
                 self.line += self.text[self.place] == "\n"
@@ -96,13 +96,13 @@ class JsonText:
                     continue
                 self.line += self.text.count("\n", self.place, error.pos)
                 raise self._error(error.msg) from None
-            if end < len(self.text) or not self._more():  # at the end of what was read, a number may go on
+            if end < len(self.text) or not self._more():  # a number at the end of the block may go on
                 self.line += self.text.count("\n", self.place, end)
                 self.place = end
                 return value
 
     def _more(self) -> bool:
-        """Read on, at least as much as is waiting; False at the end."""
+        """Read on, at least as much as is still undecoded; False at the end."""
         with reading_errors(self.path):
             block = self.file.read(max(BLOCK, len(self.text) - self.place))
         try:

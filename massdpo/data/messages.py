@@ -1,4 +1,4 @@
-"""Conversations, in the forms that people have them, as lists of {"role", "content"}."""
+"""Conversations, in the forms that people keep them in, as lists of {"role", "content"}."""
 
 import re
 from collections import Counter
@@ -18,7 +18,7 @@ OTHER_NAMES = {
     "function": "tool",
     "observation": "tool",
 }
-TURN = re.compile(r"\n\n(Human|Assistant): ?")  # how a dialogue in one text marks its turns
+TURN = re.compile(r"\n\n(Human|Assistant): ?")  # marks the turns of a dialogue in one text
 
 
 def is_message(value: Any) -> bool:
@@ -26,10 +26,10 @@ def is_message(value: Any) -> bool:
 
 
 def checked_messages(where: str, name: str, value: Any, told: Counter[str]) -> Messages:
-    """The messages of the field `name`, each with its role and a content that is not blank; `told` counts changes.
+    """The messages in the field `name`, each with a role and a content that is not blank; `told` counts changes.
 
     Raises:
-        UserError: it is no list of messages, or one of them has another role, no text, or something beside text.
+        UserError: it is not a list of messages, or one of them has an unknown role, no text, or something besides text.
     """
     if isinstance(value, dict):
         value = [value]
@@ -45,13 +45,17 @@ def _checked(where: str, name: str, message: Any, told: Counter[str]) -> dict[st
     given = str(role).lower()
     role = OTHER_NAMES.get(given, given)
     if role not in ROLES:
-        raise UserError(f'{where}: "{name}" has a message of the role {given!r}: {", ".join(sorted(ROLES))}')
+        raise UserError(
+            f'{where}: "{name}" has a message with the unknown role {given!r}: use {", ".join(sorted(ROLES))}'
+        )
     told["roles_renamed"] += given == "developer"
     if isinstance(content, list):
         content = "".join(_part(where, name, part) for part in content)
     calls = bool(message.get("tool_calls") or message.get("function_call"))
     if content is None and calls:
-        raise UserError(f'{where}: "{name}" has a message that only calls a tool (its content is null): not a text')
+        raise UserError(
+            f'{where}: "{name}" has a message that only calls a tool (its content is null): a text is needed'
+        )
     told["tool_calls_dropped"] += calls
     if not isinstance(content, str):
         raise UserError(f'{where}: "{name}" has a message whose content is not a text: {found(content)}')
@@ -70,7 +74,7 @@ def _part(where: str, name: str, part: Any) -> str:
 
 
 def dialogue(text: str) -> Messages:
-    """The messages of a prompt that is a dialogue in one text, up to where the assistant is to answer; or none."""
+    """The messages of a prompt that is a dialogue in one text and ends where the assistant is to answer; or none."""
     start, *turns = TURN.split(text)
     if start or len(turns) < 4 or turns[-2] != "Assistant" or turns[-1].strip():
         return []

@@ -1,4 +1,4 @@
-"""From a dataset's config node to splits: fetched if need be, prepared once, cached by content, read from disk."""
+"""From a dataset's config node to splits: fetched if needed, prepared once, cached by content, read from disk."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TOLD = {
     "equal_times": "equal times",
     "rating_is_ignored": "a column of ratings is ignored",
     "separator": "columns are separated (dataset.separator) by",
-}  # entries of the report that are shown at every use
+}  # entries of the report that are shown whenever the data is used
 
 T = TypeVar("T")
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
     """The splits of a dataset node (`_target_`, its options, `name`, `terms`, `limit_train|val|test`).
 
-    The class it names has `files()`, the raw files that it reads, and `load()`, which makes the splits.
+    The class that it names has `files()`, the raw files that it reads, and `load()`, which makes the splits.
 
     Raises:
-        UserError: from the dataset's own reader, the download, or an option that is not possible.
+        UserError: from the dataset's own reader, from the download, or an option with a value that is not allowed.
     """
     source, node, limits, name, terms = _source_of(dataset, cache)
     options = {key: value for key, value in node.items() if key != "raw_dir"}
@@ -60,14 +60,14 @@ def prepare(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 
 
 def _named(files: list[Path]) -> list[str | Path]:
-    """Names and contents: a name may say to which split a file belongs, and how it is to be read."""
+    """Names and contents: a name may say which split a file belongs to and how to read it."""
     whole = [os.path.abspath(file) for file in files]
     root = os.path.commonpath([os.path.dirname(file) for file in whole]) if whole else ""
     return [*(os.path.relpath(file, root) for file in whole), *files]
 
 
 def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
-    """What `prepare` gives, for a quick look: read afresh, rows made on demand, nothing cached, no digest."""
+    """What `prepare` returns, for a quick look: read afresh, rows made on demand, nothing cached, no digest."""
     source, node, limits, name, _ = _source_of(dataset, cache)
     splits = _loaded(source, node)
     for line in _notes(name, splits.report):
@@ -76,7 +76,7 @@ def read(dataset: Mapping[str, Any], cache: Cache) -> Splits:
 
 
 def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str, Any], dict[str, Any], str, str | None]:
-    """The reader that a dataset node describes, its own options, the limits, the name and the terms."""
+    """The reader that a dataset node describes, the reader's options, the limits, the name and the terms."""
     node: Any = OmegaConf.to_container(OmegaConf.create(dict(dataset)), resolve=True)
     check_dataset(node)
     limits = {split: node.pop(f"limit_{split}", None) for split in SPLITS}
@@ -89,14 +89,14 @@ def _source_of(dataset: Mapping[str, Any], cache: Cache) -> tuple[Any, dict[str,
 
 def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
     splits: Splits = source.load()
-    is_open = node.get("separator", "") is None  # the dataset has this option, and nobody set it
+    is_open = node.get("separator", "") is None  # the reader has this option, and it is not set
     if is_open and (found := unusual_separators(source.files(), node.get("encoding", "utf-8"))):
         splits.report["separator"] = ", ".join(map(repr, found))
     return splits
 
 
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
-    """What a user should know of the preparation, whenever the data are used: prepared now or found in the cache."""
+    """What a user should know about the data, whether it is prepared now or was found in the cache."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
     notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
     if count := report.get("bad_rows_skipped"):
@@ -111,7 +111,7 @@ def _limit(splits: Splits, limits: dict[str, int | None], node: Mapping[str, Any
 
 
 def limited(examples: Sequence[T], limit: int | None, seed: int, split: str) -> Sequence[T]:
-    """A seeded subset of at most `limit` examples, in their order; a smaller subset is part of a larger one."""
+    """A seeded subset of at most `limit` examples, in their order; a larger limit contains a smaller one's examples."""
     if limit is None:
         return examples
     order = np.random.default_rng(keyed_seed("limit", seed, split)).permutation(len(examples))

@@ -1,7 +1,7 @@
 """The one door for data from outside: a file, a folder or a hub data set becomes splits of rows, each with its place.
 
-Which files belong to which split is decided here, once: what is read is what is in `Source.files`. No code that comes
-with a data set is run, and a folder is never left.
+Which files belong to which split is decided here, once; exactly the `Source.files` are read. No code that comes with a
+data set is run, and nothing outside its folder is read.
 """
 
 import glob
@@ -20,7 +20,7 @@ from massdpo.errors import UserError, one_line
 from massdpo.store import plain_yaml
 
 SPLITS = ("train", "val", "test")
-# the usual names of splits, the most telling first; those that are one word are found in longer names, too
+# the usual names of splits, the clearest first; names of one word are also found inside longer ones
 NAMES = {
     "train": ("train", "train_prefs", "training"),
     "val": ("validation", "val", "valid", "dev", "eval", "validation_prefs", "val_prefs"),
@@ -32,7 +32,7 @@ SHARD = re.compile(r"[-_.]\d{5}[-_]of[-_]\d{5}.*$")
 
 
 class BadRows:
-    """What to do with a row that cannot be read: `error` raises its mistake, `skip` counts it."""
+    """What to do about a row that cannot be read: `error` raises what is wrong with it, `skip` counts it."""
 
     def __init__(self, policy: str):
         self.policy = policy
@@ -53,14 +53,14 @@ class BadRows:
 class Source:
     """The rows at a path, by split.
 
-    `place` is a file, a folder of files (each with its split's name in its own or its folder's, or as the card
-    README.md assigns them to splits and, by `subset`, to configurations), or what `datasets.save_to_disk` wrote.
-    `names` says which of the splits found there is train, val and test; without it, those with the usual names are.
-    Files that name no split are train. `outside`: files may lie elsewhere, by links or by what the folder says.
-    `parts`: the files of each split, where that is known already.
+    `place` is a file; a folder of files, whose splits are in their names, in their folders' names or in the card
+    README.md (with several configurations, `subset` is one of them); or what `datasets.save_to_disk` wrote. `names`
+    says which of the splits found there are train, val and test; without it, those with the usual names are. Files
+    whose names contain no split are train. `outside`: links, or lists of files in the folder, may lead elsewhere.
+    `parts`: the files of each split, where they are known already.
 
     Raises:
-        UserError: there is nothing, or nothing that could hold rows; a file outside the folder; a missing split.
+        UserError: there is nothing, or nothing that could hold rows; a file is outside the folder; a split is missing.
     """
 
     place: Path
@@ -69,16 +69,16 @@ class Source:
     names: Mapping[str, str] | None = None
     outside: bool = False
     parts: Mapping[str, list[Path]] | None = None
-    cards: list[Path] = field(default_factory=list, init=False)  # what says which files belong to which split
+    cards: list[Path] = field(default_factory=list, init=False)  # files that say which files belong to which split
 
     def __post_init__(self) -> None:
         self.place = self.place.expanduser()
         if unknown := [name for name in self.names or () if name not in SPLITS]:
-            raise UserError(f"dataset.splits.{unknown[0]} is not possible: {', '.join(SPLITS)}")
+            raise UserError(f"dataset.splits.{unknown[0]} is not allowed: use {', '.join(SPLITS)}")
 
     @cached_property
     def found(self) -> dict[str, list[Path]]:
-        """The files of every split, by the name that it has here."""
+        """The files of every split, by the name that the split has here."""
         shown = str(self.place) if str(self.place).isprintable() else repr(str(self.place))
         with reading_errors(shown):
             if not self.place.exists():
@@ -92,12 +92,12 @@ class Source:
             for file in files:
                 self._check_inside(file)
                 if not file.is_file():
-                    raise UserError(f"{file} is missing: {self.place} names it")
+                    raise UserError(f"{file} is missing, although {self.place} lists it")
         return parts
 
     @cached_property
     def splits(self) -> dict[str, str]:
-        """Which of train, val and test there are, and the name that each has here."""
+        """Which of train, val and test there are, and what each is called here."""
         if self.names:
             for split, name in self.names.items():
                 if name not in self.found:
@@ -113,26 +113,29 @@ class Source:
     @property
     def files(self) -> list[Path]:
         """Every file that is read: their content decides what the rows are."""
-        read = [file for name in self.splits.values() for file in self.found[name]]
-        return self.cards + read
+        return [*self.cards, *(file for name in self.splits.values() for file in self.found[name])]
 
     @property
     def ignored(self) -> list[str]:
-        """The splits that are there and not asked for."""
+        """The splits that are there but are not used."""
         return [name for name in self.found if name not in self.splits.values()]
 
     def rows(self, split: str, bad: BadRows) -> Iterator[PlacedRow]:
         for file in self.found[self.splits[split]]:
             yield from placed_rows(file, bad, self.reading)
 
+    def inside(self, where: str) -> str:
+        """A row's file and line, without the folder: what is kept must not change when the folder is moved."""
+        return where.removeprefix(f"{self.place if self.place.is_dir() else self.place.parent}/")
+
     def _check_inside(self, file: Path) -> None:
         root = self.place.resolve()
         if root.parent.name == "snapshots":
-            root = root.parents[1]  # the hub's cache, where all data sets' files are links into the same folder
-        leads_to = Path(os.path.realpath(str(file).replace("\0", "")))  # of links that go round, too
+            root = root.parents[1]  # the hub's cache: the files of a snapshot are links to a folder beside it
+        leads_to = Path(os.path.realpath(str(file).replace("\0", "")))  # also resolves links that go in circles
         if not self.outside and not leads_to.is_relative_to(root):
             raise UserError(
-                f"{file} lies outside {self.place}: dataset.outside=true reads it, if you trust what the folder says"
+                f"{file} lies outside {self.place}: set dataset.outside=true to read it, if you trust the folder"
             )
 
     def _saved(self) -> dict[str, list[Path]]:
@@ -140,20 +143,20 @@ class Source:
         whole, single = self.place / "dataset_dict.json", self.place / "state.json"
         if whole.is_file():
             self.cards.append(whole)
-            names = _json(whole, "splits", list)
+            names = _json_list(whole, "splits")
             return {str(name): self._saved_files(self.place / str(name) / "state.json") for name in names}
         return {"train": self._saved_files(single)} if single.is_file() else {}
 
     def _saved_files(self, state: Path) -> list[Path]:
         self._check_inside(state)
         self.cards.append(state)
-        entries = _json(state, "_data_files", list)
+        entries = _json_list(state, "_data_files")
         if not all(isinstance(entry, dict) and isinstance(entry.get("filename"), str) for entry in entries):
             raise UserError(f'{state}: "_data_files" must be a list of {{"filename"}}')
         return [state.parent / entry["filename"] for entry in entries]
 
     def _by_card(self) -> dict[str, list[Path]]:
-        """The files that a data set's card, as the hub has it, assigns to its splits."""
+        """The files that a data set's card (README.md, as on the hub) assigns to its splits."""
         card = self.place / "README.md"
         configs = _card_configs(card) if card.is_file() else []
         if not configs:
@@ -177,15 +180,15 @@ class Source:
     def _matching(self, pattern: str) -> list[Path]:
         if (self.place / pattern).is_file():
             return [self.place / pattern]
-        self._check_inside(self.place / pattern)  # a ** elsewhere would look through a whole disk
+        self._check_inside(self.place / pattern)  # a ** elsewhere could search a whole disk
         found = sorted(glob.glob(pattern, root_dir=self.place, recursive=True))
         files = [self.place / name for name in found if (self.place / name).is_file()]
         if not files:
-            raise UserError(f"{self.place} has no file {pattern}, which its README.md names")
+            raise UserError(f"{self.place} has no file {pattern}, although its README.md lists it")
         return files
 
     def _by_name(self) -> dict[str, list[Path]]:
-        """The files that could hold rows, by the split that its name, or its folder's, gives."""
+        """The files that could hold rows, by the split in their name or their folder's."""
         root = self.place / (self.subset or "")
         if not root.is_dir():
             raise UserError(f"dataset.subset={self.subset}: {self.place} has no such folder")
@@ -196,33 +199,33 @@ class Source:
                 parts.setdefault(_split_name(relative), []).append(file)
         if not parts:
             raise UserError(
-                f"{root} holds no file of rows: JSON, JSON Lines, CSV, Parquet, Arrow, or what save_to_disk wrote"
+                f"{root} holds no file of rows: JSON, JSON Lines, CSV, TSV, Parquet, Arrow, or what save_to_disk wrote"
             )
         told = {WORDS[word[1]] for name in parts if (word := WORD.search(name.lower()))}
         return {name or ("(no split)" if "train" in told else "train"): files for name, files in parts.items()}
 
 
 def _split_name(file: Path) -> str:
-    """The part of a path that names a split, as `data/train_prefs-00000-of-00001.parquet` names train_prefs."""
+    """The split that a path names: train_prefs for `data/train_prefs-00000-of-00001.parquet`."""
     for part in (SHARD.sub("", file.name).split(".")[0], *reversed(file.parts[:-1])):
         if WORD.search(part.lower()):
             return part
     return ""
 
 
-def _json(file: Path, key: str, kind: type) -> Any:
-    """What stands below `key` in a small JSON file."""
+def _json_list(file: Path, key: str) -> list[Any]:
+    """The list below `key` in a small JSON file."""
     try:
         value = json.loads(file.read_bytes())[key]
     except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({one_line(error)}): it may be damaged") from error
-    if not isinstance(value, kind):
-        raise UserError(f'{file}: "{key}" must be a {kind.__name__}')
+    if not isinstance(value, list):
+        raise UserError(f'{file}: "{key}" must be a list')
     return value
 
 
 def _card_configs(card: Path) -> list[dict[str, Any]]:
-    """The configurations that a card's head names; none where it has no head, or one that is not YAML."""
+    """The configurations in a card's YAML head; none where it has no head, or one that is not YAML."""
     head = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
     try:
         about = plain_yaml(head[1]) if head else None

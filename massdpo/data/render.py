@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own, which `chat.py` starts: a JSON request a line, a JSON answer a line.
+"""Renders chat templates in a process of its own, which `chat.py` starts: one JSON request and one answer per line.
 
-A template is a program of whoever made the model. Jinja's sandbox, as `transformers` uses it, keeps it from files and
-from Python's insides, but not from looping or filling the memory: from that the system keeps it, by ending the process.
+A template is a program by whoever made the model. Jinja's sandbox, as `transformers` uses it, keeps it away from files
+and from Python's internals, but it could still loop or fill the memory: then the system ends this process.
 This file imports neither torch nor the rest of the package, so that it starts in less than a second.
 """
 
@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 
 def main(megabytes: int) -> None:
-    with suppress(ValueError, OSError):  # not every system limits it
+    with suppress(ValueError, OSError):  # not every system has such a limit
         limit = psutil.Process().memory_info().vms + (megabytes << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for line in sys.stdin:
@@ -29,11 +29,11 @@ def main(megabytes: int) -> None:
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
     try:
-        rendered: Any = render_jinja_template(**request)  # texts, and places in them
+        rendered: Any = render_jinja_template(**request)  # the texts, and spans in them
         return {"text": rendered[0][0]}
     except MemoryError:
         return {"why": "it fills the memory"}
-    except Exception as error:  # whatever a template makes of Jinja
+    except Exception as error:  # a template can make Jinja raise anything
         return {"why": " ".join(str(error).split())[:200] or type(error).__name__}
 
 

@@ -11,9 +11,9 @@ from massdpo.errors import UserError
 class PreferenceExample:
     """One prompt, its chosen response and the pool of negatives to select from.
 
-    Texts are as they came: the tokeniser puts a single space between prompt and response where there is none (`joint`).
-    `history` is what may be cut from its old end when the prompt is too long; its items stand in the prompt joined by
-    ", " from character `history_start` on. A prompt that cannot be cut has an empty history.
+    Texts are kept as they came: the tokeniser puts a space between prompt and response where there is none (`joint`).
+    Of a prompt that is too long, the oldest items of its `history` may be cut; they are in the prompt joined by ", ",
+    from character `history_start` on. A prompt that cannot be cut has an empty history.
     """
 
     id: str  # unique within the dataset, `split/number`
@@ -23,11 +23,11 @@ class PreferenceExample:
     candidates: tuple[str, ...]  # the slate: chosen and pool in the order in which they are shown or ranked
     history: tuple[str, ...] = ()  # oldest first
     history_start: int = 0
-    meta: dict[str, Any] = field(default_factory=dict)  # json-able: user, popularity, question's own options, ...
+    meta: dict[str, Any] = field(default_factory=dict)  # json-able: the user, the number of own options, ...
     where: str = field(default="", compare=False)  # file and line that it was read from, for messages
 
     def __post_init__(self) -> None:
-        """Raises UserError where the slate is not made of the chosen response and the pool."""
+        """Raises UserError where the slate does not consist of the chosen response and the pool."""
         if set(self.candidates) != {self.chosen, *self.pool}:
             raise UserError(f"{self.where or self.id}: candidates must be the chosen response and the pool")
 
@@ -39,7 +39,7 @@ class PreferenceExample:
 
 
 def joint(prompt: str, response: str) -> str:
-    """What stands between a prompt and a response in plain text: a space, unless either brings one of its own."""
+    """What goes between a prompt and a response in plain text: a space, unless either brings one of its own."""
     return "" if prompt[-1:].isspace() or response[:1].isspace() else " "
 
 
@@ -47,9 +47,9 @@ def joint(prompt: str, response: str) -> str:
 class Splits:
     """A prepared dataset: three sequences of examples and what happened on the way.
 
-    `report` counts what was left out or changed, and why (flat, json-able); `digest`, which `prepare` gives, changes
-    whenever any example does. With a `catalogue`, tests rank each target against all its titles but those whose places
-    `meta["met"]` of the test example lists.
+    `report` counts what was left out or changed, and why (flat, json-able); `digest`, which `prepare` sets, changes
+    whenever any example does. With a `catalogue`, each test target is ranked against all of its titles except those
+    whose places are in the test example's `meta["met"]`.
     """
 
     train: Sequence[PreferenceExample]

@@ -1,9 +1,9 @@
 """The items beside the target: slates that say nothing about it (`clean`), and published ones (`legacy`).
 
-A clean slate's draws come from a counter-based generator (Philox) keyed by dataset seed and split, its counter being
-the row: any row's slate can be drawn alone, in any order, by any worker, and the target has no say in it.
+A clean slate is drawn by a counter-based generator (Philox) that is keyed by dataset seed and split, with the row as
+its counter: any row's slate can be drawn alone, in any order, by any worker, and the target has no influence on it.
 
-Shapes: R rows, W draws of a row, N negatives, C = 1 + N candidates, I items of the catalogue, E (user, item) pairs.
+Shapes: R rows, W draws per row, N negatives, C = 1 + N candidates, I items of the catalogue, E (user, item) pairs.
 """
 
 import random
@@ -17,7 +17,7 @@ from massdpo.store import keyed_seed
 
 Ints = NDArray[np.int64]
 
-DRAWS = 3  # per negative wanted, at first: enough unless the user has met much of the catalogue or of what is popular
+DRAWS = 3  # at first, per negative: enough unless the user has met much of the catalogue, or of its popular part
 LEGACY_NEGATIVES = 19
 LEGACY_HISTORY = 10
 
@@ -26,7 +26,7 @@ LEGACY_HISTORY = 10
 class CleanSlates:
     """Draws N negatives for each row of a split from the items that the row's user never met, before or after.
 
-    Negatives are drawn one after the other without replacement, in proportion to `weights_I` (None: uniformly).
+    They are drawn one after the other without replacement, in proportion to `weights_I` (None: uniformly).
     """
 
     seed: int
@@ -37,10 +37,10 @@ class CleanSlates:
     weights_I: NDArray[np.float64] | None = None
 
     def draw(self, first_row: int, user_R: Ints, target_R: Ints) -> Ints:
-        """Slates (R, C) of the consecutive rows from `first_row`; the target stands anywhere in each, once.
+        """Slates (R, C) of consecutive rows from `first_row` on, each with its target once, at a random place.
 
         Raises:
-            UserError: a user has met so many items that N others do not exist.
+            UserError: a user has met so many items that there are no N others.
         """
         width = DRAWS * self.count
         uniform_RW = self._uniforms(first_row, len(user_R), width + self.count + 1)
@@ -59,7 +59,7 @@ class CleanSlates:
         return np.take_along_axis(slate_RC, order_RC, axis=1)
 
     def _uniforms(self, first_row: int, rows: int, width: int) -> NDArray[np.float64]:
-        blocks = -(-width // 4)  # a step of Philox's counter gives four words
+        blocks = -(-width // 4)  # each step of Philox's counter gives four words
         generator = np.random.Philox(key=keyed_seed("slate", self.seed, self.split), counter=first_row * blocks)
         words = generator.random_raw(rows * blocks * 4).reshape(rows, blocks * 4)[:, :width]
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -77,7 +77,7 @@ class CleanSlates:
         return self.seen_E[place] == code
 
     def _complete(self, row: int, user: int, found: Ints) -> Ints:
-        """The rare row whose draws ran out: the rest of the same sequential sample, by Gumbel noise on what is left."""
+        """The rare row whose draws did not suffice: goes on with the same sample, by Gumbel noise on what is left."""
         first, last = np.searchsorted(self.seen_E, [user * self.items, (user + 1) * self.items])
         free_I = np.ones(self.items, dtype=bool)
         free_I[self.seen_E[first:last] - user * self.items] = False
@@ -107,18 +107,17 @@ def _repeats(item_RW: Ints) -> NDArray[np.bool_]:
 
 
 def legacy_slate(items: int, sequence: list[int]) -> list[int]:
-    """The 20 candidates for a user's sequence up to the target, its last item, of `items` ids.
+    """The 20 candidates for a user's sequence, which ends with the target, as in S-DPO's LastFM files (NeurIPS 2024).
 
-    As in S-DPO's published LastFM files (NeurIPS 2024): drawn and shuffled by the target's id.
-
-    Negatives can be items of the user's older history, and a look-up by target finds the answer: for comparison only.
+    They are drawn from `items` ids and shuffled, seeded by the target's id. Negatives can be older items of the same
+    user, and a look-up table by target finds the answer: for comparison only.
     """
     target = sequence[-1]
     chance = random.Random(target)
     removed = sorted({*sequence[-1 - LEGACY_HISTORY :]})
     negatives = []
     for item in chance.sample(range(items - len(removed)), LEGACY_NEGATIVES):
-        for gap in removed:  # the item-th of those that were not removed
+        for gap in removed:  # the item-th among those that were not removed
             item += gap <= item
         negatives.append(item)
     slate = [*negatives, target]

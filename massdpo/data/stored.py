@@ -1,7 +1,6 @@
 """Examples on disk: one JSON object per line, and a file with the lines' offsets.
 
-A row is read when it is asked for, so that memory does not grow with the number of rows, and a person can read the
-file too.
+A row is read when it is asked for, so that memory does not grow with the rows; and people can read the file too.
 """
 
 import json
@@ -11,6 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -22,7 +22,7 @@ RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Lazy(Sequence[T]):
-    """A sequence by its length and its `_at`."""
+    """A sequence whose rows are made by `_at` when they are asked for."""
 
     @abstractmethod
     def _at(self, row: int) -> T: ...
@@ -41,7 +41,7 @@ class Lazy(Sequence[T]):
 
 @dataclass(eq=False)
 class Subset(Lazy[T]):
-    """Chosen rows of another sequence."""
+    """Some rows of another sequence."""
 
     examples: Sequence[T]
     rows: RowNumbers
@@ -55,7 +55,7 @@ class Subset(Lazy[T]):
 
 @dataclass(eq=False)
 class NumberedSplit(Subset[PreferenceExample]):
-    """Chosen rows as a split: those without an id are named by the split and their place in it."""
+    """Some rows as a split: those without an id are named by the split and their place in it."""
 
     split: str
 
@@ -64,8 +64,21 @@ class NumberedSplit(Subset[PreferenceExample]):
         return example if example.id else replace(example, id=f"{self.split}/{row}")
 
 
+def spooled(examples: Iterable[tuple[float, PreferenceExample]]) -> tuple["StoredExamples", np.ndarray[Any, Any]]:
+    """Write examples, as they come, to files that go when they are closed; also returns the number before each."""
+    numbers: list[float] = []
+
+    def noted() -> Iterator[PreferenceExample]:
+        for number, example in examples:
+            numbers.append(number)
+            yield example
+
+    with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
+        return StoredExamples.written(noted(), Path(folder), "rows"), np.array(numbers)
+
+
 class StoredExamples(Lazy[PreferenceExample]):
-    """What `written` left in a folder. It is opened anew in another process, so workers can share it."""
+    """What `written` left in a folder. Other processes open it anew, so workers can share it."""
 
     def __init__(self, folder: Path, name: str):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Lines of text from outside, with the place of every mistake; and when two texts are the same."""
+"""Lines of text from outside, with the place of every mistake; and when two texts count as equal."""
 
 import codecs
 import gzip
@@ -16,7 +16,7 @@ from massdpo.errors import UserError
 COMPRESSED = (".gz", ".zst")
 BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
-Bad = Callable[[UserError], None]  # what is done about a row that cannot be read
+Bad = Callable[[UserError], None]  # called with what is wrong with a row that cannot be read
 
 
 def refuse(error: UserError) -> None:
@@ -24,14 +24,14 @@ def refuse(error: UserError) -> None:
 
 
 def normalise(text: str) -> str:
-    """What two texts share when a reader would call them equal: compatibility forms, case and spacing are levelled."""
+    """The same for texts that a reader would call equal: without differences of case, spacing or Unicode form."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def opened(path: Path) -> io.BufferedReader:
-    """The bytes of a file, decompressed where its name ends in .gz or .zst; of standard input where it is `-`."""
+    """A file's bytes, decompressed if its name ends in .gz or .zst; `-` is standard input."""
     if str(path) == "-":
-        return open(0, "rb", closefd=False)  # not by a name such as /dev/stdin: a socket cannot be opened again
+        return open(0, "rb", closefd=False)  # not as /dev/stdin: a socket cannot be opened by name
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path))
     if path.suffix == ".zst":
@@ -43,7 +43,7 @@ def opened(path: Path) -> io.BufferedReader:
 
 @contextmanager
 def reading_errors(path: Path | str) -> Iterator[None]:
-    """Say in one line what went wrong while a file was read: it is missing, a folder, or damaged."""
+    """Say in one line why a file cannot be read: it is missing, a folder, or damaged."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -51,7 +51,7 @@ def reading_errors(path: Path | str) -> Iterator[None]:
 
 
 def encoding_of(file: io.BufferedReader, encoding: str) -> str:
-    """The encoding that a byte-order mark gives, or else the one asked for."""
+    """The encoding that a byte-order mark tells, or else the one asked for."""
     start = file.peek(3)
     return next((name for bom, name in BOMS.items() if start.startswith(bom)), encoding)
 
@@ -61,8 +61,8 @@ def read_lines(
 ) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, line without its end) for every line of a file that is not blank.
 
-    CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that is not in the encoding is left
-    out, and handed to `bad` as an error that names file and line. With `whole`, blank lines and line ends are kept.
+    CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that cannot be decoded is left out,
+    and `bad` gets an error that names file and line. With `whole`, blank lines and line ends are kept.
 
     Raises:
         UserError: the file is missing, a folder, unreadable, or has no line that is not blank.
@@ -80,12 +80,12 @@ def read_lines(
 
 
 def _decoded(path: Path, file: io.BufferedReader, encoding: str, bad: Bad) -> Iterator[str | None]:
-    """Every line with its end; None in the place of one that was handed to `bad`."""
-    if "\n".encode(encoding.removesuffix("-sig")) != b"\n":  # more than a byte for each character
+    """Every line with its end; None in place of one that was handed to `bad`."""
+    if "\n".encode(encoding.removesuffix("-sig")) != b"\n":  # more than one byte per character
         try:
             yield from io.TextIOWrapper(file, encoding, newline="\n")
         except UnicodeError as error:
-            raise UserError(f"{path} is not {encoding.upper()} as its beginning says ({error})") from error
+            raise UserError(f"{path} is not {encoding.upper()}, although it begins as such ({error})") from error
         return
     for number, raw in enumerate(file, start=1):
         try:
@@ -104,7 +104,7 @@ def read_jsonl(path: Path, bad: Bad = refuse, encoding: str = "utf-8") -> Iterat
     """Yield (line number from 1, object) for every line of a JSON Lines file that is not blank.
 
     Raises:
-        UserError: as `read_lines`. A line that is no JSON object is left out and handed to `bad` as well.
+        UserError: as `read_lines`. A line that is not a JSON object is also left out and handed to `bad`.
     """
     for number, line in read_lines(path, bad, encoding):
         try:
@@ -117,7 +117,7 @@ def read_jsonl(path: Path, bad: Bad = refuse, encoding: str = "utf-8") -> Iterat
 
 
 def json_object(row: Any, where: str, bad: Bad, escapes: bool = True) -> dict[str, Any] | None:
-    """The row, if it is an object of proper text; `escapes`: it was written with some that may be half a character."""
+    """The row, if it is an object of proper text. `escapes`: it may have an escape that is half a character."""
     if not isinstance(row, dict):
         bad(UserError(f"{where}: expected a JSON object, found {type(row).__name__}"))
     elif escapes and not _is_text(row):

@@ -54,7 +54,7 @@ def tokenize_catalogue(
     """The ids of each title of a catalogue as a response to the prompts of `test`.
 
     Raises:
-        UserError: a prompt and a title together exceed `max_length`, or a title is not possible as a response.
+        UserError: a prompt and a title together exceed `max_length`, or a title cannot be a response.
     """
     encoder = Encoder(tokenizer, chat_template)
     ids = [ids.tolist() for ids in encoder.responses([encoder.joined("", title) for title in titles], titles)]

@@ -205,7 +205,7 @@ def check_keep_metric(name: str) -> None:
     if name not in names:
         listed = " | ".join(known for known in names if not known.endswith("_sum"))
         hint = near(name, names) or f"; there are {listed}, and those of ranks with _sum"
-        raise UserError(f"trainer.keep_metric={name!r} is not possible{hint}")
+        raise UserError(f"trainer.keep_metric={name!r} is not allowed{hint}")
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -132,11 +132,12 @@ def example_of(where: str, line: dict[str, Any]) -> PreferenceExample:
 
 @contextmanager
 def _output(name: str) -> Iterator[TextIO]:
-    if name == "-":
-        with writing_to(name), open(1, "w", encoding="utf-8", newline="\n", closefd=False) as file:
-            yield file
-        return
-    with writing_to(name), replacing(Path(name)) as beside, open(beside, "w", encoding="utf-8", newline="\n") as file:
+    target: Any = nullcontext(1) if name == "-" else replacing(Path(name))  # 1: stdout
+    with (
+        writing_to(name),
+        target as place,
+        open(place, "w", encoding="utf-8", newline="\n", closefd=place != 1) as file,
+    ):
         yield file
 
 

@@ -1,4 +1,4 @@
-"""What the cells of a table of interactions say: names, numbers, titles, and times in any form."""
+"""Reads the cells of a table of interactions: names, numbers, titles, and times in any form."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -9,7 +9,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def cell(where: str, name: str, value: Any) -> str:
-    """A name from a cell: a text or a whole number (also one that a table keeps as 3.0)."""
+    """A name from a cell: a text or a whole number (also one that is stored as 3.0)."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
@@ -20,7 +20,7 @@ def cell(where: str, name: str, value: Any) -> str:
 
 
 def article_first(title: str) -> str:
-    """`Affair to Remember, An (1957)` as people say it: `An Affair to Remember (1957)`."""
+    """`An Affair to Remember (1957)` for `Affair to Remember, An (1957)`."""
     name, bracket, year = title.rpartition(" (")
     name, year = (name, bracket + year) if bracket else (title, "")
     head, comma, article = name.rpartition(", ")
@@ -30,7 +30,7 @@ def article_first(title: str) -> str:
 
 
 class Times:
-    """Times as comparable numbers: as they stand, or a date's microseconds since 1970; or the file's order."""
+    """Times as comparable numbers: numbers as they are, dates as microseconds since 1970, or else row numbers."""
 
     def __init__(self, form: str | None):
         self.form = form
@@ -44,8 +44,8 @@ class Times:
         kind, time = self._read(where, value, number)
         if self.kind and kind != self.kind:
             if "order" in (kind, self.kind):
-                raise UserError(f"{where}: only some rows have a 'time'; give it in all or in none")
-            raise UserError(f"{where}: 'time' is {value!r:.40}, but a {self.kind} in the rows before")
+                raise UserError(f"{where}: only some rows have a 'time'; give one to all rows or to none")
+            raise UserError(f"{where}: 'time' is {value!r:.40}, but the rows before have a {self.kind}")
         self.kind = kind
         return time
 
@@ -67,8 +67,8 @@ class Times:
         except ValueError:
             how = f"as dataset.time_format={self.form}" if self.form else "a number (seconds, say) or an ISO date"
             raise UserError(
-                f"{where}: 'time' must be {how}, found {text!r:.40}; dates of another form need dataset.time_format, "
-                "as %d/%m/%Y %H:%M"
+                f"{where}: 'time' must be {how}, found {text!r:.40}; for dates in another format set "
+                "dataset.time_format, as in %d/%m/%Y %H:%M"
             ) from None
 
 

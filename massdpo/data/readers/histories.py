@@ -19,8 +19,8 @@ from massdpo.data.stored import Lazy
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
-BLOCK = 4096  # rows whose slates are drawn at once
-SHARES = (0.8, 0.9)  # where training ends and testing begins, of users or of time
+BLOCK = 4096  # rows whose slates are drawn together
+SHARES = (0.8, 0.9)  # of users or of time: where training ends and where testing begins
 
 # (before the history, the question after it); candidates, if listed, follow the question
 WORDINGS = {
@@ -47,7 +47,7 @@ WORDINGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
-    """The options that every data set of histories has; `conf/dataset/lastfm.yaml` says what each does."""
+    """The options of every data set of histories; `conf/dataset/lastfm.yaml` says what each does."""
 
     noun: Literal["item", "film", "artist"] = "item"
     seed: int = 0
@@ -60,7 +60,7 @@ class Prompting:
     def example(
         self, id: str, history: list[str], chosen: str, candidates: list[str], meta: dict[str, Any]
     ) -> PreferenceExample:
-        """The pool is the other candidates in slate order; only the latest `max_history` items are shown."""
+        """The pool is the other candidates in slate order; the prompt shows the latest `max_history` items."""
         wordings = WORDINGS[self.noun]
         place = keyed_seed("wording", self.seed, id) % len(wordings) if self.prompts == "several" else 0
         before, question = wordings[place]
@@ -121,9 +121,9 @@ def _time_part(log: Log) -> Ints:
 
 @dataclass(eq=False)
 class RecommendationSplit(Lazy[PreferenceExample]):
-    """The rows of one split, each made when it is asked for; reading in order draws slates by the block.
+    """The rows of one split, each made when it is asked for; reading in order draws many slates at once.
 
-    Without `slates` they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` lists the items that the
+    Without `slates`, they are drawn as LastFM's were published. With `tell_met`, `meta["met"]` lists the items that the
     user met before the target.
     """
 

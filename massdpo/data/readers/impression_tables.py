@@ -1,4 +1,4 @@
-"""Tables of impressions, and of their items' titles, in the layouts that people have: MIND's, or any columns."""
+"""Tables of impressions and of their items' titles: MIND's, or any with the right columns."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ MIND_TIME = "%m/%d/%Y %I:%M:%S %p"
 
 @dataclass(frozen=True)
 class Impression:
-    """What was shown at once, by titles; `shown` includes what was clicked, as far as the table has it there."""
+    """What was shown at once, as titles; `shown` includes what was clicked, if the table lists it there."""
 
     where: str
     user: str | None
@@ -42,7 +42,7 @@ class Impression:
 
 @dataclass(frozen=True, kw_only=True)
 class ImpressionTables(TableOptions):
-    """How the tables are to be read; `conf/dataset/impressions.yaml` says what each option does."""
+    """How tables are read; `conf/dataset/impressions.yaml` says what each option does."""
 
     item_separator: str | None = None
 
@@ -53,7 +53,7 @@ class ImpressionTables(TableOptions):
             raise UserError("dataset.item_separator is empty: set it to the text between two items, or null for spaces")
 
     def titles_in(self, files: list[Path], bad: BadRows) -> dict[str, str]:
-        """The titles by item, of all files together."""
+        """The titles by item, from all files together."""
         titles: dict[str, str] = {}
         for file in files:
             titles |= self.titles(file, self.items_header or self._mind_header(file, "title"), bad)[0]
@@ -68,10 +68,9 @@ class ImpressionTables(TableOptions):
         told: Counter[str],
         bad: BadRows,
     ) -> Iterator[Impression]:
-        """Every row of `files`; `titles` None: items are their own titles. `told` counts items without one.
+        """Every row of `files`. Without `titles`, items are their own; else `told` counts the items that have none.
 
-        Raises:
-            UserError: a row cannot be read, or has no time where `timed`; handed to `bad`.
+        A row that cannot be read, or lacks a time where `timed`, is handed to `bad`.
         """
         for file in files:
             mind = None if self.header else self._mind_header(file, "history")
@@ -91,7 +90,7 @@ class ImpressionTables(TableOptions):
                     yield Impression(where, user, time, history, shown, clicked)
 
     def _lists(self, where: str, parts: dict[str, Any], by_column: bool) -> tuple[list[str], list[str], list[str]]:
-        """History, all that was shown, and what of it was clicked: as a column says, or as in `N12-1 N34-0`."""
+        """The history, all that was shown, and what was clicked: by its column, or by endings as in `N12-1 N34-0`."""
         history, shown, clicked = (
             self._items(where, part, parts.get(part)) for part in ("history", "shown", "clicked")
         )
@@ -101,12 +100,12 @@ class ImpressionTables(TableOptions):
             if item[-2:] not in ("-0", "-1"):
                 raise UserError(
                     f"{where}: {item!r:.60} in 'shown' ends in neither -1 (clicked) nor -0, and no column says what "
-                    "was clicked: dataset.columns={clicked: NAME} names it"
+                    "was clicked: name it with dataset.columns={clicked: NAME}"
                 )
         return history, [item[:-2] for item in shown], [item[:-2] for item in shown if item.endswith("-1")]
 
     def _items(self, where: str, part: str, value: Any) -> list[str]:
-        """The items of a cell: a list, or a text in which `item_separator`, or else white space, divides them."""
+        """The items in a cell: a list, or a text that is split at `item_separator` (at white space without one)."""
         if isinstance(value, str):
             return [item.strip() for item in value.split(self.item_separator) if item.strip()]
         if value is None:
@@ -121,7 +120,7 @@ class ImpressionTables(TableOptions):
         return [title for title in found if title]
 
     def _mind_header(self, file: Path, telling: str) -> list[str] | None:
-        """The columns of a file of MIND's; none where its first line names the `telling` one."""
+        """The columns of one of MIND's files; None for others, and where the first line names the `telling` column."""
         name = file.name.split(".")[0]
         if name not in MIND or suffix_of(file) != ".tsv":
             return None

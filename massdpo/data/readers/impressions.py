@@ -1,7 +1,7 @@
-"""Impressions: what a user was shown at once, and what of it was clicked. What was not is a real negative.
+"""Impressions: what a user was shown at once, and what of it was clicked. The rest are real negatives.
 
-Each click is an example: the user's history is the prompt, what was clicked the chosen response, what was shown beside
-it and not clicked the pool. MIND's folders (Wu et al., ACL 2020) are read as they are, and so is any table with the
+Each click is an example: the user's history is the prompt, the clicked item the chosen response, and what was shown
+but not clicked the pool. MIND's folders (Wu et al., ACL 2020) are read as they are, and so is any table with the
 columns history, shown and clicked (`impression_tables.py`).
 """
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -22,12 +21,12 @@ from massdpo.data.readers.histories import Prompting
 from massdpo.data.readers.impression_tables import USUAL, Impression, ImpressionTables, is_about_items
 from massdpo.data.readers.interactions import Ints
 from massdpo.data.schema import PreferenceExample, Splits
-from massdpo.data.stored import NumberedSplit, StoredExamples
+from massdpo.data.stored import NumberedSplit, StoredExamples, spooled
 from massdpo.data.text import normalise
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
-HELD_OUT = 0.1  # of the users, or the latest of the impressions, for each split that has no file of its own
+HELD_OUT = 0.1  # of the users, or of the impressions (the latest), for each split that has no file of its own
 
 TOLD = {
     "several_clicks": "{} impressions have several clicks: an example for each, none the other's negative",
@@ -35,7 +34,7 @@ TOLD = {
     "short_history": "{} impressions whose history is shorter than dataset.min_history were left out",
     "clicks_without_negative": "{} clicks without a negative (all that was shown was clicked) were left out",
     "clicks_not_shown": "{} clicks are not among what was shown; they count as clicks",
-    "titles_shown_again": "{} shown items were left out: their title stands in the same impression already",
+    "titles_shown_again": "{} shown items were left out: another item of the impression has the same title",
     "without_title": "{} mentions of items without a title were left out (dataset.missing_titles)",
     "without_file_of_titles": "there is no file of titles: items are called as the {} impressions call them",
 }
@@ -74,25 +73,22 @@ class Impressions(ImpressionTables, Prompting):
         return {split: files for split, files in parts.items() if files}, about_items
 
     def files(self) -> list[Path]:
-        """The files that `load` reads: their content, with the options, decides the outcome."""
+        """The files that `load` reads: their content and the options decide the outcome."""
         parts, about_items = self._files
         return [*self._source.cards, *(file for files in parts.values() for file in files), *about_items]
 
     def load(self) -> Splits:
-        """Raises UserError for a missing or damaged file, a row that cannot be read, and a split without examples."""
+        """Raises UserError for a missing or damaged file, a row that cannot be read, or a split without examples."""
         files, about_items = self._files
         bad, told, columns = BadRows(self.bad_rows), Counter[str](), Columns(USUAL, self.columns_given(tuple(USUAL)))
         titles = self.titles_in(about_items, bad) if about_items else None
         given: dict[str, StoredExamples] = {}
-        keys: dict[str, list[float]] = {}
-        with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
-            for split, tables in files.items():
-                keys[split] = []
-                impressions = self.impressions(tables, columns, titles, self.split == "time", told, bad)
-                examples = self._examples(impressions, keys[split], told)
-                given[split] = StoredExamples.written(examples, Path(folder), split)
+        keys: dict[str, np.ndarray[Any, Any]] = {}
+        for split, tables in files.items():
+            impressions = self.impressions(tables, columns, titles, self.split == "time", told, bad)
+            given[split], keys[split] = spooled(self._examples(impressions, told))
         rows = {split: np.arange(len(each)) for split, each in keys.items()}
-        rows |= self._held_out(np.array(keys["train"]), [split for split in SPLITS if split not in given])
+        rows |= self._held_out(keys["train"], [split for split in SPLITS if split not in given])
         told["without_file_of_titles"] = 0 if about_items else told["impressions"]
         notes = [text.format(told[name]) for name, text in TOLD.items() if told[name]]
         for split in SPLITS:
@@ -103,9 +99,9 @@ class Impressions(ImpressionTables, Prompting):
         return Splits(train, val, test, columns.report() | counts | {"notes": notes})
 
     def _held_out(self, keys: np.ndarray[Any, Any], missing: list[str]) -> dict[str, Ints]:
-        """The rows of train and of the splits that are `missing`: by their time, or whole users in seeded order."""
+        """The rows of train and of the `missing` splits: by time, or whole users in seeded order."""
         shares = [1 - HELD_OUT * left for left in range(len(missing), 0, -1)]
-        spread = keys  # what the shares are of: every row's time, or every user's place once
+        spread = keys  # the shares are of these: every row's time, or every user's place once
         if self.split == "user":
             users, user_of = np.unique(keys, return_inverse=True)
             spread = np.random.default_rng(keyed_seed("users", self.seed)).permutation(len(users))
@@ -115,18 +111,17 @@ class Impressions(ImpressionTables, Prompting):
         return {split: np.flatnonzero(part == number) for number, split in enumerate(["train", *missing])}
 
     def _examples(
-        self, impressions: Iterator[Impression], keys: list[float], told: Counter[str]
-    ) -> Iterator[PreferenceExample]:
-        """The examples of all clicks; `keys` gets, of each, the time, or a number of its user (or history)."""
+        self, impressions: Iterator[Impression], told: Counter[str]
+    ) -> Iterator[tuple[float, PreferenceExample]]:
+        """The examples of all clicks, each with its time, or else a number of its user (or history)."""
         for impression in impressions:
             told["impressions"] += 1
             user = keyed_seed("user", impression.user or repr(impression.history))
             for example in self._of_impression(impression, told):
-                keys.append(user if impression.time is None else impression.time)
-                yield example
+                yield user if impression.time is None else impression.time, example
 
     def _of_impression(self, impression: Impression, told: Counter[str]) -> list[PreferenceExample]:
-        """An example for each click, all with the same pool, in which titles that a reader calls equal stand once."""
+        """One example per click, all with the same pool, in which titles that a reader would call equal are merged."""
         clicked = {normalise(title): title for title in impression.clicked}
         shown = {normalise(title): title for title in impression.shown}
         negatives = [title for key, title in shown.items() if key not in clicked]
@@ -145,13 +140,9 @@ class Impressions(ImpressionTables, Prompting):
         return [self._example(impression, chosen, negatives) for chosen in clicked.values()]
 
     def _example(self, impression: Impression, chosen: str, negatives: list[str]) -> PreferenceExample:
-        slate = sorted([chosen, *negatives])  # its order is drawn anew, by what does not tell the chosen one
+        slate = sorted([chosen, *negatives])  # so that the order drawn next does not give the chosen one away
         key = repr((impression.history, slate))
         Random(keyed_seed("impression slate", self.seed, key)).shuffle(slate)
         meta = {} if impression.user is None else {"user": impression.user}
         example = self.example(key, impression.history, chosen, slate, meta)
-        return replace(example, id="", where=self._inside(impression.where))
-
-    def _inside(self, where: str) -> str:
-        place = Path(str(self.path)).expanduser()
-        return where.removeprefix(f"{place if place.is_dir() else place.parent}/")
+        return replace(example, id="", where=self._source.inside(impression.where))

@@ -1,8 +1,7 @@
-"""A row of preferences, in whatever layout, as one thing: a prompt, chosen responses, rejected responses.
+"""A row of preferences, in whatever layout, as a prompt, chosen responses and rejected responses.
 
-Two kinds of layout there are: what is chosen and what is rejected stand in columns of their own, or there is a list of
-answers with a score or a rank for each. The prompt is a text, or messages; or it is what the responses share at their
-beginning.
+There are two kinds of layout: chosen and rejected responses have columns of their own, or there is a list of answers
+with a score or rank for each. The prompt is a text or messages, or else the beginning that the responses share.
 """
 
 import math
@@ -24,7 +23,7 @@ Response = str | Messages
 
 @dataclass
 class RowParts:
-    """What a row says. `messages` is the prompt as a conversation, where it is one."""
+    """What a row contains. `messages` is the prompt as a conversation, where it is one."""
 
     prompt: str
     messages: Messages
@@ -37,10 +36,9 @@ class RowParts:
 class Layout:
     """Rows to preferences.
 
-    `columns` says which column, or which of several, is which part (`NAMES`); what it leaves out is found by the usual
-    names. `ties`: an answer as good as the best is left out (drop) or is a rejected one (keep); `min_margin`: an answer
-    is rejected only if its score is that much below the best, or its rank that much behind. `told` counts what was
-    changed or left out.
+    `columns` gives the column, or columns, of a part (`NAMES`); other parts are found by their usual names. `ties`: an
+    answer as good as the best is left out (drop) or rejected (keep); `min_margin`: an answer is rejected only if its
+    score is that far below the best, or its rank that far behind. `told` counts what was changed or left out.
     """
 
     def __init__(
@@ -54,7 +52,7 @@ class Layout:
         """The row's preference; None where no answer is better than another.
 
         Raises:
-            UserError: a part is missing (the message names the columns that are there), empty, or not what it must be.
+            UserError: a part is missing (the message lists the columns), empty, or of the wrong kind.
         """
         parts = self.columns.parts(where, row)
         if {"chosen", "rejected"} <= parts.keys():
@@ -86,7 +84,7 @@ class Layout:
         if not isinstance(value, list):
             return [self._text(where, name, value)]
         if not value:
-            raise UserError(f'{where}: "{name}" must be a text or a list of at least one, found an empty list')
+            raise UserError(f'{where}: "{name}" must be a text or a list of at least one text, found an empty list')
         if all(is_message(each) for each in value):
             messages = checked_messages(where, name, value, self.told)
             if len(messages) > 1 and all(each["role"] == "assistant" for each in messages):
@@ -117,7 +115,9 @@ class Layout:
             messages = checked_messages(where, "prompt", value, self.told)
             self.told["inputs_beside_messages_ignored"] += bool(parts.get("context"))
             if messages[-1]["role"] == "assistant":
-                raise UserError(f'{where}: "prompt" ends with a message of the assistant: the response would follow it')
+                raise UserError(
+                    f'{where}: "prompt" ends with a message of the assistant: the assistant must be next to speak'
+                )
             return "", messages if messages[0]["role"] == "system" else before + messages
         text = self._text(where, "prompt", value)
         if context := self._text(where, "input", parts.get("context", "")):
@@ -127,8 +127,8 @@ class Layout:
         return "", [*before, *(dialogue(text) or [{"role": "user", "content": text}])]
 
     def _common_beginning(self, where: str, row: Mapping[str, Any], texts: list[Any]) -> tuple[str, list[Response]]:
-        """Dialogues as texts: the prompt is what they share, up to the last turn that the assistant begins there."""
-        first, last = min(texts), max(texts)  # what these two share, all that lie between them do
+        """Dialogues as texts: the prompt is what they share, up to where the assistant's last shared turn begins."""
+        first, last = min(texts), max(texts)  # what these two share, all texts between them in order share too
         length = next((place for place in range(len(first)) if first[place] != last[place : place + 1]), len(first))
         shared = first[:length]
         turns = list(LAST_TURN.finditer(shared))
@@ -140,12 +140,12 @@ class Layout:
     def _joined(
         self, where: str, prompt: str, messages: Messages, responses: list[Response]
     ) -> tuple[str, Messages, list[str]]:
-        """Prompt and responses apart: what comes before the last message of a conversation belongs to the prompt."""
+        """The prompt and the responses' texts: all messages before a conversation's last one belong to the prompt."""
         texts, beginnings = [], []
         for each in responses:
             if isinstance(each, list):
                 if each[-1]["role"] != "assistant":
-                    raise UserError(f'{where}: a response must be a message of the role "assistant", or end with one')
+                    raise UserError(f'{where}: a response must be a message with the role "assistant", or end with one')
                 beginnings.append(each[:-1])
             texts.append(each[-1]["content"] if isinstance(each, list) else each)
         if any(beginnings):
@@ -166,7 +166,7 @@ class Layout:
         return prompt, messages, texts
 
     def _ordered(self, where: str, parts: dict[str, Any]) -> tuple[list[Response], list[Response]] | None:
-        """The best of a list of answers, and those that are worse; None where there are none."""
+        """The best of a list of answers, and the worse ones; None where no answer is worse."""
         answers = parts["answers"]
         if not isinstance(answers, list) or not answers:
             raise UserError(f'{where}: "answers" must be a list of answers, found {found(answers)}')
@@ -198,7 +198,7 @@ class Layout:
         return [chosen], list(rejected)
 
     def _worths(self, where: str, answers: list[Any], parts: dict[str, Any]) -> list[float | None]:
-        """How good each answer is: its score, or how far in front it is ranked."""
+        """How good each answer is: its score, or its negated rank."""
         for part, sign in (("scores", 1), ("ranks", -1)):
             values = parts.get(part)
             if values is None and isinstance(answers[0], dict):
@@ -215,7 +215,7 @@ class Layout:
         if isinstance(answers[0], dict):
             raise UserError(
                 f"{where}: the answers have {shown(answers[0])}, but no score or rank; "
-                "dataset.columns={scores: KEY} or {ranks: KEY} names it"
+                "name it with dataset.columns={scores: KEY} or {ranks: KEY}"
             )
         self.told["rows_ranked_by_order"] += 1
         return [-float(place) for place in range(len(answers))]

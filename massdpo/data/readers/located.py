@@ -1,4 +1,4 @@
-"""Where a data set of one's own lies, a path or a name on the hub: the options that every reader of one has."""
+"""Where your own data set is, a path or a name on the hub: the options that all readers of such data share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,25 +20,23 @@ class Located(Reading):
     splits: Mapping[str, str] | None = None
 
     def source(self, outside: bool = False) -> Source:
-        """What is there, with rows to train on.
+        """What is there.
 
         Raises:
-            UserError: not exactly one place is given, it has no training split, or the hub cannot be reached.
+            UserError: no place or both are given, it has no training split, or the hub cannot be reached.
         """
         if bool(self.path) == bool(self.hub_id):
-            raise UserError(
-                "this dataset needs dataset.path=FILE (or a folder), or dataset.hub_id=OWNER/NAME, not both"
-            )
+            raise UserError("this dataset needs either dataset.path=FILE (or a folder) or dataset.hub_id=OWNER/NAME")
         place = hub_folder(self.hub_id, self.revision) if self.hub_id else Path(str(self.path))
         source = Source(place, self, self.subset, self.splits, outside)
         if "train" not in source.splits:
             names = ", ".join(source.found)
-            raise UserError(f"{place} has no split 'train', only {names}: dataset.splits={{train: NAME}} names it")
+            raise UserError(f"{place} has no split 'train', only {names}: name it with dataset.splits={{train: NAME}}")
         return source
 
 
 def hub_folder(hub_id: str, revision: str | None) -> Path:
-    """The folder of a hub set's data files, fetched if the hub's cache does not hold them; offline, what it holds."""
+    """The folder of a hub set's data files, fetched unless the hub's cache has them; offline, what the cache has."""
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -1,7 +1,7 @@
 """Multiple choice: question and options are the prompt, the right option is chosen, the others are the pool.
 
-The prompt lists only the question's own options, in their own order; a wider pool borrows options of other questions of
-the same split, so that nothing of a test question stands in training. `questions.py` reads the rows.
+The prompt lists only the question's own options, in their own order; a wider pool borrows options from other questions
+of the same split, so that training sees nothing of the test questions. `questions.py` reads the rows.
 """
 
 from collections import Counter
@@ -33,9 +33,9 @@ WORDINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice(Located):
-    """Questions from `path` or `hub_id`, or from the files of `raw_dir`; `conf/dataset/mcqa.yaml` explains the options.
+    """Questions from `path`, `hub_id` or the files in `raw_dir`; `conf/dataset/mcqa.yaml` explains the options.
 
-    Splits that are not there are held out of training, `val_size` and `test_size` questions or shares of them.
+    Splits that are missing are held out of training: `val_size` and `test_size` questions, or shares of them.
     """
 
     raw_dir: str | None = None
@@ -65,11 +65,11 @@ class MultipleChoice(Located):
         return Source(Path(str(self.raw_dir)), self, outside=True, parts=parts)
 
     def files(self) -> list[Path]:
-        """The files that `load` reads: their content, with the options, decides the outcome."""
+        """The files that `load` reads: their content and the options decide the outcome."""
         return self._source.files
 
     def load(self) -> Splits:
-        """Raises UserError for missing or damaged files, unclear answers, and splits too small to fill the pools."""
+        """Raises UserError for missing or damaged files, unclear answers, or splits too small to fill the pools."""
         bad = BadRows(self.bad_rows)
         readers = {
             split: read_questions(
@@ -98,7 +98,7 @@ class MultipleChoice(Located):
         return self._source.found[split][0] if self.train_file else self._source.place
 
     def _held_out(self, questions: dict[str, list[Question]]) -> dict[str, Any]:
-        """Holds out the splits that are missing, and says so."""
+        """Hold out the splits that are missing; returns notes that say so."""
         report: dict[str, Any] = {}
         if self.train_file and "test" in questions and "val" not in questions:
             name = self._place("test").name
@@ -115,7 +115,7 @@ class MultipleChoice(Located):
     def _hold_out(
         self, questions: list[Question], split: str, wanted: int, key: str
     ) -> tuple[list[Question], list[Question]]:
-        """Seeded questions out of the training ones; questions of the same stem stay together."""
+        """The training questions without, and those with, a seeded sample; questions of the same stem stay together."""
         groups: dict[str, list[int]] = {}
         for number, question in enumerate(questions):
             groups.setdefault(normalise(question.stem), []).append(number)
@@ -126,7 +126,7 @@ class MultipleChoice(Located):
                 held.update(groups[stems[place]])
         if len(held) == len(questions):
             raise UserError(
-                f"{self._place('train')} has {len(questions)} questions, dataset.{split}_size={wanted} leaves none to "
+                f"{self._place('train')} has {len(questions)} questions: dataset.{split}_size={wanted} leaves none to "
                 "train on"
             )
         kept = [question for number, question in enumerate(questions) if number not in held]
@@ -140,7 +140,7 @@ class MultipleChoice(Located):
             if question.shuffled:
                 question = _shuffled(question, chance)
             chosen = question.options[question.answer]
-            own: dict[str, str] = {}  # the wrong options that differ, by what a reader would call equal
+            own: dict[str, str] = {}  # the wrong options, without those that a reader would call equal
             for place, option in enumerate(question.options):
                 key = normalise(option)
                 if place == question.answer:
@@ -158,7 +158,7 @@ class MultipleChoice(Located):
                 pool = pool[: self.num_negatives] + lender.borrow(more, {normalise(chosen), *own}, chance, split)
             if not pool:
                 raise UserError(
-                    f"{id}: question {question.id} has no wrong option left; set dataset.num_negatives=19, say"
+                    f"{id}: question {question.id} has no wrong option: set dataset.num_negatives to a number, as 19"
                 )
             candidates = [chosen, *pool]
             candidates = [candidates[place] for place in chance.permutation(len(candidates))]
@@ -179,7 +179,7 @@ class MultipleChoice(Located):
 
 
 class Lender:
-    """The distinct options of a split, for questions that have too few of their own."""
+    """The distinct options of a split, to be borrowed by questions that have too few."""
 
     def __init__(self, questions: list[Question]):
         first: dict[str, str] = {}
@@ -190,7 +190,7 @@ class Lender:
         self.texts = list(first.values())
 
     def borrow(self, count: int, taken: set[str], chance: np.random.Generator, split: str) -> list[str]:
-        """`count` options, none of which says what one of `taken` does."""
+        """`count` options, none of which equals one of the `taken`."""
         if count <= 0:
             return []
         if len(self.keys) < count + len(taken):

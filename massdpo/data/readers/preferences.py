@@ -1,16 +1,14 @@
 """Anyone's own preferences, from a file, a folder or the hub: rows of a prompt, chosen and rejected responses.
 
-Texts stay as they are. Rows go to the disk as they are read, so that memory holds a number for each of them.
+Rows go to the disk as they are read, so that memory holds a single number for each of them.
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +19,7 @@ from massdpo.data.readers.layouts import Layout, RowParts
 from massdpo.data.readers.located import Located
 from massdpo.data.readers.wording import TOLD
 from massdpo.data.schema import PreferenceExample, Splits
-from massdpo.data.stored import NumberedSplit, StoredExamples
+from massdpo.data.stored import NumberedSplit, StoredExamples, spooled
 from massdpo.errors import UserError
 from massdpo.store import keyed_seed
 
@@ -30,10 +28,9 @@ from massdpo.store import keyed_seed
 class Preferences(Located):
     """Preferences from `path` or `hub_id`, with validation and test rows of their own or held out by the seed.
 
-    `path`, `val_path` and `test_path` are what `raw.Source` reads, and a row is what `layouts.Layout` reads; `splits`,
-    `columns` and the other options are theirs (`conf/dataset/preferences.yaml` says what each does). A row may also
-    have `candidates`, the slate: chosen and rejected in the order shown; and `id`. All rows of one prompt are held out
-    together.
+    `raw.Source` reads `path`, `val_path` and `test_path`, and `layouts.Layout` reads the rows;
+    `conf/dataset/preferences.yaml` says what each option does. A row may also have an `id` and `candidates`, the slate:
+    chosen and rejected responses in the order shown. All rows of one prompt are held out together.
 
     Raises:
         UserError: a file is missing, empty or damaged; a row is not usable (file, line, and what is wrong), unless
@@ -64,7 +61,7 @@ class Preferences(Located):
 
     @cached_property
     def _sources(self) -> dict[str, Source]:
-        """Where each split is read from; a path of its own takes the place of one that `path` brought."""
+        """Where each split is read from; `val_path` and `test_path` replace the splits that `path` has."""
         main = self.source(self.outside)
         paths = {"val": self.val_path, "test": self.test_path}
         others = {split: Source(Path(path), self) for split, path in paths.items() if path}
@@ -75,7 +72,7 @@ class Preferences(Located):
         return {split: main for split in main.splits} | others
 
     def files(self) -> list[Path]:
-        """The files that `load` reads: their content, with the options, decides the outcome."""
+        """The files that `load` reads: their content and the options decide the outcome."""
         return list(dict.fromkeys(file for source in self._sources.values() for file in source.files))
 
     def load(self) -> Splits:
@@ -83,14 +80,10 @@ class Preferences(Located):
         seen: dict[str, str] = {}
         given: dict[str, StoredExamples] = {}
         prompts: dict[str, np.ndarray[Any, np.dtype[np.int64]]] = {}
-        with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
-            for split, source in self._sources.items():
-                numbers = array("q")
-                examples = self._examples(split, source, layout, bad, seen, numbers)
-                given[split] = StoredExamples.written(examples, Path(folder), split)
-                prompts[split] = np.array(numbers)
-                if not numbers:
-                    raise UserError(f"no usable row for the split {split!r}: at least one is needed")
+        for split, source in self._sources.items():
+            given[split], prompts[split] = spooled(self._examples(split, source, layout, bad, seen))
+            if not len(given[split]):
+                raise UserError(f"no usable row for the split {split!r}: at least one is needed")
         rows = self._held_out(prompts)
         parts = {split: NumberedSplit(given.get(split, given["train"]), rows[split], split) for split in SPLITS}
         trained_on = prompts["train"][rows["train"]]
@@ -102,21 +95,20 @@ class Preferences(Located):
         return Splits(parts["train"], parts["val"], parts["test"], report)
 
     def _notes(self, layout: Layout) -> list[str]:
-        """A line for each kind of thing that is not used as it was given."""
+        """One line for each kind of thing that was changed or not used."""
         notes = [text.format(layout.told[name]) for name, text in TOLD.items() if layout.told[name]]
         columns = layout.columns.report()
         if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
-            notes.append(f"columns that were ignored: {', '.join(ignored)}; read were {columns['columns']}")
+            notes.append(f"columns that were ignored: {', '.join(ignored)}; those that were read: {columns['columns']}")
         if left := sorted({name for source in self._sources.values() for name in source.ignored}):
             notes.append(f"splits that were ignored: {', '.join(left)} (dataset.splits)")
         return notes
 
     def _examples(
-        self, split: str, source: Source, layout: Layout, bad: BadRows, seen: dict[str, str], prompts: "array[int]"
-    ) -> Iterator[PreferenceExample]:
-        """The examples of a split; `prompts` gets a number for each, the same for the same prompt."""
+        self, split: str, source: Source, layout: Layout, bad: BadRows, seen: dict[str, str]
+    ) -> Iterator[tuple[int, PreferenceExample]]:
+        """The examples of a split, each with a number of its prompt; `seen` gets the ids and where they were given."""
         name = split if split in source.splits else next(iter(source.splits))
-        inside = f"{source.place if source.place.is_dir() else source.place.parent}/"
         named = None
         for where, row in source.rows(name, bad):
             layout.told[f"{split}_rows_read"] += 1
@@ -135,11 +127,13 @@ class Preferences(Located):
                 named = bool(example.id) if named is None else named
                 if named != bool(example.id):
                     raise UserError(f'{where}: only some rows have an "id"; give one to all or to none')
-                prompts.append(keyed_seed("jsonl split", self.seed, example.prompt))
-                yield PreferenceExample(**vars(example) | {"where": where.removeprefix(inside)})
+                yield (
+                    keyed_seed("jsonl split", self.seed, example.prompt),
+                    replace(example, where=source.inside(where)),
+                )
 
     def _of_row(self, where: str, row: RowParts, told: Counter[str]) -> list[PreferenceExample]:
-        """An example for each of the chosen responses, with all the rejected ones."""
+        """One example per chosen response, each with all rejected ones."""
         prompt = self._stripped(row.prompt, row.prompt.rstrip(), told)
         chosen, rejected = (
             list(dict.fromkeys(self._stripped(text, text.strip(), told) for text in texts))
@@ -152,7 +146,7 @@ class Preferences(Located):
         if len(chosen) > 1:
             if self.several_chosen == "error":
                 raise UserError(
-                    f"{where}: {len(chosen)} chosen responses; dataset.several_chosen=each makes an example of each"
+                    f"{where}: {len(chosen)} chosen responses; dataset.several_chosen=each makes one example of each"
                 )
             told["rows_with_several_chosen"] += 1
         identity = row.id
@@ -194,13 +188,13 @@ class Preferences(Located):
         return slate
 
     def _drawn_slate(self, prompt: str, texts: list[str]) -> tuple[str, ...]:
-        """An order that does not tell the chosen one."""
+        """An order that does not give the chosen one away."""
         slate = list(texts)
         Random(keyed_seed("jsonl slate", self.seed, prompt, slate)).shuffle(slate)
         return tuple(slate)
 
     def _held_out(self, prompts: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        """The rows of all three splits: what was not given is drawn from train, whole prompts by their numbers."""
+        """The rows of all three splits; those that were not given take prompts from train, by the prompts' numbers."""
         numbers, sizes = np.unique(prompts["train"], return_counts=True)
         ends, taken = np.cumsum(sizes), 0
         split_of = np.full(len(prompts["train"]), "train", dtype="<U5")

@@ -1,8 +1,8 @@
 """A multiple-choice row, whatever its layout, as a question with its options and the place of the right one.
 
-Options stand in a list, in columns (option1, ..., A, ..., opa, ...), as {text, label}, or as the right answer beside
-wrong ones. The answer is a label of the row's own, a letter, a number from 0 or from 1, or an option's text: which of
-these is given, or inferred where the questions leave no doubt.
+Options are in a list, in columns (option1, ..., A, ..., opa, ...), in {text, label}, or are the right answer and wrong
+ones beside it. The answer is one of the row's labels, a letter, a number from 0 or from 1, or an option's text: which
+of these is an option, or inferred where the questions leave no doubt.
 """
 
 import ast
@@ -34,16 +34,16 @@ LETTERED = re.compile(r"(|option|opt|op|choice|answer|ans)[ _-]?([a-j])", re.IGN
 
 @dataclass(frozen=True)
 class Question:
-    """`answer` is the place of the right option, which each of `ways` to read the row's answer gives; -1: not known."""
+    """`answer` is the place of the right option, -1 until known; `ways` has the place for each way to read the row."""
 
     where: str
     id: str
     stem: str
     options: list[str]
     ways: Mapping[str, int]
-    told: str  # the answer as it stands in the row
+    told: str  # the answer as the row has it
     answer: int = -1
-    shuffled: bool = False  # are the options in no order of the row's own?
+    shuffled: bool = False  # the row gives the options no order: one is drawn
 
 
 def read_questions(rows: Iterable[PlacedRow], name: str, columns: Mapping[str, Any], bad: BadRows) -> "Reader":
@@ -63,7 +63,7 @@ def read_questions(rows: Iterable[PlacedRow], name: str, columns: Mapping[str, A
 
 
 class Reader:
-    """Questions as they are read, and which columns they were read from."""
+    """The questions that were read, and the columns they came from."""
 
     def __init__(self, given: Mapping[str, Any]):
         self.given = given
@@ -86,7 +86,9 @@ class Reader:
         options, labels = _options(where, parts.get("options"))
         told = parts.get("answer")
         if told is None or str(told).strip() == "":
-            raise UserError(f"{where}: no answer: an unlabelled split can be neither trained nor tested on")
+            raise UserError(
+                f"{where}: no answer: unlabelled questions can be used neither for training nor for testing"
+            )
         if not options and "wrong" in parts:
             wrong, _ = _options(where, parts["wrong"])
             return Question(where, _id(parts, name), stem, [str(told).strip(), *wrong], {"own": 0}, str(told), 0, True)
@@ -98,10 +100,10 @@ class Reader:
 
 
 def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[list[Question], str]:
-    """The questions with their answers, read in the `way` that is given or that all of them allow; and which it was.
+    """The questions with their answers, read in the given `way` or the one that all of them allow; and which it was.
 
     Raises:
-        UserError: several ways are possible and differ, or a question's answer is none of its options.
+        UserError: several ways are possible and differ, or a question's answer is not one of its options.
     """
     open_ones = [question for question in questions if "own" not in question.ways]
     if way is None and open_ones:
@@ -111,7 +113,7 @@ def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[
             example = open_ones[0]
             raise UserError(
                 f"{example.where}: the answer {example.told!r:.40} can be read as {' or as '.join(best)}, and so can "
-                "the others: set dataset.answer to one of these (index0: the first option is 0; index1: it is 1)"
+                "all others: set dataset.answer to one of these (index0: the first option is 0; index1: it is 1)"
             )
         way = best[0]
     kept = []
@@ -133,7 +135,7 @@ def _no_option(question: Question, way: str | None) -> str:
 
 
 def _ways(told: Any, options: list[str], labels: list[str]) -> dict[str, int]:
-    """The place that each way to read the answer gives, where it gives one; `own` where the row's labels decide."""
+    """The place of the right option by each way to read the answer that fits; `own` where the row's labels decide."""
     text = str(told).strip()
     if isinstance(told, float) and told.is_integer():
         text = str(int(told))
@@ -153,7 +155,7 @@ def _ways(told: Any, options: list[str], labels: list[str]) -> dict[str, int]:
 
 
 def _options(where: str, value: Any) -> tuple[list[str], list[str]]:
-    """The options' texts, and their labels where the row gives them."""
+    """The texts of the options, and their labels where the row has them."""
     if value is None:
         return [], []
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):  # a list in a cell of text
@@ -189,7 +191,7 @@ def _id(parts: Mapping[str, Any], name: str) -> str:
 
 
 def _lettered(row: Mapping[str, Any]) -> list[str]:
-    """The columns of options that end in a letter from a on, of the same name before it."""
+    """Columns of options that are lettered from a on, with the same name before the letter."""
     by_name: dict[str, dict[str, str]] = {}
     for column in row:
         if found := LETTERED.fullmatch(column.strip()):

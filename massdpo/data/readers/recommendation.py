@@ -1,7 +1,6 @@
 """Recommendation: a user's items so far are the prompt, the next one is the chosen response, others are the pool.
 
-One class per data set, all with the same options; rows are made when they are read (`histories.py`), so memory does not
-grow with their number.
+Rows are made when they are read (`histories.py`), so memory does not grow with their number.
 
 Shapes: E (user, item) pairs.
 """
@@ -27,7 +26,7 @@ from massdpo.errors import UserError
 
 
 def near_key(title: str) -> str:
-    """What near-duplicate titles share, whatever their case, spacing, punctuation and leading article."""
+    """The same for titles that differ only in case, spacing, punctuation or a leading article."""
     words = re.sub(r"[^\w\s]", " ", normalise(title).replace("&", " and ")).split()
     return " ".join(words[1:] if len(words) > 1 and words[0] in ("the", "a", "an") else words) or title
 
@@ -38,7 +37,7 @@ MERGES: dict[str, Callable[[str], str]] = {"equal": normalise, "near": near_key}
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation(Prompting, ABC):
-    """The options that every recommendation dataset has; `conf/dataset/lastfm.yaml` says what each does."""
+    """The options of every recommendation dataset; `conf/dataset/lastfm.yaml` says what each does."""
 
     raw_dir: str | None = None
     num_negatives: int = 19
@@ -55,18 +54,18 @@ class Recommendation(Prompting, ABC):
 
     @property
     def legacy(self) -> bool:
-        """Are the slates drawn as LastFM's were published, which gives targets away?"""
+        """Are slates drawn as LastFM's were published, which gives targets away?"""
         return False
 
     @abstractmethod
     def files(self) -> list[Path]:
-        """The raw files that `load` reads: their content, with the options, decides the outcome."""
+        """The raw files that `load` reads: their content and the options decide the outcome."""
 
     @abstractmethod
     def log(self, bad: BadRows) -> Log: ...
 
     def load(self) -> Splits:
-        """Raises UserError for a missing or damaged raw file, and for a pool that cannot be filled."""
+        """Raises UserError for a missing or damaged raw file, or a pool that cannot be filled."""
         bad = BadRows(self.bad_rows)
         log = self.log(bad)
         if not len(log.item_E):
@@ -74,7 +73,9 @@ class Recommendation(Prompting, ABC):
         if not self.legacy:
             log = tidy(log, MERGES[self.merge_titles])
         elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
-            raise UserError(f"dataset.slate=legacy needs {LEGACY_ITEMS} titles or more that differ: use slate=clean")
+            raise UserError(
+                f"dataset.slate=legacy needs at least {LEGACY_ITEMS} different titles: use dataset.slate=clean"
+            )
         rows = rows_of(log, self.split, self.seed, self.min_history)
         weights_I = None
         if self.negatives == "popularity":  # plus one: an item that is never a target could not be a negative
@@ -110,8 +111,8 @@ class LastFM(Recommendation):
     """Next artist on Last.fm (HetRec 2011, as cut by LLaRA and S-DPO): 976 / 122 / 122 users as published.
 
     The folder holds either `sequences.jsonl` and `id2name.txt`, or S-DPO's three ready-made `lastfm-*.json`, of which
-    the sequences are taken and slates drawn anew. LLaRA's tables are pickles, which can run code: they are never
-    loaded, and `conf/dataset/lastfm.yaml` says how to turn them into the former.
+    only the sequences are used. LLaRA's tables are pickles, which can run code: they are never loaded, and
+    `conf/dataset/lastfm.yaml` says how to turn them into `sequences.jsonl`.
     """
 
     noun: Literal["item", "film", "artist"] = "artist"
@@ -142,8 +143,8 @@ class LastFM(Recommendation):
         folder = Path(self.raw_dir or "")
         if not (folder / "sequences.jsonl").is_file() and (tables := sorted(folder.glob("*.df"))):
             raise UserError(
-                f"{tables[0]} is a pickled table of LLaRA's, which can run code: it is never loaded; "
-                "conf/dataset/lastfm.yaml has the lines that turn such tables into sequences.jsonl"
+                f"{tables[0]} is one of LLaRA's pickled tables, which can run code and are never loaded: "
+                "conf/dataset/lastfm.yaml has the lines that turn them into sequences.jsonl"
             )
         return [
             raw_file(self.raw_dir, "sequences.jsonl", "split, user and items of every user, or S-DPO's lastfm-*.json"),
@@ -159,7 +160,7 @@ class LastFM(Recommendation):
 
 @dataclass(frozen=True, kw_only=True)
 class UserSequences(Tables, Recommendation):
-    """Anyone's own interactions, and MovieLens: a table of user, item, time and one of item, title (`tables.py`)."""
+    """Your own interactions, or MovieLens: a table of user, item, time and one of item, title (`tables.py`)."""
 
     def __post_init__(self) -> None:
         Tables.__post_init__(self)

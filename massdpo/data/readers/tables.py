@@ -1,6 +1,6 @@
 """Tables of interactions and of titles, in the layouts that people have, read into a `Log`.
 
-Columns are given or found by their usual names; times are numbers of any unit, ISO dates or dates of a given format.
+Columns are given, or found by their usual names; times are numbers in any unit, ISO dates, or dates in a given format.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ USUAL = {
     "count": ("count", "quantity", "purchases", "plays", "play_count", "playcount"),
 }
 ABOUT_ITEMS = ("item", "title")
-# what files are usually called, whatever they end in
+# what files are usually called, whatever their ending
 INTERACTIONS = (
     *("interactions", "ratings", "events", "behaviors", "transactions", "purchases", "orders", "clicks", "log"),
 )
@@ -48,7 +48,7 @@ ITEMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions(Reading):
-    """How tables are to be read; `conf/dataset/sequences.yaml` says what each option does."""
+    """How tables are read; `conf/dataset/sequences.yaml` says what each option does."""
 
     columns: Mapping[str, Any] = field(default_factory=dict)
     header: list[str] | None = None
@@ -60,16 +60,16 @@ class TableOptions(Reading):
         return {part: column for part, column in self.columns.items() if part in parts}
 
     def columns_of(self, parts: tuple[str, ...]) -> Columns:
-        """The columns of one of two files: of the columns named, the other file's may be missing here."""
+        """The columns of one of two files: a column that the user names may be in the other one."""
         return Columns({part: USUAL[part] for part in parts}, self.columns_given(parts), optional=tuple(self.columns))
 
     def rows_of(self, path: Path, header: list[str] | None, bad: BadRows) -> Iterator[PlacedRow]:
         for where, row in placed_rows(path, bad, self, header or ()):
-            typed = not header and suffix_of(path) in RECBOLE  # RecBole's headers tell types: user_id:token
+            typed = not header and suffix_of(path) in RECBOLE  # RecBole's headers have types: user_id:token
             yield where, {name.rpartition(":")[0] or name: value for name, value in row.items()} if typed else row
 
     def titles(self, path: Path, header: list[str] | None, bad: BadRows) -> tuple[dict[str, str], dict[str, Any]]:
-        """The titles by item in a file of them, and which columns they stand in."""
+        """The titles by item in a file of titles, and the columns that they were found in."""
         titles: dict[str, str] = {}
         columns = self.columns_of(ABOUT_ITEMS)
         for where, row in self.rows_of(path, header, bad):
@@ -87,15 +87,15 @@ class TableOptions(Reading):
         return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
 
     def title_of(self, where: str, item: str, given: Any) -> str:
-        """The title of an item, or what `missing_titles` puts in its place: nothing where the item is left out.
+        """The title of an item, or what takes its place by `missing_titles`; empty where the item is left out.
 
         Raises:
-            UserError: there is none, and that is an error.
+            UserError: there is no title, and `missing_titles` is error.
         """
         title = str(given or "").strip()
         if not title and self.missing_titles == "error":
             raise UserError(
-                f"{where}: item {item!r:.60} has no title in the file of titles or in a column here "
+                f"{where}: item {item!r:.60} has no title, neither in a file of titles nor in a column here "
                 "(dataset.columns={title: NAME}): dataset.missing_titles=skip leaves it out, id shows its id"
             )
         return title or (item if self.missing_titles == "id" else "")
@@ -124,20 +124,20 @@ class Tables(TableOptions):
         )
 
     def items_path(self) -> Path | None:
-        """The file of titles; None: they stand beside the interactions."""
+        """The file of titles; None: they are in the table of interactions."""
         if self.items_file is not None:
             return raw_file(self.raw_dir, self.items_file, "item, title")
         return _found(self.raw_dir, None, ITEMS, ".item")
 
     def files(self) -> list[Path]:
-        """The files that are read: their content, with the options, decides the outcome."""
+        """The files that are read: their content and the options decide the outcome."""
         return [path for path in (self.interactions_path(), self.items_path()) if path]
 
     def worded(self, title: str) -> str:
         return article_first(title) if self.article_first else title
 
     def log(self, bad: BadRows) -> Log:
-        """Every user's items in order of time; among equal times, and without any, in that of the file."""
+        """Every user's items in order of time; where times are equal or missing, in the file's order."""
         path, about = self.interactions_path(), self.items_path()
         titles, about_items = self.titles(about, self.items_header, bad) if about else ({}, {})
         table = Interactions({item: self.worded(title) for item, title in titles.items()})
@@ -186,10 +186,10 @@ class Tables(TableOptions):
 
 
 def needed(columns: Columns, where: str, row: dict[str, Any], wanted: tuple[str, ...]) -> dict[str, Any]:
-    """The row's parts, of which those `wanted` must be there.
+    """The row's parts, with None for a `wanted` one that this row leaves empty.
 
     Raises:
-        UserError: one is not; names the columns that are there.
+        UserError: no column holds one of those `wanted`; the message lists the columns.
     """
     parts = columns.parts(where, row)
     for part in wanted:
@@ -199,7 +199,7 @@ def needed(columns: Columns, where: str, row: dict[str, Any], wanted: tuple[str,
 
 
 def _found(raw_dir: str | None, name: str | None, usual: tuple[str, ...], suffix: str) -> Path | None:
-    """The one file of the folder whose name is a usual one, whatever it ends in."""
+    """The one file of the folder with a usual name, whatever its ending."""
     folder = Path(raw_dir or "").expanduser()
     if raw_dir is None or name is not None or not folder.is_dir():
         return None
@@ -210,7 +210,7 @@ def _found(raw_dir: str | None, name: str | None, usual: tuple[str, ...], suffix
     ]
     if len(named) > 1:
         raise UserError(
-            f"{folder} holds {', '.join(file.name for file in named[:8])}: dataset.interactions_file and "
-            "dataset.items_file say which to read"
+            f"{folder} holds {', '.join(file.name for file in named[:8])}: say which to read with "
+            "dataset.interactions_file and dataset.items_file"
         )
     return named[0] if named else None

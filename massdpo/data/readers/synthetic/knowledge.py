@@ -49,12 +49,12 @@ QUESTIONS = (
 class SyntheticMCQA:
     """A knowledge base of 100 entities x 4 relations, asked about in 8 wordings.
 
-    A (fact, wording) pair stands in one split only, so a test question is a new wording of a fact that training asks
-    about in others. The pool holds answers to the same question about other entities, answers to other questions, and
+    A (fact, wording) pair is in one split only, so a test question is a new wording of a fact that training asks about
+    in other wordings. The pool has answers to the same question about other entities, answers to other questions, and
     near-duplicates of both.
 
     Raises:
-        UserError: more prompts than there are (3,200), or a pool or share that is not possible.
+        UserError: more prompts than there are (3,200), or a pool or share outside its bounds.
     """
 
     seed: int = 0
@@ -64,7 +64,7 @@ class SyntheticMCQA:
     num_negatives: int = 20
     near_duplicates: float = 0.3  # share of the pool that is another negative with one word exchanged
     easy: float = 0.7  # share of the other negatives that answer another question
-    kinship: float = 0.2  # share of facts whose first word goes by the entity's first word: what can be inferred
+    kinship: float = 0.2  # share of facts whose first word depends on the entity's first word: what can be inferred
 
     def files(self) -> list[Path]:
         return []  # none is read
@@ -115,7 +115,7 @@ class SyntheticMCQA:
         return PreferenceExample("", prompt, chosen, tuple(pool), tuple(candidates), meta={"relation": relation})
 
     def _exchanged(self, draw: Random, answers: list[str], place: int) -> list[str]:
-        """All answers that differ from one of the given in this word alone, in random order."""
+        """All answers that differ from one of the given ones in this word alone, in random order."""
         near = []
         for answer in answers:
             words = answer.split()

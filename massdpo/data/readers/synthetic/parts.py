@@ -1,4 +1,4 @@
-"""What both worlds are made with: lists of words, splits of rows, ranges of options."""
+"""What both worlds share: lists of words, splits of rows, ranges of options."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +12,7 @@ def word_list(text: str) -> list[str]:
 
 
 def split_off(sizes: dict[str, int], rows: Iterator[PreferenceExample]) -> Splits:
-    """The next rows, taken as test, val and train in that order, so that a larger training split moves no other."""
+    """Cut test, val and train off the rows, in this order, so that a larger training split changes no other."""
     parts = {split: [next(rows) for _ in range(sizes[split])] for split in ("test", "val", "train")}
     named = {
         split: [replace(row, id=f"{split}/{number}") for number, row in enumerate(part)]
@@ -22,7 +22,7 @@ def split_off(sizes: dict[str, int], rows: Iterator[PreferenceExample]) -> Split
 
 
 def check_between(options: object, **bounds: tuple[float, float]) -> None:
-    """Refuse options of a dataset that do not lie between their bounds."""
+    """Refuse options of a dataset that are outside their bounds."""
     for name, (low, high) in bounds.items():
         if not low <= (value := getattr(options, name)) <= high:
-            raise UserError(f"dataset.{name}={value} is not possible: it must lie between {low:g} and {high:g}")
+            raise UserError(f"dataset.{name}={value} is not allowed: it must be between {low:g} and {high:g}")

@@ -24,18 +24,18 @@ GENRES = 8
 
 class _Catalogue(NamedTuple):
     genres: list[list[str]]  # the franchises of each
-    after: dict[str, str]  # the franchise, of the same genre, that viewers usually turn to after a title
+    after: dict[str, str]  # by title: the franchise, of the same genre, that viewers usually turn to next
 
 
 @dataclass
 class SyntheticRec:
-    """Viewers with a taste for two of eight genres, a liking for sequels and common habits: 48 franchises of 3 parts.
+    """Viewers with a taste for two of eight genres, a liking for sequels, and shared habits: 48 franchises of 3 parts.
 
-    The prompt shows the candidates and what a viewer has seen, oldest first; the chosen response is what the same
-    viewer watches next. Genres are in no title: they show only in what is watched together.
+    The prompt shows what a viewer has seen, oldest first, and with `list_candidates` the candidates; the chosen
+    response is what the viewer watches next. No title names its genre: genres show only in what is watched together.
 
     Raises:
-        UserError: a size, pool or share that is not possible.
+        UserError: a size, pool or share outside its bounds.
     """
 
     seed: int = 0
@@ -46,8 +46,8 @@ class SyntheticRec:
     history: int = 5  # titles that the prompt shows
     same_genre: float = 0.4  # share of the pool that is of the chosen title's genre
     list_candidates: bool = False  # are the candidates listed in the prompt?
-    loyalty: float = 0.2  # probability that a viewer goes on with a franchise that they have begun
-    habit: float = 0.85  # probability, otherwise, of the franchise that is usual after the last title
+    loyalty: float = 0.2  # probability that a viewer goes on with a franchise they have begun
+    habit: float = 0.85  # otherwise, probability of the franchise that is usual after the last title
 
     def files(self) -> list[Path]:
         return []  # none is read
@@ -64,7 +64,7 @@ class SyntheticRec:
         return split_off(sizes, self._viewers(_Catalogue(genres, after)))
 
     def _viewers(self, catalogue: _Catalogue) -> Iterator[PreferenceExample]:
-        """Viewers without end; one whose prompt was already given is left out, so that no two prompts are equal."""
+        """Endless viewers; one whose prompt was already given is left out, so that no two prompts are equal."""
         seen: set[str] = set()
         viewer = 0
         while True:
@@ -99,7 +99,7 @@ class SyntheticRec:
         )
 
     def _watched(self, draw: Random, catalogue: _Catalogue, count: int) -> list[str]:
-        """The first `count` titles of one viewer; a franchise is always watched from its first part on."""
+        """The first `count` titles that a viewer watches; franchises are always watched from their first part on."""
         taste = draw.sample(range(GENRES), GENRES)
         parts: dict[str, int] = {}  # how many parts of each begun franchise were watched
         titles: list[str] = []
