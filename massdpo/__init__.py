@@ -1,11 +1,11 @@
 """massdpo: preference optimisation with several rejected responses, selected by their Fisher information.
 
-massdpo.select                negatives out of log-probs and features of your own
+massdpo.select                negatives selected from log-probs and features of your own
 massdpo.PreferenceScorer      log-probs and features of many responses to a prompt, which is encoded once
 massdpo.MultiNegativeTrainer  a transformers.Trainer on rows of prompt, chosen and rejected (a list)
 massdpo.losses                rewards in, loss per prompt out
 massdpo.metrics               ranking and reward metrics per prompt
-massdpo.UserError             what a mistake of the caller's raises: one line
+massdpo.UserError             raised for a mistake of the caller's, with a message of one line
 """
 
 from typing import TYPE_CHECKING, Any
@@ -42,7 +42,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: torch and transformers take seconds that `massdpo --help` need not wait for."""
+    """Import a name when it is used: torch and transformers take seconds that `massdpo --help` need not wait for."""
     from importlib import import_module
 
     if name not in _PLACES:

@@ -1,13 +1,12 @@
-"""The command: `python run.py`, `massdpo` and `python -m massdpo` alike. Composes the config and hands it to tasks."""
+"""The command, as `python run.py`, `massdpo` or `python -m massdpo`: composes the config and hands it to its task."""
 
-import json
 import os
 import re
 import sys
 import traceback
 from pathlib import Path
 
-# Hydra would print several lines and exit with 1 for any failure; with this set, it lets us see the exception instead.
+# Otherwise Hydra would print several lines and exit with 1 on any failure; this makes it raise the exception instead.
 os.environ["HYDRA_FULL_ERROR"] = "1"
 
 import hydra
@@ -21,20 +20,23 @@ from massdpo.config.options import on_search_path, root
 from massdpo.config.sweeps import tell_of_sweep
 from massdpo.console import LEVELS, in_any_locale, patiently, show_as, shows
 from massdpo.errors import UserError
+from massdpo.store import mapping_in
 
 INTERRUPTED = 130
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
-MAIN_PROCESS: list[int] = []  # filled by main(): a launcher's own processes import this module and never call it
+MAIN_PROCESS: list[int] = []  # set by main(): a launcher's own processes import this module but never call it
 
 on_search_path()
 
 
 @hydra.main(version_base="1.3", config_path=str(root() / "conf"), config_name="config")
 def job(config: DictConfig) -> float | Exception | None:
-    """A run's `trainer.keep_metric` on the validation split, which sweepers search by, or why the job failed."""
+    """A run's `trainer.keep_metric` on the validation split, which sweepers optimise, or why the job failed."""
     show_as(level if (level := config.get("verbosity")) in LEVELS else "normal")
     with patiently("loading PyTorch"):
-        from massdpo.tasks import run  # imports torch: seconds that --help and a misspelt key need not wait for
+        from massdpo.tasks import (
+            run,
+        )  # imports torch, which takes seconds that --help and a misspelt key need not wait for
 
     try:
         return validated(run(config), config.trainer.keep_metric)
@@ -49,17 +51,13 @@ def job(config: DictConfig) -> float | Exception | None:
 
 
 def validated(folder: Path | None, metric: str) -> float | None:
-    """A metric of a run's folder on the validation split; nothing for a task that makes no run."""
+    """A metric of the run in a folder, on the validation split; None for a task that makes no run."""
     if folder is None:
         return None
-    try:
-        value: float | None = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(f"val/{metric}")
-    except (OSError, ValueError):  # not there yet, as another process writes it; or of an old run, and damaged since
-        return None
-    return value
+    return mapping_in(folder / "metrics.json").get(f"val/{metric}")  # in a launcher's process, it may not be there yet
 
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a field's name can do to a terminal
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a message quotes texts that could steer a terminal
 
 
 def say(text: str) -> None:
@@ -68,7 +66,7 @@ def say(text: str) -> None:
 
 
 def failed(code: int, error: Exception) -> Exception:
-    """Note it and let a sweep's other jobs run; a launcher's own processes can only tell by raising."""
+    """Note a failure and let the other jobs of a sweep run; a launcher's own processes can only tell by raising."""
     if os.getpid() not in MAIN_PROCESS:
         raise error
     FAILURES.append(code)
@@ -84,28 +82,25 @@ def main() -> int:
     MAIN_PROCESS.append(os.getpid())
     code = compute()
     if code != INTERRUPTED:
-        tell_of_sweep()  # Hydra's own call of a multirun's end does not come where a launcher's process failed
+        tell_of_sweep()  # Hydra does not announce the end of a multirun if a launcher's process failed
     return code
 
 
 def compute() -> int:
-    """The command line's jobs; returns the exit code."""
+    """Run the jobs; returns the exit code."""
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # for a `_target_` of one's own, wherever the command is installed
+        sys.path.insert(0, here)  # for a `_target_` of your own, wherever the command is installed
     try:
         job()
     except UserError:  # reported when it happened
         return 2
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # the last two are Hydra's own too
         say(f"error: {explain(error)}")
         return 2
     except KeyboardInterrupt as stop:
         print(f"stopped: {stop}" if str(stop) else "stopped", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, TypeError) as error:  # Hydra's own, for a group that is no name
-        say(f"error: {explain(error)}")
-        return 2
     except Exception:  # a launcher's process reported it when it happened
         return 1
     return max(FAILURES, default=0)

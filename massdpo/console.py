@@ -1,4 +1,4 @@
-"""What a person sees while a run goes: how far it is and what is left, tables, warnings; as much as was asked for."""
+"""What a person sees of a run: progress and the time left, tables, warnings, as much as was asked for."""
 
 import io
 import sys
@@ -15,21 +15,21 @@ from rich.table import Table
 from rich.text import Text
 
 Rows = Sequence[Mapping[str, Any]]
-LEVELS = ("quiet", "sweep", "normal", "debug")  # quiet and sweep: a line at the end, the latter with bars
+LEVELS = ("quiet", "sweep", "normal", "debug")  # quiet and sweep: a line at the end, sweep with progress bars too
 PLAIN_EVERY = 15.0  # seconds between progress lines where stderr is no terminal
-PATIENCE = 5.0  # seconds after which what goes on without a bar is told
+PATIENCE = 5.0  # seconds after which work without a progress bar is announced
 
 
 @dataclass
 class Expected:
-    """Seconds that a run's parts will take, by the name of their bar and in their order, held against what they do."""
+    """Planned seconds of a run's parts, in order, by the names of their progress bars; corrected by what they take."""
 
     seconds: dict[str, float]
     done: dict[str, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     def begin(self, part: str, share: float) -> None:
-        """A part begins, with a share of it done before; what comes before it is over, or was not needed."""
+        """A part begins, a share of it already done; the parts before it are over or were not needed."""
         for earlier in self.seconds:
             if earlier == part:
                 self.seconds[part] *= 1 - share
@@ -37,7 +37,7 @@ class Expected:
             self.seconds[earlier] = self.done.get(earlier, 0.0)
 
     def left(self, part: str, of_part: float) -> float:
-        """Until the run ends, where the part that goes on will take so much more by its own pace."""
+        """Seconds until the run ends, if the current part needs `of_part` more."""
         total, done = sum(self.seconds.values()), sum(self.done.values())
         pace = (time.monotonic() - self.began) / done if done > total / 20 else 1.0
         names = list(self.seconds)
@@ -48,15 +48,15 @@ class _Screen:
     """What this process shows."""
 
     level = "normal"
-    bars: Progress | None = None  # of the stage that goes on, where stderr is a terminal
-    expected: Expected | None = None  # of the whole run, where it was planned
+    bars: Progress | None = None  # of the current stage, if stderr is a terminal
+    expected: Expected | None = None  # of the whole run, if it was planned
 
 
 screen = _Screen()
 
 
 def show_as(level: str, seconds: Mapping[str, float] | None = None) -> None:
-    """How much is shown from now on, one of `LEVELS`; `seconds`: what the parts of the run that begins will take."""
+    """Set how much is shown, one of `LEVELS`; `seconds`: how long the parts of the run that begins will take."""
     screen.level, screen.expected = level, Expected(dict(seconds)) if seconds else None
 
 
@@ -65,23 +65,23 @@ def shows(level: str) -> bool:
 
 
 def in_any_locale() -> None:
-    """What a terminal's encoding lacks is shown as `?`, instead of ending the process."""
+    """Show what a terminal's encoding lacks as `?`, instead of ending the process."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def say(line: str) -> None:
-    """A line that stays, on stderr."""
+    """Print a line that stays, to stderr."""
     if shows("normal"):
         print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def patiently(what: str) -> Iterator[None]:
-    """Say what goes on where it takes longer than some seconds, and that it still does every half a minute.
+    """Say what is going on if it takes more than a few seconds, and again every half a minute.
 
-    On a terminal after `PATIENCE` seconds; elsewhere, where nobody waits, after three times as many.
+    On a terminal after `PATIENCE` seconds; elsewhere, where nobody is waiting, after three times as many.
     """
     over, began = threading.Event(), time.monotonic()
 
@@ -100,10 +100,10 @@ def patiently(what: str) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int, description: str, done: float = 0) -> Iterator[Callable[..., None]]:
-    """Show how far a stage is, on stderr; yields `advance(steps=1, note="")`, whose steps may be parts of one.
+    """Show the progress of a stage on stderr; yields `advance(steps=1, note="")`, which takes fractions of a step too.
 
-    On a terminal: a bar that disappears at the end, below those that are there. Elsewhere: a plain line every 15 s,
-    none for what is quicker. Both say how long the whole run will take, where that was planned.
+    On a terminal: a bar that disappears at the end, below any others. Elsewhere: a plain line every 15 s, none for a
+    shorter stage. Both say how long the rest of the run will take, if it was planned.
     """
     expected = screen.expected if screen.expected and description in screen.expected.seconds else None
     if expected:
@@ -116,7 +116,7 @@ def progress(total: int, description: str, done: float = 0) -> Iterator[Callable
 
         def advance(steps: float = 1, note: str = "") -> None:
             nonlocal done
-            done = round(done + steps, 6)  # thirds of a step make a whole one
+            done = round(done + steps, 6)  # three thirds of a step make a whole one
             seconds = time.monotonic() - began
             left = seconds * (total - done) / (done - first or 1)
             if expected:
@@ -129,18 +129,14 @@ def progress(total: int, description: str, done: float = 0) -> Iterator[Callable
 
 
 def spell(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
 def _bar(total: int, description: str) -> Iterator[Callable[..., None]]:
-    """A line of the one display that a terminal has."""
+    """A bar in the one display that a terminal has."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
@@ -150,7 +146,7 @@ def _bar(total: int, description: str) -> Iterator[Callable[..., None]]:
         TextColumn("{task.fields[left]}", markup=False),
     )
     outermost = screen.bars is None
-    # Drawn by the thread that prints: one of rich's own could write its frame after the line that was to follow it.
+    # Drawn by the thread that prints: rich's own thread could draw a frame after a line that should follow it.
     bars = screen.bars = screen.bars or Progress(
         *columns, console=Console(stderr=True), transient=True, auto_refresh=False
     )
@@ -193,9 +189,9 @@ def _lines(total: int, description: str) -> Iterator[Callable[..., None]]:
 
 
 def summary_table(title: str, rows: Rows, console: Console | None = None, whole: int = 0) -> None:
-    """Print rows as a table, numbers to the right; text is shown as it is, never as markup.
+    """Print rows as a table, numbers aligned right; text is printed as it is, never as markup.
 
-    The first `whole` columns say what a row is, and are not cut where a terminal is narrow.
+    The first `whole` columns say what a row is, and are not folded on a narrow terminal.
     """
     table = Table(title=Text(title, style="bold"), title_justify="left")
     for place, name in enumerate(rows[0]):
@@ -205,12 +201,12 @@ def summary_table(title: str, rows: Rows, console: Console | None = None, whole:
         table.add_column(Text(name), justify="right" if numeric else "left", min_width=width, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_cell(value)) for value in row.values()))
-    # Where no terminal says how wide it is, lines stay whole for whoever reads the log.
+    # Without a terminal, lines stay whole for the reader of the log.
     (console or Console(width=None if sys.stdout.isatty() else 240)).print(table)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown; cells are put in as they are."""
+    """A table in Markdown; cells are inserted as they are."""
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
 
 

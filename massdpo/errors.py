@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause, and how other errors are put into it."""
+"""The one exception for whatever a user can cause, and how other errors are quoted in it."""
 
 
 class UserError(Exception):
@@ -9,6 +9,6 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException, with_type: bool = False) -> str:
-    """What an error says, on one line; its type as well if asked, or where it says nothing."""
+    """An error's message on one line; with its type if asked for, or if there is no message."""
     said, name = " ".join(str(error).split())[:300], type(error).__name__
     return f"{name}: {said}" if with_type else said or name

@@ -32,17 +32,17 @@ def rows(index: Tensor) -> Tensor:
 class Batch:
     """B tokenised prompts with their candidate responses, right-padded to rectangles.
 
-    A response ends with EOS. A candidate that a prompt does not have has no True in `response_mask_BCT`; candidates
-    that exist come first.
+    A response ends with EOS. Where a prompt has fewer candidates than others, the missing ones come last and have no
+    True in `response_mask_BCT`.
     """
 
     ids: list[str]  # example ids, for error messages and for keyed random draws
-    index_B: Tensor  # int64, row of the prompt in its split; stays on the CPU, where what it looks up lies
+    index_B: Tensor  # int64, row of the prompt in its split; stays on the CPU, like the tables that it indexes
     prompt_ids_BP: Tensor  # int64
     prompt_mask_BP: Tensor  # bool
     response_ids_BCT: Tensor  # int64
     response_mask_BCT: Tensor  # bool
-    column_BC: Tensor | None = None  # int64, which of the prompt's candidates these are, where some were taken
+    column_BC: Tensor | None = None  # int64, which of the prompt's candidates these are, after `take`
 
     @property
     def mask_BC(self) -> Tensor:
@@ -50,7 +50,7 @@ class Batch:
 
     @property
     def place_BC(self) -> Tensor:
-        """Which of the prompt's candidates each is."""
+        """The place of each candidate among all of its prompt's candidates."""
         here_C = torch.arange(self.response_ids_BCT.shape[1], device=self.response_ids_BCT.device)
         return here_C.expand(len(self.ids), -1) if self.column_BC is None else self.column_BC
 
@@ -75,7 +75,7 @@ class Batch:
         return replace(self, response_ids_BCT=ids_BCT, response_mask_BCT=mask_BCT[..., :longest], column_BC=place_BC)
 
     def whole(self, picks: "Picks") -> "Picks":
-        """Picks of the candidates that are here, as places in the prompt's whole pool."""
+        """Picks from the candidates of this batch, as places in the prompt's whole pool."""
         return replace(picks, index_BK=(self.place_BC.gather(1, picks.index_BK + 1) - 1) * picks.mask_BK)
 
     def chosen_only(self) -> "Batch":
@@ -103,27 +103,25 @@ class Picks:
     mask_BK: Tensor  # bool
     info: dict[str, Tensor] = field(default_factory=dict)
     gains_BK: Tensor | None = None  # nats of log det that each pick added, for selectors that maximise it
-    log_inclusion_BK: Tensor | None = (
-        None  # how much likelier it was to be picked than the chosen one, were that a negative
-    )
-    beta_scale_BK: Tensor | None = None  # what beta is multiplied by where the pick is compared with the chosen one
+    log_inclusion_BK: Tensor | None = None  # log of how much likelier it was drawn than the chosen one would have been
+    beta_scale_BK: Tensor | None = None  # factor on beta where the pick is compared with the chosen one
 
     def to(self, device: torch.device | str) -> "Picks":
-        """What a loss is made of, without what is only logged."""
+        """What a loss needs, without what is only logged."""
         names = ("index_BK", "mask_BK", "log_inclusion_BK", "beta_scale_BK")
         values = {name: getattr(self, name) for name in names}
         return Picks(**{name: value.to(device) for name, value in values.items() if value is not None})
 
 
 class Resolution(NamedTuple):
-    """What two passes over one policy agree on, in whatever batches, layouts and processes; closer is a tie.
+    """How closely two passes over one policy agree, whatever their batches, layouts and processes: closer is a tie.
 
     Rounding errors of a response's tokens add up like a random walk. Measured on SmolLM2-135M, responses of 2 to 80
     tokens, batches of 1 to 12 and repeated prompts: at most 3.5e-5 nats times the root of the tokens in float32 and .25
     in bfloat16; cosines of centred features differ by up to 2.5e-6 and .03.
     """
 
-    nats: float  # of a response's log-prob, times the root of its tokens
+    nats: float  # of a response's log-prob, per root of its tokens
     features: float  # relative, of inner products
 
 
@@ -137,7 +135,7 @@ RESOLUTION = {
 
 @dataclass
 class Scores:
-    """What one pass says of each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
+    """The results of one pass for each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
 
     logp_BC: Tensor  # sum of the response tokens' log-probs, nats
     token_logp_BCT: Tensor  # the same per token
@@ -145,7 +143,7 @@ class Scores:
     mask_BC: Tensor  # bool
     features_BCD: Tensor | None = None  # `mean` or `last` hidden state
     gram_BCC: Tensor | None = None  # inner products of the features, where only those exist (`head`)
-    precision: torch.dtype = torch.float32  # in which the model computed: see RESOLUTION
+    precision: torch.dtype = torch.float32  # what the model computed in: see RESOLUTION
 
     @property
     def mean_logp_BC(self) -> Tensor:
@@ -164,16 +162,16 @@ class Scored:
     picks: Picks | None = None
     select_seconds: float = 0.0  # scoring the pool and selecting
     fed_B: Tensor | None = None  # int64, tokens that went through the model for each prompt
-    learned_B: Tensor | None = None  # int64, those among them that have gradients
+    learned_B: Tensor | None = None  # int64, how many of them had gradients
 
 
 @dataclass
 class PoolStatistics:
     """What a selector may look at, for B prompts: tensors only, no model, no text.
 
-    Log-probs and rewards are read here, at the resolution of the arithmetic that made them, so that rounding decides
-    no pick: what differs by less is equal, and `noise_BN` decides. That is uniform in [0, 1), keyed by (seed, epoch,
-    example id): the only source of chance.
+    Log-probs and rewards are read at the resolution of the arithmetic that produced them, so that rounding decides no
+    pick: values that differ by less are equal, and `noise_BN` decides. It is uniform in [0, 1), keyed by (seed, epoch,
+    example id), and the only source of chance.
     """
 
     scores: Scores
@@ -181,7 +179,7 @@ class PoolStatistics:
     beta: float
     noise_BN: Tensor
     ids: Sequence[str]
-    observe: bool = True  # are numbers wanted that are only logged?
+    observe: bool = True  # whether numbers that are only logged are wanted
 
     @property
     def mask_BN(self) -> Tensor:

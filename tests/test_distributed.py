@@ -125,7 +125,7 @@ def test_sharded_weights_train_alike_and_go_on_from_a_checkpoint(one: tuple[list
     assert died.returncode != 0 and not (tmp_path / "single" / "run" / "metrics.json").exists()
     again = train(SHARDED, tmp_path, batch_size=8)
     assert losses(again, tmp_path) == pytest.approx(one[0], abs=1e-4)
-    assert "preference: going on from step 2" in again.stdout and "sft" not in again.stdout
+    assert "preference: continuing from step 2" in again.stdout and "sft" not in again.stdout
     assert json.loads((tmp_path / "single" / "run" / "metrics.json").read_text())["processes"] == 2
     check_policy(tmp_path / "single" / "run" / "policy", one[1])
 
@@ -156,7 +156,7 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # Accelerate writes into it
     options = {"device": "cpu", "precision": "float32", "threads": None, "generate": False}
-    with pytest.raises(UserError, match="over several GPUs only"):
+    with pytest.raises(UserError, match="only over several GPUs"):
         launch.start(OmegaConf.create({"trainer": options}))
 
 

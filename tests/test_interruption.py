@@ -141,7 +141,7 @@ def test_a_run_that_is_stopped_while_it_trains(number: signal.Signals, whole: di
         assert newest.name.endswith(f"-{int(step):08d}")  # written at that very step
         assert "Traceback" not in place.log.read_text()
     assert wait(place.start()) == 0, place.log.read_text()
-    assert "preference: going on from step" in place.log.read_text()
+    assert "preference: continuing from step" in place.log.read_text()
     same(place.result(), whole)
 
 
@@ -372,7 +372,7 @@ def test_a_full_disk_stops_with_one_error_and_leaves_the_last_checkpoint_good(
     (newest,) = (place.run / "checkpoints").iterdir()
     assert is_whole(newest)
     assert wait(place.start()) == 0
-    assert "preference: going on from step" in place.log.read_text()
+    assert "preference: continuing from step" in place.log.read_text()
     same(place.result(), whole)
 
 
@@ -499,7 +499,7 @@ def test_a_job_that_waits_takes_over_from_one_that_is_killed(
     place.until(lambda: "another job is computing" in place.log.read_text(), second)
     first.kill()
     assert wait(second) == 0, place.log.read_text()
-    assert "sft: going on from step" in place.log.read_text()
+    assert "sft: continuing from step" in place.log.read_text()
     assert [count(name) for name in ("tokenizer", "sft", "preference")] == [1, 2, 1]
     assert wait(place.start()) == 0
     assert place.result()["metrics"] == whole["metrics"]
@@ -528,5 +528,5 @@ def test_two_processes_of_one_run_stop_at_the_same_step(tmp_path: Path) -> None:
     assert not (stopped.run / "metrics.json").exists(), "the run was over before the signal came: make SHORT longer"
     assert stopped.status()["status"] == "interrupted", stopped.log.read_text()
     assert launch(stopped).wait(300) == 0, stopped.log.read_text()
-    assert "preference: going on from step" in stopped.log.read_text()
+    assert "preference: continuing from step" in stopped.log.read_text()
     same(stopped.result(), whole.result())

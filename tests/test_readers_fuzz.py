@@ -22,7 +22,7 @@ from tests.test_recommendation import MovieLens1M, MovieLens100K, write_interact
 
 LONG = "long title " * 18_182  # 200,002 characters
 # what damage leads to beyond its own file: too little left for a split or a pool, items without their titles
-TOLD_OTHERWISE = "split|no interaction|differ|negatives|has no wrong|no title in the file of titles|no labelled"
+TOLD_OTHERWISE = "split|no interaction|differ|negatives|has no wrong|has no title|no labelled"
 fuzz = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

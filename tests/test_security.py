@@ -199,7 +199,7 @@ def test_no_unpickler_is_at_work_from_the_first_command_to_the_last(tmp_path: Pa
         process = start(*arguments, log=log, before=noting)
         process.join(300)
         assert process.exitcode == 0, log.read_text()
-    assert "preference: going on from step" in log.read_text()
+    assert "preference: continuing from step" in log.read_text()
     assert noting.notes.read_text() == ""
 
 

@@ -20,7 +20,7 @@ from massdpo.runs.card import model_card
 from massdpo.runs.shown import SHOWN
 from tests.test_hf_trainer import saved  # noqa: F401  a fixture
 
-push_module = import_module("massdpo.tasks.push")  # the room shows the function of that name
+push_module = import_module("massdpo.tasks.push")
 NAME = "meta-llama/Llama-3.2-1B-Instruct"
 
 

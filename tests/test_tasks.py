@@ -520,9 +520,8 @@ def test_the_refresh_study_runs_each_kind_with_each_seed(
 def test_the_features_study_compares_before_and_after(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies = sys.modules["massdpo.tasks.study"]  # the package has a function of that name
-    monkeypatch.setattr(studies, "PROMPTS", 8)
-    monkeypatch.setattr(studies, "SEEDS", 2)
+    monkeypatch.setattr("massdpo.tasks.study.PROMPTS", 8)
+    monkeypatch.setattr("massdpo.tasks.study.SEEDS", 2)
     assert call("task=study", "study=features", f"out={tmp_path}", "k=2") == 0
     rows = [line.split(",") for line in (tmp_path / "features.csv").read_text().splitlines()[1:]]
     assert {(row[1], row[2]) for row in rows} == {(seed, stage) for seed in "01" for stage in ("before", "after")}

@@ -201,7 +201,7 @@ def test_patience_ends_a_stage_whose_validation_gets_no_better(
     assert end < 5  # else the test could not tell patience from the end
     capsys.readouterr()
     assert values(train(*places, *options, "trainer.patience=2")) == whole[: end + 1]
-    assert f"preference: ended after epoch {end + 1}, the last 2 no better" in capsys.readouterr().out
+    assert f"preference: ended after epoch {end + 1}, without gain in the last 2" in capsys.readouterr().out
 
     count, validate = [0], Preference.validate
 

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from massdpo.config import EXPECTED, RULES, as_composed, resolved, run_name, without_secrets
 from massdpo.console import patiently, summary_table
 from massdpo.errors import UserError
-from massdpo.store import write_json, write_text
+from massdpo.store import mapping_in, write_json, write_text
 
 TOLD = ("accuracy", "mrr", "reward_accuracy", "margin", "train_seconds")  # means over seeds, in the table at the end
 METRICS = "metrics.json"  # in a run's folder
@@ -78,10 +78,9 @@ class NoteExpected(Callback):
         if not failed and run is not None and run.task == "train":
             file = Path(run.runs_dir) / run.sweep / (run.name or run_name(run)) / METRICS
             told = told if file.stat().st_mtime >= self.began else "finished before"
-            metric = (
-                f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"
-            )  # a search must not see the test split
-            told = f"{metric} {_read(file)[metric]:.3f}, {told}"
+            # a search must not see the test split
+            metric = f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"
+            told = f"{metric} {mapping_in(file)[metric]:.3f}, {told}"
         label = self._label(config.hydra.overrides.task)
         print(f"job {config.hydra.job.num + 1} of {self.jobs}: {', '.join(filter(None, [label, told]))}", flush=True)
 
@@ -91,10 +90,10 @@ class NoteExpected(Callback):
         failed = []
         for folder, job in self.runs.items():
             words = shlex.split(job)
-            status = _read(Path(folder) / "status.json")
+            status = mapping_in(Path(folder) / "status.json")
             if status.get("status") == "failed":
                 failed.append(f"failed: {self._label(words)}: {status.get('why')}")
-            elif set(TOLD) <= (metrics := _read(Path(folder) / METRICS)).keys():
+            elif set(TOLD) <= (metrics := mapping_in(Path(folder) / METRICS)).keys():
                 label = self._label(word for word in words if not word.startswith("seed="))
                 found.setdefault(label, []).append(metrics)
         rows = [
@@ -133,15 +132,6 @@ def tell_of_sweep() -> None:
 def _searches(config: DictConfig) -> bool:
     """Does the sweeper decide what to try as it goes? Hydra's own knows all jobs beforehand."""
     return not str(config.hydra.sweeper._target_).endswith(".BasicSweeper")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The contents of a run's file; nothing where it is missing or damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def jobs_of(config: DictConfig) -> list[list[str]]:

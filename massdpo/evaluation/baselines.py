@@ -1,4 +1,4 @@
-"""What is guessed without any model: by popularity, and by what the slates give away.
+"""Guesses without any model: by popularity, and by what the slates give away.
 
 Popularity ranks candidates by how often each is a target in training. The look-up is a table from target to slate and
 position, learned on the other splits: slates drawn by the target give themselves away (public LastFM preprocessing),
@@ -27,7 +27,7 @@ Guess = Callable[[PreferenceExample], list[float]]  # a score for each candidate
 
 
 def baselines(splits: Splits, cache: Cache) -> dict[str, float]:
-    """`popularity/<metric>` and `lookup/<metric>` on the test split, for `metrics.json`; computed once for a dataset.
+    """`popularity/<metric>` and `lookup/<metric>` on the test split, for `metrics.json`; computed once per dataset.
 
     Empty where prompts have no history: only recommendation has these baselines.
     """
@@ -78,8 +78,8 @@ def lookup(splits: Splits, split: str) -> Guess:
     """The table keeps, of each target, the place where it stood most often and the negatives beside it there first.
 
     A candidate matches as far as it stands at its own remembered place and among its own remembered negatives. One
-    that was never a target is judged by the memory of another one, so that having been a target gives nothing away: how
-    often it is a target is popularity's to say.
+    that was never a target is judged by another one's memory, so that having been a target gives nothing away: how
+    often a candidate is a target is what popularity measures.
     """
     table = _remember(example for name in SPLITS if name != split for example in getattr(splits, name))
     memories = list(table.values()) or [(-1, frozenset())]

@@ -26,7 +26,7 @@ PROMPTS = 8  # behind which a part of the catalogue is fed at once, at most
 
 @dataclass(frozen=True)
 class CatalogueRanks:
-    """Where each test target stands in the catalogue, by mean and by summed log-prob; 1 is best."""
+    """The rank of each test target in the catalogue, by mean and by summed log-prob; 1 is best."""
 
     rank_S: Tensor  # int64
     rank_sum_S: Tensor

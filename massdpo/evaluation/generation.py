@@ -1,6 +1,6 @@
-"""What the policy answers by itself: greedy decoding, free and held to the candidates, as S-DPO's evaluation does.
+"""The answers that the policy writes: greedy decoding, free and constrained to the candidates, as S-DPO does it.
 
-Prompts are decoded in batches off a cache. Held to the candidates, each next token is one that continues some candidate
+Prompts are decoded in batches with a cache. When constrained, each next token is one that continues some candidate
 of the prompt (a trie of their tokens, EOS included), so the answer is always one of them.
 
 Suffixes: B prompts of a batch, P prompt tokens, L tokens of a row so far.
@@ -55,7 +55,7 @@ def generate_split(
 
 
 def generation_metrics(answers: Sequence[Answer], scores: SplitScores) -> dict[str, float]:
-    """Shares of the prompts, from 0 to 1; where the chosen response is not alone in being named, it does not count.
+    """Shares of the prompts, from 0 to 1; the chosen response counts only where it alone is named.
 
     `hr@1`: the free answer is the chosen response. `valid_ratio`: it is exactly one candidate. `hr@1_constrained`: the
     answer held to the candidates is the chosen response; `constrained_agreement`: it is the candidate with the largest
@@ -72,9 +72,9 @@ def generation_metrics(answers: Sequence[Answer], scores: SplitScores) -> dict[s
 
 
 def decode(model: PreTrainedModel, batch: Batch, constrained: bool = False) -> list[list[int]]:
-    """Greedy continuations of the prompts, inside `greedy_settings`: each as token ids up to its EOS, with it.
+    """Greedy continuations of the prompts, inside `greedy_settings`: each as token ids up to and including its EOS.
 
-    A prompt gets as many tokens as its longest candidate has: a longer answer is none of them.
+    A prompt gets as many tokens as its longest candidate has: a longer answer cannot be any of them.
     """
     eos_id, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     length_B = batch.prompt_mask_BP.sum(-1, keepdim=True)

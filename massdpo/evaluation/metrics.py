@@ -178,7 +178,7 @@ METRICS = {
 
 
 def described(name: str) -> Metric:
-    """The entry of a metric; one on the validation split, or against the catalogue, says so. None: only its name."""
+    """The entry of a metric, with validation or the catalogue in its label; just the name where it is unknown."""
     place, _, bare = name.rpartition("/")
     known = METRICS.get(bare, Metric(name, name.replace("_", " "), ""))
     notes = {"val": "validation", "catalogue": "whole catalogue", "sft": "SFT start"}
@@ -189,7 +189,7 @@ def described(name: str) -> Metric:
 
 
 def standard_errors(prompts: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """Of each metric's mean over prompts: by its column of `predictions.jsonl`, where that is there."""
+    """Of each metric's mean over prompts, from its column of `predictions.jsonl` where there is one."""
     found = {}
     for name, metric in METRICS.items():
         if metric.column in prompts and len(prompts[metric.column]) > 1:
@@ -200,7 +200,7 @@ def standard_errors(prompts: Mapping[str, Sequence[Any]]) -> dict[str, float]:
 
 
 def check_keep_metric(name: str) -> None:
-    """Refuse what no policy can be chosen by: `trainer.keep_metric` is known on validation, and higher is better."""
+    """Raise UserError for a `trainer.keep_metric` that is unknown on validation, or where higher is not better."""
     names = [metric.name for metric in METRICS.values() if metric.better > 0 and (metric.of_rank or metric.of_rewards)]
     if name not in names:
         listed = " | ".join(known for known in names if not known.endswith("_sum"))

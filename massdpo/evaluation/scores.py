@@ -21,7 +21,7 @@ from massdpo.errors import UserError
 from massdpo.evaluation import metrics
 from massdpo.tensors import Batch, Scored
 
-# Nats, times the square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
+# Nats, per square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
 # four times what other batches or threads change in a model of 135M parameters (0.05 to 0.09 under bfloat16, 5e-6 in
 # float32, root mean square). Less could not be told from the rounding of the training steps themselves.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.2}
@@ -52,14 +52,14 @@ class SplitScores:
 
 @dataclass(frozen=True)
 class SplitScorer:
-    """Takes a scorer through whole splits: in evaluation mode, every process its share of the batches."""
+    """Takes a scorer through whole splits in evaluation mode; each process scores its share of the batches."""
 
     accelerator: Accelerator
     batch_size: int
     pad_id: int
 
     def batches(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> Iterator[Batch]:
-        """This process's batches of the split, as many as every other's; `what` is what the progress bar says."""
+        """This process's batches of the split, as many as any other's; `what` is the label of the progress bar."""
         processes, mine = self.accelerator.num_processes, by_length(rows, self.batch_size)
         rounds = -(-len(mine) // processes)
         mine += [mine[-1]] * (rounds * processes - len(mine))  # sharded weights need every process in every forward
@@ -77,8 +77,8 @@ class SplitScorer:
 
         The same batches give the same numbers to the last digit. Batches of another shape do not, as matrix products
         then sum in another order: a response of T tokens moves by about 0.1 sqrt(T) nats under bfloat16 and
-        5e-6 sqrt(T) in float32 (root mean square, 135M parameters). So far from 0, times beta, are rewards before the
-        first step.
+        5e-6 sqrt(T) in float32 (root mean square, 135M parameters). Before the first step, rewards are off 0 by that,
+        times beta.
         """
         parts = []
         for batch in self.batches(scorer, rows, what):
@@ -96,7 +96,7 @@ class SplitScorer:
 
 
 def check_reference(now: SplitScores, stored_SC: Tensor, dtype: torch.dtype) -> None:
-    """Hold the stored log-probs of some whole batches against those of the policy as it starts, in the same batches.
+    """Compare the stored log-probs of some whole batches with those of the policy as it starts, in the same batches.
 
     There both are the same to the last digit, whatever `dtype` they are computed in; what another machine stored
     differs by the rounding of matrix products, for which `ROUNDING` allows.
@@ -108,8 +108,8 @@ def check_reference(now: SplitScores, stored_SC: Tensor, dtype: torch.dtype) -> 
     off = (change_SC / now.length_SC.sqrt())[now.mask_SC].square().mean().sqrt().item()
     if not off <= ROUNDING[dtype]:  # NaN is not
         raise UserError(
-            f"the stored reference log-probs do not belong to this policy (off by {off:.2g} nats times the square root "
-            f"of a response's tokens, {ROUNDING[dtype]:g} is rounding): remove the folder reference/ from cache_dir"
+            f"the stored reference log-probs do not belong to this policy (off by {off:.2g} nats per square root of a "
+            f"response's tokens; rounding explains {ROUNDING[dtype]:g}): remove the folder reference/ from cache_dir"
         )
 
 

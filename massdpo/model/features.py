@@ -1,6 +1,6 @@
-"""What a response is to the selectors: hidden-state features, the output matrix's gradient kernel, projected gradients.
+"""How selectors see a response: hidden-state features, the output matrix's gradient kernel, projected gradients.
 
-Hidden states are those that predict the response's tokens; all is read in float32 whatever the model's dtype.
+Hidden states are those that predict the response's tokens; all are read in float32 whatever the model's dtype.
 Suffixes: B prompts, C candidates, T response tokens, D hidden size, V vocabulary (W of it in a chunk), M real tokens of
 one prompt, S size of a sketch.
 """
@@ -42,8 +42,8 @@ def head_kernel(
 
     The gradient is sum_t e_t h_t^T with e_t = (1[y_t] - P_t) f'(W h_t): P_t the next-token distribution of the logits
     f(W h_t + b), f the model's elementwise logit transform (soft-cap, scale; identity if None). So
-    K_ij = sum_{t in i, u in j} <h_t, h_u> <e_t, e_u>, e made `chunk` columns at a time: no D x V gradient is built.
-    With tied embeddings it is the gradient at the output use alone. Candidates without tokens have zero rows.
+    K_ij = sum_{t in i, u in j} <h_t, h_u> <e_t, e_u>, e computed `chunk` columns at a time: no D x V gradient is built.
+    With tied embeddings, only the gradient at the output counts. Candidates without tokens have zero rows.
     """
     batch, candidates, _ = mask_BCT.shape
     kernel_BCC = torch.zeros(batch, candidates, candidates, dtype=torch.float64, device=hidden_BCTD.device)
@@ -103,7 +103,7 @@ def projected_gradients(logp_C: Tensor, parameters: Sequence[Tensor], size: int,
     """Gradients of each log-probability through the network, projected to `size` numbers: `(C, size)` float32.
 
     A count sketch: every weight falls into one bucket with a random sign, so inner products are unbiased with a
-    relative spread of about 1 / sqrt(size), and no projection matrix is built. One backward pass a candidate: slow.
+    relative spread of about 1 / sqrt(size), and no projection matrix is built. Slow: one backward pass per candidate.
     """
     sketch_CS = torch.zeros(len(logp_C), size, device=logp_C.device)
     for candidate in range(len(logp_C)):
@@ -112,7 +112,7 @@ def projected_gradients(logp_C: Tensor, parameters: Sequence[Tensor], size: int,
         for parameter, gradient in zip(parameters, gradients, strict=True):
             drawn = torch.randint(2 * size, (parameter.numel(),), generator=generator)
             bucket, sign = drawn // 2, drawn % 2 * 2 - 1
-            if gradient is not None:  # a parameter this response does not touch, an expert say
+            if gradient is not None:  # a parameter this response does not touch, such as an expert's
                 signed = gradient.detach().float().flatten() * sign.to(gradient.device)
                 sketch_CS[candidate].index_add_(0, bucket.to(gradient.device), signed)
     return sketch_CS

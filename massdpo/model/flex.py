@@ -1,7 +1,7 @@
-"""FlexAttention on GPUs, beside the attention that a model was loaded with: a layer's mask says which of them is meant.
+"""FlexAttention on GPUs, next to the attention that a model was loaded with: the mask's type decides between them.
 
-It skips the tiles of a row in which nothing is seen, reads grouped keys without repeating them, and caps scores, which
-SDPA cannot. A model's own forward and generation bring no `BlockMask`: they stay as they were.
+FlexAttention skips the tiles of a row in which nothing is seen, reads grouped keys without repeating them, and caps
+scores, which SDPA cannot. A model's own forward and generation pass no `BlockMask`, so they are unaffected.
 """
 
 import math
@@ -27,20 +27,20 @@ PREFIX = "flex_attention_or_"
 
 
 class Flex:
-    """Which rows of a model go through FlexAttention: those whose tokens have at least `fewest` keys.
+    """Decides which rows of a model go through FlexAttention: those with at least `fewest` keys.
 
-    The first row that would is what compares it with the model's own forward; None until then.
+    The first such row triggers a comparison with the model's own forward; until then `fewest` is None.
     """
 
     def __init__(self) -> None:
         self.fewest: float | None = None
 
     def takes(self, causal_lm: PreTrainedModel, keys: int, misfit: Callable[[int], str]) -> bool:
-        """Whether a row of so many keys does; plain text, which needs no mask, counts as none."""
+        """Whether a row with this many keys does; plain text, which needs no mask, counts as 0 keys."""
         if self.fewest is None and keys >= (fewest := _worth(causal_lm)):
             plain = causal_lm.config._attn_implementation
             _beside(causal_lm, plain.removeprefix(PREFIX))
-            self.fewest = 0  # the probe's rows are short, but of several lengths in tiles: kernels are compiled anew
+            self.fewest = 0  # the probe's short rows go through it too, at several lengths in tiles
             reason = misfit(min(24, causal_lm.config.get_text_config().max_position_embeddings // 8))
             self.fewest = math.inf if reason else fewest
             if reason:
@@ -53,7 +53,7 @@ def _worth(causal_lm: PreTrainedModel) -> float:
     """The fewest keys of a row from which FlexAttention is worth trying."""
     if causal_lm.device.type not in DEVICES or not causal_lm._supports_flex_attn:
         return math.inf
-    if isinstance(next(causal_lm.parameters()), DTensor):  # processes try it at different steps, and would wait forever
+    if isinstance(next(causal_lm.parameters()), DTensor):  # processes would try it at different steps and wait forever
         return math.inf
     if getattr(causal_lm.config.get_text_config(), "attn_logit_softcapping", None):
         return 0
@@ -64,7 +64,7 @@ def _beside(causal_lm: PreTrainedModel, plain: str) -> None:
     AttentionInterface.register(PREFIX + plain, partial(_attend, plain))
     AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     causal_lm.set_attn_implementation(PREFIX + plain)
-    limit = torch._dynamo.config.recompile_limit  # beyond it attention would keep all scores, without a word
+    limit = torch._dynamo.config.recompile_limit  # beyond it attention would silently hold all scores
     torch._dynamo.config.recompile_limit = max(limit, RECOMPILES)
 
 

@@ -18,9 +18,9 @@ from massdpo.store import Cache, digest, file_digest
 
 
 def packaged(packages: Sequence[str]) -> list[Path]:
-    """The GGUF file that installed Python packages carry, one part each, in order; none of their code is run.
+    """The GGUF file that installed Python packages carry, one part per package, in order; none of their code is run.
 
-    `packages` are named as pip takes them (`name==version`); each part is held against the package's own record.
+    `packages` are named as pip takes them (`name==version`); each part is checked against the package's own record.
     Raises `UserError` where a package is missing, of another version or damaged.
     """
     parts = []
@@ -49,12 +49,12 @@ def converted(parts: Sequence[Path], dtype: str, cache: Cache, note: str = "") -
     Raises `UserError` where the package `gguf` is missing, the file is damaged, or `transformers` cannot convert it.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{parts[0]}: reading GGUF files takes the Python package gguf: pip install gguf")
+        raise UserError(f"{parts[0]}: reading GGUF files needs the Python package gguf: pip install gguf")
     versions = transformers.__version__, metadata.version("gguf")
     key = digest("GGUF", versions, [file_digest(part) for part in parts], dtype)
 
     def build(folder: Path) -> None:
-        print(f"note: {parts[0].name} is dequantised to {dtype}, once{note}", file=sys.stderr)
+        print(f"note: {parts[0].name} is dequantised to {dtype} once{note}", file=sys.stderr)
         file = parts[0] if len(parts) == 1 else folder / "whole.gguf"
         if len(parts) > 1:
             with open(file, "wb") as whole:
@@ -82,7 +82,7 @@ def _read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
     fields = reader.fields
     scaling = next((field.contents() for name, field in fields.items() if name.endswith("rope.scaling.type")), "none")
     if scaling != "none":
-        raise ValueError(f"it scales rotary positions ({scaling}), which is not converted")
+        raise ValueError(f"it scales rotary positions ({scaling}), which cannot be converted")
     in_blocks = LlamaFileType(fields["general.file_type"].contents()).name.removeprefix("MOSTLY_")
     weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     loader: Any = AutoModelForCausalLM
@@ -93,7 +93,7 @@ def _read(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTo
         quantization_config=GgufConfig(file.name, dequantize=True),  # else a GPU's kernels would compute in blocks
     )
     if (taken := model.num_parameters()) != weights:
-        raise ValueError(f"it holds {weights} weights, {taken} of which are converted: take the model's safetensors")
+        raise ValueError(f"only {taken} of its {weights} weights can be converted: take the model's safetensors")
     model.hf_quantizer = None  # it would refuse to save what are plain weights now
     model.config.dequantised_from = in_blocks
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

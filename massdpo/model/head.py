@@ -17,7 +17,7 @@ from massdpo.model.packing import ResponseRow
 from massdpo.tensors import Batch
 
 CHUNK_ELEMENTS = 2**24  # at most this many logits exist at a time: 64 MB in float32
-STORED_ELEMENTS = 2**22  # so many are kept for backward, 16 MB, which is cheaper than to make them anew
+STORED_ELEMENTS = 2**22  # this many are kept for backward, 16 MB, which is cheaper than computing them again
 
 
 def token_logp(causal_lm: PreTrainedModel, batch: Batch, row: ResponseRow, end_BD: Tensor, rest_MD: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def target_logp(logits_UV: Tensor, target_UC: Tensor) -> Tensor:
 
 
 def logit_transform(causal_lm: PreTrainedModel, raw_UW: Tensor) -> Tensor:
-    """What the model does to some columns of the output matrix's products: soft-cap, scale."""
+    """What the model does to the products with some columns of its output matrix: soft-cap, scale."""
     output = causal_lm.get_output_embeddings()
     name = next(name for name, child in causal_lm.named_children() if child is output)
     return _logits(causal_lm, raw_UW, {name: nn.Identity()})
@@ -77,7 +77,7 @@ def as_float(value: Tensor) -> Tensor:
 
 
 def states_logp(causal_lm: PreTrainedModel, hidden_UD: Tensor, target_UC: Tensor) -> Tensor:
-    """Log-probs of targets at each position; many logits exist a chunk at a time, and backward makes them anew."""
+    """Log-probs of targets at each position; where logits are many, only a chunk exists at a time, in backward too."""
 
     def chunk_logp(hidden_UD: Tensor, target_UC: Tensor) -> Tensor:
         return target_logp(_logits(causal_lm, hidden_UD, {}), target_UC)
@@ -99,7 +99,7 @@ def _logits(causal_lm: PreTrainedModel, hidden_UD: Tensor, replaced: dict[str, n
 
 
 class _Given(nn.Module):
-    """Stands in for a decoder whose output is known already."""
+    """Stands in for a decoder whose output is already known."""
 
     def forward(self, input_ids: None = None, inputs_embeds: Tensor | None = None, **_: Any) -> Any:
         return _States(last_hidden_state=cast(Any, inputs_embeds))
@@ -111,7 +111,7 @@ class _Given(nn.Module):
 
 
 class _States(BaseModelOutputWithPast):
-    """Hidden states alone: what families pass on besides, as router logits of experts, is None."""
+    """Hidden states alone: whatever else a family passes on, such as the router logits of experts, is None."""
 
     def __getattr__(self, name: str) -> None:
         return None

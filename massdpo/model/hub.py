@@ -37,7 +37,7 @@ def hub_snapshot(hub_id: str, revision: str | None) -> Path:
         raise UserError(f"{hub_id} cannot be fetched from the hub: {one_line(error)}") from error
     if not any(folder.glob("*.safetensors")):
         raise UserError(
-            f"{hub_id} has no weights in *.safetensors in {folder}: where the hub has them, go online once to complete "
+            f"{hub_id} has no weights in *.safetensors in {folder}: if the hub has them, go online once to complete "
             "that cache, or set model.path=DIR to a folder that holds the model"
         )
     return folder

@@ -36,12 +36,12 @@ class PretrainedModel:
     """A pretrained model and its tokenizer, from the Hugging Face hub, a folder or a GGUF file.
 
     Args:
-        hub_id: `owner/name` on the hub; also what a saved adapter names as its base.
+        hub_id: `owner/name` on the hub; a saved adapter records it as its base.
         path: a folder (`save_pretrained`'s layout) or a GGUF file that holds the model instead; null: the hub, or its
             cache.
         revision: branch, tag or commit on the hub; null: main.
         dtype: of the weights, float32 or bfloat16.
-    Raises `UserError` where the model cannot be had, is not a causal language model, or comes only in pickles.
+    Raises `UserError` where the model cannot be found, is not a causal language model, or comes only in pickles.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PretrainedModel:
         return fitting(load_model(folder, self.dtype), load_tokenizer(folder))
 
     def model(self) -> PreTrainedModel:
-        """The hub's or the folder's model; a saved adapter names its base by the `name_or_path` and commit set here."""
+        """The hub's or the folder's model; a saved adapter records its base by the path and commit set here."""
         folder = self.folder()
         model = load_model(folder, self.dtype)
         model.name_or_path = str(folder) if self.path else self.hub_id
@@ -89,7 +89,7 @@ class PackagedModel:
 
     Args:
         packages: as pip names them, each with its version and a part of the file, in order.
-        terms: of use, told when the file is first read and in the policy's card.
+        terms: of use, printed when the file is first read and written into the policy's card.
         dtype: of the weights, float32 or bfloat16.
     Raises `UserError` where a package is missing or damaged.
     """
@@ -116,12 +116,12 @@ def _known(dtype: str) -> str:
 def fitting(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The two, which belong together: every id that texts can bring has a row of the embedding.
+    """The two, checked to belong together: every id that a text can produce has a row in the embedding.
 
-    Special tokens that nothing here writes may lie beyond, as an image's does in the text models of Gemma 3.
+    Special tokens that are never written here may lie beyond it, as an image's does in the text models of Gemma 3.
 
     Raises:
-        UserError: another one does; names the token.
+        UserError: any other token does; names it.
     """
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -131,7 +131,7 @@ def fitting(
     if beyond := sorted(index for index in set(tokenizer.get_vocab().values()) - unwritten if index >= rows):
         raise UserError(
             f"the tokenizer's token {tokenizer.convert_ids_to_tokens(beyond[0])!r} has the id {beyond[0]}, but the "
-            f"model's embedding has {rows} rows: resize it (resize_token_embeddings), or take its own tokenizer"
+            f"model's embedding has {rows} rows: resize it (resize_token_embeddings), or use the model's own tokenizer"
         )
     return model, tokenizer
 
@@ -157,13 +157,13 @@ def attention(config: PreTrainedConfig) -> str | None:
 
 
 def tell_of_long_rope(config: PreTrainedConfig, max_length: int) -> None:
-    """Phi-3's long rope turns the positions of a whole batch by its longest row: say so where rows may be that long."""
+    """Warn where rows may be so long that Phi-3's long rope makes a batch's log-probs depend on its longest row."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     near = rope.get("original_max_position_embeddings", max_length)
     if rope.get("rope_type") == "longrope" and max_length > near:
         print(
-            f"warning: a row of more than {near} tokens changes how this model turns the positions of its whole batch, "
-            f"so that log-probs depend on what else is in it: trainer.max_length={near} avoids that",
+            f"warning: a row of more than {near} tokens changes how this model rotates the positions of its whole "
+            f"batch, so log-probs depend on what else is in the batch: trainer.max_length={near} avoids that",
             file=sys.stderr,
         )
 
@@ -183,37 +183,37 @@ def load_model(folder: Path, dtype: str) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            adapter_kwargs={"subfolder": "none"},  # looks where there is none: it would be read in the base's type
+            adapter_kwargs={"subfolder": "none"},  # where there is none: it would be read in the base's dtype
         )
-    except Exception as error:  # whatever transformers makes of a folder that may be damaged or somebody's trap
+    except Exception as error:  # transformers may raise anything where a folder is damaged or malicious
         raise UserError(f"{folder} cannot be loaded as a causal language model: {one_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder} lacks weights of a causal language model: {', '.join(missing[:3])}")
     disable_dropout(model)
-    model.name_or_path = ""  # the folder may go; the caller knows whether it is there to stay
+    model.name_or_path = ""  # the folder may be temporary; only the caller knows
     return model
 
 
 def _check_sizes(folder: Path, config: PreTrainedConfig) -> None:
-    """Raises ValueError for a model that the folder's weights cannot fill: building it would fill memory or time."""
+    """Raises ValueError for a model that the folder's weights cannot fill: building it could exhaust memory or time."""
     files = list(folder.glob("*.safetensors"))
     tensors, size = 0, sum(file.stat().st_size for file in files)
     for file in files:
         with safe_open(file, "pt") as weights:
             tensors += len(list(weights.keys()))
     if (layers := config.get_text_config().num_hidden_layers) > tensors:
-        raise ValueError(f"config.json says {layers} layers, but the weights are {tensors} tensors")
+        raise ValueError(f"config.json says {layers} layers, but there are only {tensors} weight tensors")
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if (count := empty.num_parameters()) > 2 * size:  # 4 bits each, where they are quantised
-        raise ValueError(f"config.json says {count} weights, but the files hold {size} bytes")
+        raise ValueError(f"config.json says {count} weights, but the files hold only {size} bytes")
 
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"model.path: there is no folder {folder}")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a model's folder: it has no config.json (what save_pretrained writes)")
+        raise UserError(f"{folder} is not a model's folder: it has no config.json (which save_pretrained writes)")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"only {pickles[0]}, a pickle, which can run code" if pickles else "none"

@@ -18,19 +18,19 @@ from massdpo.tensors import Batch
 
 PADDING, PROMPT = -1, 0  # segments of a row; candidate c is segment c + 1
 ROW_TOKENS = 1024  # of responses in a row; one response may be longer
-SHORT_TOKENS = 256  # a batch's prompts with fewer tokens cost less beside the responses than in a pass of their own
-ON_A_CARD = 32  # times as many there, where a pass costs at least the launches of its kernels
+SHORT_TOKENS = 256  # a batch's prompts, if fewer tokens in all, cost less beside the responses than in their own pass
+ON_A_GPU = 32  # times as many there, where a pass costs at least the launches of its kernels
 ALIGNED = 16  # kernels copy a mask whose rows don't begin at multiples of so many numbers, in every layer
 TILE = 128  # FlexAttention goes by tiles of so many queries and keys, and skips those in which nothing is seen
 
 Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]  # prompt, head, place of a query and of a key -> bool
 Mask = Tensor | BlockMask
-Masks = Mask | dict[str, Mask]  # the latter has one a layer type
+Masks = Mask | dict[str, Mask]  # the latter: one per layer type
 
 
 @dataclass
 class Row:
-    """One row of tokens per prompt: what each is, where it stands in its text and to which segment it belongs."""
+    """One row of tokens per prompt: what each token is, where it stands in its text, and its segment."""
 
     ids_BL: Tensor
     position_BL: Tensor
@@ -81,10 +81,10 @@ class ResponseRow(Row):
         prompt_P, candidate_C, fed_T = (torch.arange(size, device=device) for size in sizes)
         segment_U = torch.cat([torch.full_like(prompt_P, PROMPT), (candidate_C + 1).repeat_interleave(len(fed_T))])
         offset_U = torch.cat([prompt_P, fed_T.repeat(len(candidate_C))])
-        # The only time that the device is waited for.
+        # The only wait for the device.
         longest, fed = torch.stack([there_BU.sum(-1).max(), fed_BCT.sum()]).tolist()
-        # What is there goes first. At least one token: one-token responses leave nothing to feed, and no model takes an
-        # empty row.
+        # Tokens that exist go first. At least one: one-token responses leave nothing to feed, and no model takes no
+        # tokens.
         column_BL = there_BU.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, longest)]
         there_BL = there_BU.gather(1, column_BL)
         segment_BL = segment_U[column_BL].masked_fill(~there_BL, PADDING)
@@ -97,7 +97,7 @@ class ResponseRow(Row):
 def in_parts(batch: Batch, sharded: bool) -> list[Batch]:
     """The batch in parts of some candidates each, as many as a row takes.
 
-    Weights that are sharded layer by layer want as many passes from every process, hence as many parts.
+    Weights sharded layer by layer need the same number of passes from every process, hence of parts.
     """
     candidates, longest = batch.response_ids_BCT.shape[1:]
     parts = -(-candidates // max(1, ROW_TOKENS // longest))
@@ -112,11 +112,11 @@ def in_parts(batch: Batch, sharded: bool) -> list[Batch]:
 
 
 def worth_a_pass(batch: Batch) -> bool:
-    """Whether to encode the prompts once, ahead of their responses; several processes answer alike, as above."""
+    """Whether to encode the prompts once, ahead of their responses; several processes have to agree, as above."""
     if batch.response_ids_BCT.shape[1] == 1:
         return False
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    times = ON_A_CARD if batch.prompt_ids_BP.is_cuda else 1
+    times = ON_A_GPU if batch.prompt_ids_BP.is_cuda else 1
     return several or batch.prompt_ids_BP.numel() >= SHORT_TOKENS * times
 
 
@@ -139,7 +139,7 @@ class Prompt:
     cache: DynamicCache
 
     def branch(self) -> DynamicCache:
-        """A forward grows the cache it is given, by new tensors: each gets layers of its own over the same tensors."""
+        """A cache for one forward, which grows the cache it is given: layers of its own over the same tensors."""
         branch = copy.copy(self.cache)
         branch.layers = [copy.copy(layer) for layer in self.cache.layers]
         return branch
@@ -164,7 +164,7 @@ def attention_mask(causal_lm: PreTrainedModel, query: Row, *keys: Row, tiled: bo
 def layer_masks(
     causal_lm: PreTrainedModel, sees: Sees, position_BQ: Tensor, position_BK: Tensor, tiled: bool = False
 ) -> Masks:
-    """What `sees` and the model's windows allow, as masks: one, or one a layer type where the family has several.
+    """What `sees` and the model's windows allow, as masks: one, or one per layer type where the family has several.
 
     Each is made once for all layers: `tiled` for FlexAttention, else to be added to attention's scores. Raises
     `KeyError` for a kind of layer that no mask is known for.

@@ -1,6 +1,6 @@
 """The plain way to score: every candidate behind a copy of its prompt, through the model's own forward.
 
-It is what the shared-prefix engine must agree with, and what families are scored by that cannot share prompts.
+The shared-prefix engine must agree with it, and families that cannot share prompts are scored by it.
 Suffixes: B prompts, C candidates, T response tokens, D hidden units, R prompt-and-response pairs in rows of L tokens,
 M response tokens of a whole batch end to end.
 """

@@ -17,9 +17,9 @@ Way = Callable[[Batch], Tensor]  # to log-probs (B, C)
 
 
 def misfit(model: nn.Module, causal_lm: PreTrainedModel, plain: Way, packed: Sequence[Way], times: int) -> str:
-    """Why the packed ways miss the plain way's log-probs or gradients on a tiny batch, or nothing.
+    """Why the packed ways miss the plain way's log-probs or gradients on a tiny batch; empty if they do not.
 
-    `model` is `causal_lm` or an adapter around it; texts are `times` as long as they need be.
+    `model` is `causal_lm` or an adapter around it; texts are `times` as long as they need to be.
     """
     device, training = causal_lm.device, model.training
     batch = _batch(causal_lm.config.get_text_config().vocab_size, times).to(device)

@@ -13,10 +13,10 @@ from massdpo.model.load import disable_dropout
 
 
 def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
-    """A frozen copy of `model` whose linear layers but the output matrix have `bits`: `4bit` (NF4) or `8bit`.
+    """A frozen copy of `model` whose linear layers, except the output matrix, have `bits`: `4bit` (NF4) or `8bit`.
 
-    On this process's device, where it stays. Whatever else it holds is in float32; `config.dtype` is still what the
-    weights had.
+    It is on this process's device and stays there. Everything else in it is float32; `config.dtype` stays that of the
+    original weights.
 
     Raises:
         UserError: bitsandbytes is not installed.
@@ -24,7 +24,7 @@ def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
     from peft import prepare_model_for_kbit_training  # seconds
 
     if not find_spec("bitsandbytes"):
-        raise UserError(f"weights in {bits} take bitsandbytes, which {comes_with('quantized')}")
+        raise UserError(f"weights in {bits} need bitsandbytes, which {comes_with('quantized')}")
 
     options = BitsAndBytesConfig(
         load_in_4bit=bits == "4bit",
@@ -43,7 +43,7 @@ def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
         device_map={"": PartialState().device},
     )
     disable_dropout(copy)
-    for module in copy.modules():  # some CPUs would round further in evaluation, and differ from training
+    for module in copy.modules():  # some CPUs would round more in evaluation than in training
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     copy.name_or_path, copy.generation_config = model.name_or_path, model.generation_config
@@ -53,5 +53,5 @@ def quantized(model: PreTrainedModel, bits: str) -> PreTrainedModel:
 
 
 def bits_of(model: nn.Module) -> str | None:
-    """The `bits` that `quantized` was called with; none where it was not."""
+    """The `bits` that `quantized` was called with; None if it was not."""
     return next((bits for bits in ("4bit", "8bit") if getattr(model, f"is_loaded_in_{bits}", False)), None)

@@ -27,7 +27,7 @@ from massdpo.store import digest, keyed_seed, write_json, write_text
 if TYPE_CHECKING:
     from peft import PeftModel  # at run time only where there is an adapter: importing it takes seconds
 
-BASE = "base.json"  # beside an adapter: type and bits of its base's weights, which the adapter's own config lacks
+BASE = "base.json"  # next to an adapter: dtype and bits of its base's weights, which the adapter's config lacks
 
 
 def add_adapter(model: PreTrainedModel, adapter: Mapping[str, Any], seed: int) -> "PeftModel":
@@ -72,8 +72,8 @@ def merge_adapter(model: "PeftModel") -> PreTrainedModel:
     """
     if bits := bits_of(model.get_base_model()):
         raise UserError(
-            f"this adapter was trained on weights in {bits}, which cannot take it up without rounding most of it away: "
-            "use it beside its base"
+            f"this adapter was trained on weights in {bits}, which cannot absorb it without rounding most of it away: "
+            "use it together with its base"
         )
     merged = model.merge_and_unload()
     merged.name_or_path, merged.config._commit_hash = "", None  # the weights are no longer the hub's or a folder's
@@ -95,7 +95,7 @@ def save_policy(
 ) -> None:
     """Write an ordinary Hugging Face folder: safetensors, config, tokenizer and, as README.md, the model's `card`.
 
-    An adapter is written alone where its base can be had as it is (from the hub or a folder), else with its base.
+    An adapter is written alone if its base can be loaded again (from the hub or a folder), else with its base.
     `weights` are the model's, by name, where it holds only a shard of them.
     """
     weights = model.state_dict() if weights is None else weights
@@ -123,7 +123,7 @@ def save_policy(
 def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]":
     """A policy that `save_policy` wrote, in the type that its weights had; an adapter is ready to be trained further.
 
-    Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be had.
+    Raises `UserError` where the folder holds no such policy, or where an adapter's base cannot be found.
     """
     tokenizer = load_tokenizer(folder)
     if not (folder / ADAPTER).is_file():
@@ -131,8 +131,8 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has an adapter's config but no adapter_model.safetensors")
     adapter = read_json(folder / ADAPTER)
-    if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft imports what the latter goes with
-        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: a plain LoRA is needed")
+    if adapter.get("peft_type") != "LORA" or adapter.get("megatron_config"):  # peft would import code for the latter
+        raise UserError(f"{folder} holds an adapter of another kind than task=train writes: only plain LoRA works")
     from peft import PeftModel, get_peft_model_state_dict
 
     base = load_model(folder, "auto") if (folder / "config.json").is_file() else _load_base(folder)
@@ -145,7 +145,7 @@ def load_policy(folder: Path) -> "tuple[PreTrainedModel | PeftModel, PreTrainedT
             raise ValueError("its rank is higher than its weights have rows")
         adapted = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         missing = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - sizes.keys()
-    except Exception as error:  # whatever peft makes of a folder that may be damaged or somebody's trap
+    except Exception as error:  # peft may raise anything where a folder is damaged or malicious
         raise UserError(f"{folder} holds an adapter that cannot be loaded: {one_line(error)}") from error
     if missing:
         raise UserError(f"{folder} holds an adapter that lacks weights: {', '.join(sorted(missing)[:3])}")
@@ -159,7 +159,7 @@ def _load_base(folder: Path) -> PreTrainedModel:
     name = str(adapter.get("base_model_name_or_path"))
     path = name if Path(name).is_absolute() else None
     if path and not Path(path).is_dir():
-        raise UserError(f"{folder} holds an adapter, and the model that it belongs to is no longer in {path}")
+        raise UserError(f"{folder} holds an adapter, but the model that it belongs to is no longer in {path}")
     base = read_json(folder / BASE)
     model = PretrainedModel(name, path, adapter.get("revision"), base.get("dtype", "")).model()
     return quantized(model, base["quantize"]) if base.get("quantize") else model
@@ -171,5 +171,5 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} cannot be read: it is no JSON object")
+        raise UserError(f"{path} cannot be read: it is not a JSON object")
     return found

@@ -3,7 +3,7 @@
 A prompt's responses share it, so it is encoded once, and the responses lie end to end in one row behind its cache: a
 mask lets each see the prompt and itself, and positions restart at the prompt's end. A response's last token predicts
 nothing, so it is never fed. With a selection the pool is scored off the cache without gradients, then the picks with
-them. Long responses are scored some at a time, which bounds memory and what attention wastes on what no token sees.
+them. Long responses are scored some at a time, which bounds memory and the attention wasted on what no token sees.
 Gradient checkpointing leaves no cache: then the picks share one row with their prompt, which is encoded again for them.
 
 Suffixes: B prompts, C candidates (column 0 is the chosen one), T response tokens, L tokens of a row, D hidden units,
@@ -75,8 +75,8 @@ class PreferenceScorer(nn.Module):
         included. Without `select`, features come with the scores where no gradients are recorded. With `catalogue`,
         its responses are scored behind each prompt instead of the batch's own (no log-probs of single tokens).
 
-        Raises `UserError` naming the examples where a log-prob is not finite. Where gradients are recorded, the loss
-        and the selectors show it: a look here too would wait for the device once more.
+        Raises `UserError` naming the examples where a log-prob is not finite; not where gradients are recorded, as the
+        loss and the selectors check that, and looking here too would wait for the device once more.
         """
         if catalogue is not None:
             return Scored(self._against(batch, catalogue))
@@ -92,14 +92,14 @@ class PreferenceScorer(nn.Module):
         pool = self._without_gradients(batch, prompt)
         with torch.no_grad(), self._exact:
             picks = select(pool)
-        picked = batch.take(picks)  # waits for the device, so that the time spent there is counted
+        picked = batch.take(picks)  # waits for the device, so that its time is counted
         seconds = time.perf_counter() - started
         learned_B = self._tokens(picked)
         fed_B = self._tokens(batch) + learned_B - (0 if prompt is None else batch.prompt_mask_BP.sum(-1))
         return Scored(self._score(picked, prompt), pool, picks, seconds, fed_B, learned_B)
 
     def _tokens(self, batch: Batch) -> Tensor:
-        """Tokens of each prompt and its responses as they are fed, `(B,)`."""
+        """Tokens that are fed for each prompt and its responses, `(B,)`."""
         times_B = 1 if self.packed else batch.mask_BC.sum(-1)
         return batch.prompt_mask_BP.sum(-1) * times_B + batch.length_BC.sum(-1)
 
@@ -202,7 +202,7 @@ class PreferenceScorer(nn.Module):
     # (a prompt's last state, shared by all of its candidates) and those that predict the other tokens.
 
     def _shared(self, batch: Batch) -> Prompt | None:
-        """The prompts encoded ahead of their responses, where that can be done and pays."""
+        """The prompts encoded ahead of their responses, where that is possible and pays."""
         checkpoints = self.model.training and any(
             getattr(m, "gradient_checkpointing", False) for m in self.model.modules()
         )
@@ -221,7 +221,7 @@ class PreferenceScorer(nn.Module):
         return row, prompt.end_BD, hidden_BLD.flatten(0, 1)[row.place_M]
 
     def _one_row(self, batch: Batch) -> tuple[ResponseRow, Tensor, Tensor]:
-        """Prompt and all responses in one row, which asks for no cache. One response alone makes plain text."""
+        """Prompt and all responses in one row, which needs no cache. A single response makes plain text."""
         row, mask = self._masked(ResponseRow.of(batch, prompt=True), plain=batch.response_ids_BCT.shape[1] == 1)
         hidden_BLD = self._decode(row, mask, None)
         return row, prompt_end(batch, hidden_BLD), hidden_BLD.flatten(0, 1)[row.place_M]

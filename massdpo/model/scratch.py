@@ -23,7 +23,7 @@ from massdpo.model.load import Texts, as_plain, attention, disable_dropout, seed
 from massdpo.store import Cache, digest, keyed_seed, write_json
 
 SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
-TOKENIZER_BYTES = 8_000_000  # of the training texts, from the start: more would hardly change some thousand merges
+TOKENIZER_BYTES = 8_000_000  # from the start of the training texts: more would hardly change a few thousand merges
 
 
 class TinyModel:
@@ -47,7 +47,7 @@ class TinyModel:
             known = AutoConfig.for_model(model_type).to_dict()
         except (ValueError, TypeError) as error:
             raise UserError(f"model.config.model_type={model_type}: no such family in transformers") from error
-        # transformers takes any key without complaint, so that a misspelt one would change nothing
+        # transformers accepts any key, so a misspelt one would silently change nothing
         if unknown := sorted(self.options.keys() - known.keys()):
             raise UserError(f"model.config: {model_type} has no option {', '.join(unknown)}")
 
@@ -64,7 +64,7 @@ class TinyModel:
     def tokenizer(self, texts: Texts, cache: Cache, texts_key: str | None = None) -> PreTrainedTokenizerBase:
         """The tokenizer for `texts`, learned once: it is cached by what it is learned from.
 
-        `texts_key` names their content, so that a tokenizer that was learned before is found without reading them.
+        `texts_key` names their content, so that a tokenizer learned before is found without reading them.
         """
         if texts_key is None:
             texts = list(texts() if callable(texts) else texts)
@@ -94,7 +94,7 @@ class TinyModel:
 
 
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens; any text survives encoding and decoding, and BOS opens it."""
+    """A byte-level BPE of at most `vocab_size` tokens; any text survives encoding and decoding; BOS comes first."""
     bpe = Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

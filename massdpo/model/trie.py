@@ -1,10 +1,10 @@
 """A catalogue of responses as a trie behind a prompt: what responses share at their start is fed once for all of them.
 
-Only what comes before another token is fed, each such beginning once, and it predicts every token that goes on from it.
+Only beginnings, which come before some token, are fed, each once; a beginning predicts every token that continues it.
 A catalogue is fed in parts, so that no pass takes more memory than its share, whatever the catalogue's size.
 
 Suffixes: B prompts, I responses of the catalogue (N of a part), M beginnings of a part, U = 1 + M sources of
-predictions (first the prompt's end), C tokens that go on from a source, T tokens of a response, Q and K query and key
+predictions (first the prompt's end), C tokens that continue a source, T tokens of a response, Q and K query and key
 tokens, D hidden units.
 """
 
@@ -20,7 +20,7 @@ from massdpo.model.packing import PROMPT, Masks, Prompt, Row, layer_masks
 from massdpo.tensors import Batch, first
 
 PART_TOKENS = 512  # beginnings of a part: their keys cost little beside the layers, and few are fed twice
-PLAIN = 32  # responses that are fed at once where each repeats its prompt
+PLAIN = 32  # responses fed at once where each repeats its prompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Part:
     ids_M: Tensor  # int64, the last token of each beginning
     depth_M: Tensor  # int64, tokens of the beginning before that one
     sees_MM: Tensor  # bool, which beginnings a beginning starts with, itself included
-    target_UC: Tensor  # int64, what goes on from each source, filled up with 0
+    target_UC: Tensor  # int64, the tokens that continue each source, filled up with 0
     step_NT: Tensor  # int64, places in `target_UC`, flat, of each response's tokens; beyond its end one past the last
 
     def to(self, device: torch.device) -> "Part":
@@ -56,7 +56,7 @@ class Part:
         return layer_masks(causal_lm, sees, row.position_BL, position_BK)
 
     def response_logp(self, logp_BUC: Tensor) -> Tensor:
-        """Log-probs of whole responses `(B, N)` from those of what goes on from each source."""
+        """Log-probs of whole responses `(B, N)` from those of the tokens that continue each source."""
         flat = torch.nn.functional.pad(logp_BUC.flatten(1), (0, 1))
         return flat[:, self.step_NT].sum(-1)
 

@@ -83,15 +83,11 @@ def _report(folder: Path, x: str, group: str) -> Section:
         names = table.block_names
         for block in table.blocks:
             which = ", ".join(cell.text for cell in block[0][:names])
-            lines = [dict(zip(table.head[names:], map(_plain, line[names:]), strict=True)) for line in block]
+            lines = [dict(zip(table.head[names:], map(str, line[names:]), strict=True)) for line in block]
             summary_table(f"{table.title}: {which}", lines, whole=table.names - names)
         print("\n".join(table.notes))
     print(f"tables, figures and rows: {folder}")
     return section
-
-
-def _plain(cell: tables.Cell) -> str:
-    return f"{cell.plain} (best)" if cell.best else f"{cell.plain} ~" if cell.tie else cell.plain
 
 
 def _collect(runs: Path, out: Path, only_these: bool) -> None:

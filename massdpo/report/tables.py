@@ -39,6 +39,9 @@ class Cell:
     def starred(self) -> bool:
         return self.p is not None and self.p < 0.05
 
+    def __str__(self) -> str:
+        return f"{self.plain} (best)" if self.best else f"{self.plain} ~" if self.tie else self.plain
+
 
 @dataclass
 class ReportTable:

@@ -1,6 +1,6 @@
-"""The model card of a saved policy: what it was trained on and how, its terms, its numbers, how to load it.
+"""The model card of a saved policy: what it was trained on and how, its terms, its metrics, how to load it.
 
-It says what the options say and never what the data say: no text of a dataset stands in it, and no path of a machine.
+It is made from the options, never from the data: it holds no text of a dataset and no path of the machine.
 """
 
 import re
@@ -14,7 +14,7 @@ import massdpo
 from massdpo.console import markdown_table
 from massdpo.data.download import SOURCES, HubSet
 from massdpo.runs.shown import GENERATED, SHOWN
-from massdpo.store import plain_yaml
+from massdpo.store import mapping_in, plain_yaml
 
 HUB = "https://huggingface.co"
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
@@ -28,10 +28,11 @@ def model_card(
     name: str,
     dequantised_from: str | None = None,
 ) -> str:
-    """README.md of a policy, with the front matter that the hub reads.
+    """The README.md of a policy, with the front matter that the hub reads.
 
     `config` is the run's resolved configuration, `metrics` its metrics.json, `sizes` its prompts by split (`train`,
-    `preference`, `test`), `name` the run's, `dequantised_from` the blocks in which a GGUF file held the start weights.
+    `preference`, `test`), `name` the run's; `dequantised_from` is the block type of the GGUF file behind the start
+    weights, if there is one.
     """
     trainer = config["trainer"]
     blocks = [
@@ -48,9 +49,9 @@ def model_card(
 
 
 def merged_card(text: str) -> str:
-    """The card of an adapter as that of the whole model which it was merged into; ValueError where it is no card."""
+    """Turn the card of an adapter into that of the merged model; ValueError if it is not a card."""
     if head := FRONT_MATTER.match(text):
-        plain_yaml(head[1])  # a few lines of it could fill the memory
+        plain_yaml(head[1])  # refuses YAML of which a few lines could fill the memory
     card = ModelCard(text)
     card.data["library_name"] = "transformers"
     card.data["tags"] = [tag for tag in card.data.get("tags") or [] if tag != "lora"]
@@ -70,7 +71,8 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
         "tags": tags,
     }
     if "hub_id" in model:
-        known |= _licence(model)
+        base = read_front_matter(_base_folder(model) / "README.md")  # its card, if it lies beside the weights
+        known |= {key: base[key] for key in LICENCE if isinstance(base.get(key), str)}
     if model.get("hub_id"):
         known |= {"base_model": model["hub_id"], "base_model_relation": "adapter" if adapter else "finetune"}
     if isinstance(source := SOURCES.get(config["choices"]["dataset"]), HubSet):
@@ -79,20 +81,8 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_front_matter(card: Path) -> dict[str, Any]:
-    """What a card says of its model to the hub; nothing where there is no card, or none that can be read."""
-    try:
-        with open(card, encoding="utf-8") as file:
-            front = FRONT_MATTER.match(file.read(100_000))
-        said = plain_yaml(front[1]) if front else {}
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _licence(model: Mapping[str, Any]) -> dict[str, str]:
-    """The licence that the base model's own card names, where that card lies beside its weights."""
-    said = read_front_matter(_base_folder(model) / "README.md")
-    return {key: said[key] for key in LICENCE if isinstance(said.get(key), str)}
+    """The front matter of a card; empty if there is no card, or it cannot be read."""
+    return mapping_in(card, lambda text: plain_yaml(front[1]) if (front := FRONT_MATTER.match(text)) else None)
 
 
 def _base_folder(model: Mapping[str, Any]) -> Path:
@@ -104,6 +94,9 @@ def _base_folder(model: Mapping[str, Any]) -> Path:
 
 def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_from: str | None) -> dict[str, str]:
     trainer, adapter = config["trainer"], config["trainer"]["adapter"]
+    weights = f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}" if adapter else "all trained"
+    if adapter and adapter.get("quantize"):
+        weights += f" on a base quantised to {adapter['quantize']} by bitsandbytes"
     k = f", k = {config['selector']['k']}" if "k" in config["selector"] else ""
     stages = {
         stage: f"{sizes[count]} prompts, epochs: {trainer[stage]['epochs']}, peak learning rate: "
@@ -117,7 +110,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
     }
     return {
         "base model": _base(config) + (f", dequantised from {dequantised_from}" if dequantised_from else ""),
-        "weights": _weights(adapter) if adapter else "all trained",
+        "weights": weights,
         "data": f"`{config['choices']['dataset']}`",
         "supervised fine-tuning": stages["sft"],
         **(preference if trainer["preference"]["epochs"] else {"preference stage": "none"}),
@@ -126,11 +119,6 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
         "longest text": f"{trainer['max_length']} tokens",
         "seed": str(config["seed"]),
     }
-
-
-def _weights(adapter: Mapping[str, Any]) -> str:
-    bits = f" on a base quantised to {adapter['quantize']} by bitsandbytes" if adapter.get("quantize") else ""
-    return f"LoRA, rank {adapter['r']}, alpha {adapter['alpha']:g}{bits}"
 
 
 def _base(config: Mapping[str, Any]) -> str:
@@ -152,29 +140,27 @@ def _terms(config: Mapping[str, Any]) -> str:
     if terms := config["dataset"].get("terms"):
         return f"Trained on `{option}`. Terms of these data: {terms}."
     if option.startswith("synthetic"):
-        return f"Trained on `{option}`: an invented world, without terms."
+        return f"Trained on `{option}`: an invented world, without terms of use."
     return f"Trained on its author's own data (`{option}`), whose terms are not known here."
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    rows = []
-    for name in (*SHOWN, *(name for name in GENERATED if name in metrics)):
-        before = "" if name in GENERATED else f"{metrics.get(f'sft/{name}', 0.0):.4f}"
-        rows.append((name, before, f"{metrics[name]:.4f}"))
+    rows = [(name, f"{metrics.get(f'sft/{name}', 0.0):.4f}", f"{metrics[name]:.4f}") for name in SHOWN]
+    rows += [(name, "", f"{metrics[name]:.4f}") for name in GENERATED if name in metrics]
     return markdown_table(["metric", "SFT start", "this policy"], rows)
 
 
 METRICS_TEXT = (
     "`accuracy`, `ndcg@5` and `mrr` rank the chosen response among all candidates by mean log-prob per token "
-    "(`_sum`: by their sum); rewards and margins compare with the SFT start."
+    "(`_sum`: by their sum); rewards and margins are relative to the SFT start."
 )
 PLAIN_TEXT = (
-    "It was trained on texts of the form `PROMPT RESPONSE`, joined by one space, with the tokenizer's begin token once "
-    "before them (where it has one) and its end token after them."
+    "It was trained on texts of the form `PROMPT RESPONSE`, joined by one space, after the tokenizer's begin token (if "
+    "it has one) and before its end token."
 )
 CHAT_TEXT = (
-    "It was trained on prompts as a user's turn of the tokenizer's chat template, and on responses that follow it at "
-    "once and close with the tokenizer's end token."
+    "It was trained on prompts as a user's turn in the tokenizer's chat template, each followed directly by its "
+    "response and the tokenizer's end token."
 )
 
 

@@ -76,7 +76,10 @@ def compute(run: Run, model: nn.Module) -> None:
     config, trainer, data = run.config, run.config.trainer, run.data
     selector = selector_for(config, data)
     features = selector.features if selector.needs_scores else None
-    announce(run)
+    known = resolved(config)
+    run.tracker.start(known, run.folder)
+    if run.accelerator.is_main_process:
+        write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(known)))
 
     policy = trainable(config, model)
     tell_plan(run, policy, selector)
@@ -165,11 +168,3 @@ def decorate(run: Run, metrics: dict[str, Any]) -> None:
             show(run.folder, metrics, sync)
         elif not launch.in_multirun():  # where the sweep has a line per job
             print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")
-
-
-def announce(run: Run) -> None:
-    """Tell the tracker of the run and write down its config."""
-    config = resolved(run.config)
-    run.tracker.start(config, run.folder)
-    if run.accelerator.is_main_process:
-        write_text(run.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))

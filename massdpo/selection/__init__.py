@@ -1,4 +1,4 @@
-"""Which of a prompt's negatives to train on: one small class a selector, pool statistics in, picks out.
+"""Which of a prompt's negatives to train on: one small class per selector, pool statistics in, picks out.
 
 A selector is any object with `features` (what the scorer computes for it: "mean", "last", "head" or None),
 `needs_scores` (False where it looks at no log-probability) and `__call__(pool) -> Picks`. Chance comes from

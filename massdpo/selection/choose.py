@@ -1,4 +1,4 @@
-"""Selection as a function of tensors, for code that has log-probs and features of its own and no run.
+"""Selection as a function of tensors, for code that brings its own log-probs and features.
 
 Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected, D features.
 """
@@ -36,7 +36,7 @@ def select(
     """Pick k of each prompt's N rejected responses: MASS-DPO (arXiv 2605.10784), or another selector by its name.
 
     `logp_BC`, `ref_logp_BC`: summed log-probs of the responses under the policy and the reference, nats, the chosen
-    response in column 0; equal ones (no training yet) leave diversity to decide. `features_BCD`: what a response is,
+    response in column 0; equal ones (no training yet) leave diversity to decide. `features_BCD`: a vector per response,
     such as its mean last hidden state or any embedding. `mask_BC`: True where a candidate exists. `options`: those of
     conf/selector (`ridge`, `solver`, ...). Ties are decided by `seed`.
 
@@ -55,14 +55,14 @@ def select(
 
 
 def selector_named(name: str, k: int, **options: Any) -> selection.Selector:
-    """The selector that conf/selector calls so, which picks k and takes these options.
+    """The selector of that name in conf/selector, built to pick k and with these options.
 
     Raises:
-        UserError: there is none of that name, or it takes no such option.
+        UserError: there is no selector of that name, or it has no such option.
     """
     kind = getattr(selection, "".join(part.title() for part in name.split("_")), None)
     if not isinstance(kind, type):
-        raise UserError(f"unknown selector {name!r}: take mass, or another name of conf/selector")
+        raise UserError(f"unknown selector {name!r}: use mass, or another name in conf/selector")
     try:
         return kind(k=k, **options) if name != "full" else kind(**options)
     except TypeError as error:

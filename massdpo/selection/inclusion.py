@@ -1,4 +1,4 @@
-"""How much likelier a pick was to be picked than the chosen response would have been: what the loss `is_pl` corrects.
+"""How much likelier a pick was to be drawn than the chosen response would have been: what the loss `is_pl` corrects.
 
 A Plackett-Luce choice seen among D = {chosen} + S alone, S drawn by a rule, follows P(j given D) ~ exp(r_j) P(D less j
 is drawn, were j the chosen one) (McFadden 1978, "Modelling the choice of residential location"). Without the second

@@ -1,4 +1,4 @@
-"""Selectors by how well few picks stand for the whole pool: clusters, medoids, and the gradient of all of it.
+"""Selectors by how well a few picks represent the whole pool: clusters, medoids, and the pool's gradient.
 
 Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected or clusters.
 """
@@ -58,7 +58,7 @@ class Coreset(Farthest):
 
 
 class Medoids(Farthest):
-    """The k negatives from which all are least far, each weighed by its share p of the gradient (arXiv 2502.18293).
+    """The k negatives closest to all of the pool, each weighed by its share p of the gradient (arXiv 2502.18293).
 
     sum_i p_i min_{j in S} |phi_i - phi_j|: greedily, then by single exchanges until none helps.
     """

@@ -1,4 +1,4 @@
-"""Selectors by what the pool's log-probs and rewards say of each negative: one score, several, or none.
+"""Selectors by the log-probs and rewards of each negative: one score, several, or none.
 
 Suffixes: B prompts, N pool negatives, C = 1 + N candidates (column 0 is the chosen one), K selected, S scores.
 """
@@ -45,7 +45,7 @@ class Random(ByScore):
 
 
 class Hardest(ByScore):
-    """The k with the largest s_i = r_i - r_0: what the policy has come to prefer most against the reference."""
+    """The k with the largest s_i = r_i - r_0: what the policy has come to prefer most, relative to the reference."""
 
     def score_BN(self, pool: PoolStatistics) -> Tensor:
         return pool.advantage_BN
@@ -54,7 +54,7 @@ class Hardest(ByScore):
 class TopRandom(ByScore):
     """k uniformly from the `top` hardest, of which the very first may be false negatives (RoDPO, arXiv 2603.29259).
 
-    top: by default three times k, so that it goes along in a sweep over k.
+    top: by default three times k, so that it follows k in a sweep.
     """
 
     def __init__(self, k: int, top: int | None = None, short_pool: str = "error"):
@@ -67,7 +67,7 @@ class TopRandom(ByScore):
     def score_BN(self, pool: PoolStatistics) -> Tensor:
         hardest = best(pool.advantage_BN, pool.mask_BN, self.top)
         in_top_BN = members(hardest.index_BK, hardest.mask_BK, pool.mask_BN.shape[1])
-        # The noise has decided who is among the top where scores tie: its further digits draw from them.
+        # Where scores tie, the noise has decided who is among the top: its further digits draw from them.
         return (pool.noise_BN * 2**10).frac() - (~in_top_BN).to(pool.noise_BN)
 
     def log_inclusion_BK(self, pool: PoolStatistics, picks: Picks) -> Tensor:
@@ -76,7 +76,7 @@ class TopRandom(ByScore):
 
 
 class HardestLogp(ByScore):
-    """The k that the policy itself finds likeliest, by the mean log-prob of their tokens or by the `sum`."""
+    """The k that the policy itself finds likeliest, by the mean of their tokens' log-probs or by the `sum`."""
 
     def __init__(self, k: int, score: str = "mean", short_pool: str = "error"):
         super().__init__(k, short_pool)
@@ -111,9 +111,9 @@ class Full:
 
 
 class Interleaved(PickK):
-    """This project's own: three scores take turns, each time the best negative not yet picked.
+    """This project's own: three scores take turns, each picking its best negative not yet picked.
 
-    The scores are logp_i - logp_0, s_i = r_i - r_0 and the difference of mean token log-probs; which begins is chance.
+    The scores are logp_i - logp_0, s_i = r_i - r_0 and the difference of mean token log-probs; the first is random.
     """
 
     def pick(self, pool: PoolStatistics) -> Picks:

@@ -2,7 +2,7 @@
 
 from massdpo.store.code import package_code, target_code
 from massdpo.store.content import digest, file_digest, keyed_seed
-from massdpo.store.files import plain_yaml, replacing, write_json, write_jsonl, write_text, writing
+from massdpo.store.files import mapping_in, plain_yaml, replacing, write_json, write_jsonl, write_text, writing
 from massdpo.store.folders import (
     MANIFEST,
     Cache,

@@ -1,6 +1,6 @@
-"""What each `task` does, one file each."""
+"""What each `task` does: `massdpo.tasks.NAME` has a function of the same name. `train` is `massdpo.runs.pipeline`."""
 
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -9,20 +9,10 @@ from massdpo.config import validate
 from massdpo.evaluation.metrics import check_keep_metric
 from massdpo.runs import pipeline
 from massdpo.runs.folder import note_failed
-from massdpo.tasks.evaluate import evaluate
-from massdpo.tasks.explain import explain
-from massdpo.tasks.inspect import inspect
-from massdpo.tasks.merge import merge
-from massdpo.tasks.plan import plan
-from massdpo.tasks.push import push
-from massdpo.tasks.rank import rank
-from massdpo.tasks.select import select
-from massdpo.tasks.show import show
-from massdpo.tasks.study import study
 
 
 def run(config: DictConfig) -> Path | None:
-    """Do what `task` says; returns the folder of a run, where it makes one.
+    """Do what `task` says; returns the folder of a run, if it makes one.
 
     Raises:
         UserError: any mistake of the user's; nothing half-written is left where a result is expected.
@@ -30,23 +20,11 @@ def run(config: DictConfig) -> Path | None:
     try:
         validate(config)
         check_keep_metric(config.trainer.keep_metric)
-        return TASKS[config.task](config)
+        if config.task == "train":
+            return pipeline.train(config)
+        getattr(import_module(f"massdpo.tasks.{config.task}"), config.task)(config)
+        return None
     except Exception as error:
         if config.get("task") == "train" and config.get("runs_dir") and config.get("sweep"):
             note_failed(Path(config.runs_dir) / config.sweep, config, error)
         raise
-
-
-TASKS: dict[str, Callable[[DictConfig], Path | None]] = {
-    "train": pipeline.train,
-    "plan": plan,
-    "show": show,
-    "explain": explain,
-    "evaluate": evaluate,
-    "select": select,
-    "rank": rank,
-    "merge": merge,
-    "push": push,
-    "inspect": inspect,
-    "study": study,
-}

@@ -1,4 +1,4 @@
-"""Checkpoints of a stage: folders that appear whole; a run stopped at any moment goes on from the newest one."""
+"""Checkpoints of a stage: folders that appear whole; a run stopped at any moment continues from the newest one."""
 
 import json
 import math
@@ -21,10 +21,10 @@ NUMBERED = re.compile(r"\d+-\d+")  # the name of a checkpoint: epoch and step
 
 @dataclass
 class Position:
-    """How far a stage is: what a checkpoint holds beside weights and optimiser."""
+    """How far a stage is: what a checkpoint holds besides weights and optimiser."""
 
     epoch: int = 0
-    batch: int = 0  # optimiser steps done in this epoch; all of them: what is left of it is its validation
+    batch: int = 0  # optimiser steps done in this epoch; if all, only its validation is left
     step: int = 0
     fed_tokens: int = 0  # through the model, by all processes
     learned_tokens: int = 0  # those among them that have gradients
@@ -54,7 +54,7 @@ def write(place: Path, position: Position, state: dict[str, Tensor], accelerator
             save_file(state, folder / "objective.safetensors")
 
     if accelerator.is_main_process:
-        with writing(place.parent, "free some room; the last checkpoint is good, and the same command goes on from it"):
+        with writing(place.parent, "free some room; the same command then continues from the last checkpoint"):
             build_folder(place, build)
     else:
         _save_state(accelerator, None)
@@ -62,7 +62,7 @@ def write(place: Path, position: Position, state: dict[str, Tensor], accelerator
 
 
 def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
-    """Every process takes part, as weights may be sharded; the main one says into which folder."""
+    """Every process takes part, as weights may be sharded; the main one chooses the folder."""
     (place,) = broadcast_object_list([str(folder)])
     hook = accelerator.register_save_state_pre_hook(_trained_alone)
     accelerator.save_state(place)
@@ -71,7 +71,7 @@ def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
 
 
 def _trained_alone(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-    """Frozen weights are there again when a stage goes on; FSDP hands over none, and writes all."""
+    """Frozen weights need not be saved: a stage that continues has them. FSDP passes none here, and writes all."""
     for model, state in zip(models, weights, strict=False):
         trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
         for name in state.keys() - trained:
@@ -98,12 +98,12 @@ def resume(
 
 
 def _keep_newest(checkpoints: Path, keep: str) -> None:
-    """Leave the newest whole checkpoint alone; without the best policy so far, that one cannot be gone on from."""
+    """Leave only the newest whole checkpoint, and none where the best policy so far, which it needs, is damaged."""
     remove_unfinished(checkpoints)
     places = _all(checkpoints)
     while places and not is_whole(places[-1]):
         set_aside(places.pop())
-    for old in places[:-1]:  # the end came while they were removed
+    for old in places[:-1]:  # the process ended while they were being removed
         shutil.rmtree(old)
     best = checkpoints / "best"
     if places and keep == "best" and _position(places[-1]).best > -math.inf and not is_whole(best):

@@ -1,7 +1,7 @@
-"""`massdpo.MultiNegativeTrainer`: the preference stage as a `transformers.Trainer`, with all that goes with one.
+"""`massdpo.MultiNegativeTrainer`: the preference stage as a `transformers.Trainer`, with all that comes with one.
 
 The loop, optimiser, checkpoints, callbacks, loggers, DeepSpeed and the hub are the Trainer's; batches, scores,
-selection, loss and metrics are this project's. On the same batches it has the losses of a run with refresh=step.
+selection, loss and metrics are this project's. On the same batches its losses equal those of a run with refresh=step.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,19 +35,19 @@ class MultiNegativeTrainer(Trainer):
 
     Args:
         model: a causal language model of `transformers`, or a PEFT adapter on one; its dropout is switched off.
-        args: the Trainer's; `metric_for_best_model` may name any metric of `evaluate`, `eval_accuracy` say.
-        train_dataset: rows of `prompt`, `chosen` and `rejected` (a list), as texts or messages; a `datasets.Dataset`,
-            say. Other layouts that `dataset=preferences` reads will do too.
+        args: the Trainer's; `metric_for_best_model` may name any metric of `evaluate`, such as `eval_accuracy`.
+        train_dataset: rows of `prompt`, `chosen` and `rejected` (a list), as texts or messages, for example a
+            `datasets.Dataset`. Other layouts that `dataset=preferences` reads work too.
         eval_dataset: the same, for `evaluate`.
         processing_class: the model's tokenizer.
-        selector: a name of conf/selector, or an object such as `massdpo.selection.Mass(k=4, ridge=0.1)`.
+        selector: a name in conf/selector, or an object such as `massdpo.selection.Mass(k=4, ridge=0.1)`.
         k: negatives picked per prompt, where `selector` is a name.
-        loss: a name of `massdpo.losses`, or a function like those.
+        loss: a name in `massdpo.losses`, or a function like those there.
         beta: reward scale.
-        ref_model: whose log-probs rewards compare with; None: those of `model` as it is now, computed here, once.
+        ref_model: the reference of the rewards; None: `model` as it is now, scored here once.
         max_length: tokens of prompt plus longest response.
-        chat_template: prompts become a user's turn in the tokenizer's chat template.
-        more: what else a Trainer takes (`callbacks`, `optimizers`, ...).
+        chat_template: whether prompts become a user turn in the tokenizer's chat template.
+        more: further arguments of a Trainer (`callbacks`, `optimizers`, ...).
 
     Raises:
         UserError: a row that cannot be used, a pool below k, an unknown selector or loss.
@@ -73,7 +73,7 @@ class MultiNegativeTrainer(Trainer):
             raise UserError("MultiNegativeTrainer needs the model's tokenizer: processing_class=TOKENIZER")
         if args.n_gpu > 1:
             raise UserError(
-                "MultiNegativeTrainer takes one GPU per process: start it with torchrun, or show it one GPU"
+                "MultiNegativeTrainer takes one GPU per process: start it with torchrun, or make only one GPU visible"
             )
         if chat_template:
             settle_chat_template(processing_class)
@@ -112,7 +112,7 @@ class MultiNegativeTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean loss of a batch's prompts; what is to be logged of them is kept until the next line of the log."""
+        """The mean loss of a batch's prompts; values to be logged are kept until the next log line."""
         scorer: Any = _as_a_forward_pass(model, self.scorer)
         with self.accelerator.autocast():
             loss_B, logs = self.objective.loss(scorer, inputs["batch"], int(self.state.epoch or 0), observe=False)
@@ -131,9 +131,9 @@ class MultiNegativeTrainer(Trainer):
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Rows | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Ranking metrics over whole pools (`massdpo.metrics`); of the trainer's own `eval_dataset` rewards too."""
+        """Ranking metrics over whole pools (`massdpo.metrics`); rewards too for the trainer's own `eval_dataset`."""
         if eval_dataset is None and not self.objective.val:
-            raise UserError("evaluate needs an eval_dataset: give one here, or when the trainer is made")
+            raise UserError("evaluate needs an eval_dataset: pass one here, or when creating the trainer")
         if eval_dataset is None:
             scores = self.score(self.scorer, self.objective.val, "evaluate")
             found = evaluate(scores, self.objective.reference["val"], self.objective.beta)
@@ -148,7 +148,7 @@ class MultiNegativeTrainer(Trainer):
 def tokenized(
     rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
 ) -> Sequence[TokenizedExample]:
-    """Rows as they are given to the trainer, as token ids; `name` says in messages whose rows they are."""
+    """The trainer's rows as token ids; `name` is what messages call them."""
     layout, examples = Layout(), list[PreferenceExample]()
     for number, row in enumerate(rows):
         where = f"{name}[{number}]"
@@ -170,14 +170,14 @@ def tokenized(
 def _loss_named(name: str) -> Loss:
     function = getattr(losses, name, None)
     if name.startswith("_") or getattr(function, "__module__", "") != losses.__name__:
-        raise UserError(f"unknown loss {name!r}: take pl, or another name of conf/loss")
+        raise UserError(f"unknown loss {name!r}: use pl, or another name in conf/loss")
     return function  # type: ignore[return-value]
 
 
 def _as_a_forward_pass(wrapper: nn.Module, scorer: PreferenceScorer) -> Callable[..., Scored]:
     """The scorer, called as the forward pass of what wraps its model.
 
-    DDP and DeepSpeed average the gradients of what went through their own `forward`, and that calls the model's.
+    DDP and DeepSpeed average the gradients of what goes through their own `forward`, which calls the model's.
     """
     model: Any = scorer.model
 

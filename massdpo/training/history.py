@@ -1,4 +1,4 @@
-"""What a stage reports as it goes: its history file, and the tracker that step metrics go to beside it."""
+"""What a stage reports as it goes: its history file, and the tracker that also receives step metrics."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ Number = int | float
 
 
 class History:
-    """`history.csv`: one row a logged step, each a dict of numbers; columns in the order in which they first appeared.
+    """`history.csv`: one row per logged step, each a dict of numbers; columns in order of first appearance.
 
     The file is written whole, at most every `write_every` seconds while rows are added and by `write()`.
     """
@@ -65,7 +65,7 @@ class Tracker(Protocol):
 def step_means(values: dict[str, list[Tensor]], norm: Tensor, accelerator: Accelerator) -> dict[str, float]:
     """Means over a step's prompts, of all processes, and the gradient's norm: the one wait for the device.
 
-    NaN stands for what is not known of a prompt.
+    NaN stands for a value that a prompt does not have.
     """
     names = sorted(values)
     joined = [torch.cat(values[name]) for name in names]

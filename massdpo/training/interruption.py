@@ -15,7 +15,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def asked_to_stop(accelerator: Accelerator) -> Iterator[Callable[[], bool]]:
-    """Turn Ctrl-C and SIGTERM into a question the loop asks between steps; a second Ctrl-C stops at once."""
+    """Turn Ctrl-C and SIGTERM into a question that the loop asks between steps; a second Ctrl-C stops at once."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """One loop trains both stages: batches, loss, backward, step, log, validate, checkpoint.
 
 What a stage is (its loss) comes from massdpo/training/objectives.py. A checkpoint is a folder that appears whole; a
-stage that was stopped at any moment goes on from the newest one and ends with the same numbers. Order of the data is
-keyed by (seed, stage, epoch), and no dropout is used, so that weights, optimiser and position are all there is to
+stage stopped at any moment continues from the newest one and ends with the same numbers. The order of the data is
+keyed by (seed, stage, epoch), and no dropout is used, so weights, optimiser and position are all there is to
 remember.
 """
 
@@ -30,7 +30,7 @@ from massdpo.training.history import History, Tracker, step_means
 from massdpo.training.interruption import Stopped, asked_to_stop
 from massdpo.training.stage import Stage
 
-TOLD = ("accuracy", "mrr", "margin")  # of the validation split, at each epoch's end
+TOLD = ("accuracy", "mrr", "margin")  # of the validation split, printed at each epoch's end
 
 
 def fit(
@@ -54,9 +54,11 @@ def fit(
             training.epoch(advance)
             training.validate()
     if position.epoch < stage.epochs:
-        accelerator.print(f"{stage.name}: ended after epoch {position.epoch}, the last {options.patience} no better")
+        accelerator.print(
+            f"{stage.name}: ended after epoch {position.epoch}, without gain in the last {options.patience}"
+        )
     if options.keep == "best" and stage.epochs:
-        if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and none can be loaded then
+        if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and then none can be loaded
             training.scorer.reshard()
         accelerator.load_state(str(stage.checkpoints / "best"), strict=False)
     return training.scorer, position
@@ -91,7 +93,7 @@ class Training:
         state = self.objective.state
         self.position = checkpoints.resume(stage.checkpoints, state, options.keep, accelerator, self.schedule)
         if self.position.step:
-            accelerator.print(f"{stage.name}: going on from step {self.position.step}")
+            accelerator.print(f"{stage.name}: continuing from step {self.position.step}")
         self.warned: set[str] = set()
         self.losses: list[float] = []  # of the epoch's steps
         history.rows[:] = [row for row in history.rows if row["stage"] != stage.name] + self.position.history
@@ -129,11 +131,11 @@ class Training:
                     checkpoints.save(stage.checkpoints, position, self.objective.state, self.accelerator)
                 if asked or (last and stop()):
                     where = f"step {position.step} of {self.total} of {stage.name}"
-                    raise Stopped(f"stopped at {where}; the same command goes on")
+                    raise Stopped(f"stopped at {where}; give the same command to continue")
         position.epoch, position.batch = position.epoch + 1, 0
 
     def validate(self) -> None:
-        """Metrics of the validation split, and the policy kept where it is the best so far."""
+        """Metrics on the validation split; keeps the policy where it is the best so far."""
         position, options = self.position, self.options
         validation = self.objective.validate(self.scorer)
         self._log({f"val/{name}": value for name, value in validation.items()} | {"step": position.step})
@@ -147,8 +149,10 @@ class Training:
         self._tell(validation)
 
     def _tell(self, validation: dict[str, float]) -> None:
-        """A line of an epoch that is over."""
-        loss = f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""  # or validation was all left
+        """One line for the epoch that just ended."""
+        loss = (
+            f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""
+        )  # if not only validation was left
         self.losses.clear()
         told = ", ".join(f"{name} {validation[name]:.3f}" for name in TOLD if name in validation)
         say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {loss}val {told}")
@@ -190,14 +194,14 @@ class Training:
         return self._counted(means, len(rows))
 
     def _counted(self, means: dict[str, float], prompts: int) -> dict[str, float]:
-        """Take the tokens of as many prompts out of what is logged, into the position."""
+        """Move the token counts of this many prompts from the logged means to the position."""
         self.position.fed_tokens += round(means.pop("fed_tokens", 0.0) * prompts)
         self.position.learned_tokens += round(means.pop("learned_tokens", 0.0) * prompts)
         return means
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
-        """Count the seconds of training, and among them those of selection; what only the log needs is neither."""
+        """Count the seconds of training and, among them, of selection; leave out what only the log needs."""
         started, before = time.perf_counter(), dict(self.objective.seconds)
         yield
         observed = self.objective.seconds["observe"] - before["observe"]
@@ -214,7 +218,7 @@ class Training:
         self.tracker.log(len(self.history.rows), numbers)  # one running number over both stages, for W&B
 
     def _warn(self, row: dict[str, Any]) -> None:
-        """Say what a step's values give reason to, each kind once."""
+        """Print the warnings that a step's values call for, each kind once."""
         for kind, line in self.objective.alarms(row).items():
             if kind not in self.warned and self.accelerator.is_main_process:
                 print(f"warning: {self.stage.name}, step {row['step']}: {line}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 Every loss has the signature `loss(rewards_BC, mean_logp_BC, mask_BC) -> loss_B`:
     rewards_BC    implicit rewards r = beta (log pi - log pi_ref) of the chosen response (column 0) and the negatives
-    mean_logp_BC  mean token log-prob of each response under the policy, nats; only `mppo` looks at it
+    mean_logp_BC  mean token log-prob of each response under the policy, nats; only `mppo` uses it
     mask_BC       True where a candidate exists; column 0 always does
 A loss with a fourth parameter, log_inclusion_BK, is given that of the picks: see `is_pl`.
 Shapes: B prompts, C = 1 + K candidates.
@@ -28,9 +28,7 @@ def is_pl(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor, log_inclusi
     1978; sampled softmax, Bengio and Senecal 2008; IS-DPO, arXiv 2509.25717). As prompts grow its minimum is that of
     the whole pool's loss; that of `pl` is so for uniform draws only.
     """
-    log_inclusion_BK = log_inclusion_BK.clamp(
-        max=1e4
-    )  # infinite for a pick that says nothing: its term is 0 either way
+    log_inclusion_BK = log_inclusion_BK.clamp(max=1e4)  # infinite where a pick says nothing: its term is 0 either way
     return pl(torch.cat([rewards_BC[:, :1], rewards_BC[:, 1:] - log_inclusion_BK], dim=1), mean_logp_BC, mask_BC)
 
 

@@ -72,7 +72,7 @@ class Preference(Objective):
     log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
-    _own: list[Made] = field(default_factory=list)  # of an epoch's rows that this process alone knows, till shared
+    _own: list[Made] = field(default_factory=list)  # of an epoch's rows, known to this process alone until shared
     _epoch: int = 0  # theirs
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class Preference(Objective):
         return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
-        """Bring the picks of all processes together: done before they are saved, at an epoch's end too."""
+        """Bring the picks of all processes together, before they are saved and at an epoch's end."""
         own = [made.on_cpu() for made in self._own]  # only now, as each look at the device's picks waits for it
         self._own.clear()
         places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
@@ -164,7 +164,7 @@ class Preference(Objective):
         reward = max(row["chosen_reward"], row["rejected_reward"], key=abs)
         if abs(reward) > RUNAWAY:
             found["rewards"] = (
-                f"rewards run away ({reward:+.1f} on average, beyond {RUNAWAY:g} the loss learns nothing more from "
+                f"rewards run away ({reward:+.1f} on average; beyond {RUNAWAY:g} the loss learns nothing more from "
                 "them): lower trainer.preference.learning_rate"
             )
         if row["chosen_mean_logp_change"] < -COLLAPSE:
@@ -183,7 +183,7 @@ class Preference(Objective):
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
     def _pick(self, pool: PoolStatistics, batch: Batch, epoch: int) -> Picks:
-        if (picks := self.selector(pool)).log_inclusion_BK is None and self._corrected:  # of ours the config has told
+        if (picks := self.selector(pool)).log_inclusion_BK is None and self._corrected:  # ours are checked earlier
             raise UserError(f"{type(self.selector).__name__} picks without log_inclusion_BK: use loss=pl, not is_pl")
         known = reasons(pool, picks) if self.log and self.selector.needs_scores else {}
         seen = None if self.screen is None else (batch.place_BC[:, 1:] - 1, pool.advantage_BN)
@@ -232,6 +232,6 @@ class Preference(Objective):
 
 
 def tokens_of(scored: Scored) -> dict[str, Tensor]:
-    """What the training loop adds up of the tokens that went through the model."""
+    """The counts of tokens through the model that the training loop adds up."""
     counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
     return {name: count_B for name, count_B in counts.items() if count_B is not None}

@@ -1,4 +1,4 @@
-"""What a selector is given beside scores, and `picks.jsonl`: which negatives a run trained on, and what spoke for them.
+"""What a selector is given besides scores, and `picks.jsonl`: which negatives a run trained on, and why.
 
 The file has one line per prompt and epoch.
 
@@ -21,7 +21,7 @@ from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
 
 
 class Made(NamedTuple):
-    """The picks of a batch, and what is known of them: numbers of each prompt `(B,)` or of each pick `(B, K)`."""
+    """The picks of a batch, and what is known about them: values per prompt `(B,)` or per pick `(B, K)`."""
 
     rows_B: Tensor  # of the split
     picks: Picks
@@ -35,7 +35,7 @@ class Made(NamedTuple):
 
 
 def reasons(pool: PoolStatistics, picks: Picks) -> dict[str, Tensor]:
-    """What a selector that looks at scores saw of its picks: place in the pool by reward, reward, p = softmax(s)."""
+    """What a selector that looks at scores saw in its picks: rank in the pool by reward, reward, p = softmax(s)."""
     rewards_BC = pool.rewards_BC
     negatives_BN = rewards_BC[:, 1:].masked_fill(~pool.mask_BN, -torch.inf)
     place_BN = negatives_BN.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) + 1
@@ -83,10 +83,10 @@ def noise(batch: Batch, seed: int, draw: int) -> Tensor:
 
 
 class PickLog:
-    """Writes `picks.jsonl`, as often as checkpoints are written, which hold how far the file is good.
+    """Writes `picks.jsonl` whenever a checkpoint is written, which records up to where the file is valid.
 
-    What a run wrote after the checkpoint that it goes on from is cut off: no line is there twice. With `keep="last"`
-    the file holds the picks of the newest epoch, with `all` those of every epoch.
+    What a run wrote after the checkpoint that it continues from is cut off, so no line is there twice. With
+    `keep="last"` the file holds the picks of the newest epoch, with `all` those of every epoch.
     """
 
     def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitScores, keep: str):

@@ -26,7 +26,7 @@ class Remembered:
             "index_SK": torch.zeros(shape, dtype=torch.int64),
             "mask_SK": torch.zeros(shape, dtype=torch.bool),
             "selected_in": torch.tensor(-1),  # the epoch of the newest selection over the whole split
-            "written": torch.tensor([-1, 0]),  # how far the log of picks is good: its newest epoch, and its bytes
+            "written": torch.tensor([-1, 0]),  # up to where the log of picks is valid: its newest epoch, and its bytes
         }
         if screen is not None:
             self.state["advantage_SN"] = torch.zeros(len(rows), widest)  # s = r - r_0, as last seen
@@ -53,8 +53,8 @@ class Remembered:
     def shortlist(self, batch: Batch, ref_logp_BC: Tensor) -> Batch:
         """The batch with the `screen` negatives of each prompt whose s was last the largest; by default, with all.
 
-        One never scored counts as at the start, where s = 0, so that those that training has pushed down make room;
-        among equals the likeliest per token under the reference come first.
+        One never scored counts as s = 0, as at the start, so that those that training has pushed down make room; among
+        equals the likeliest per token under the reference come first.
         """
         if self.screen is None:
             return batch

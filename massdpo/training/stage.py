@@ -1,4 +1,4 @@
-"""What the loop is given: a stage, and what it asks of the stage's objective."""
+"""What the loop works on: a stage, and what it asks of the stage's objective."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ class Objective(Protocol):
     seconds: dict[str, float]  # spent so far on selection ("select") and on what only the log needs ("observe")
 
     def begin_epoch(self, scorer: nn.Module, epoch: int, observe_every: int) -> dict[str, float]:
-        """What an epoch starts with; returns what is logged of it, costly values of every so many batches only."""
+        """Prepare an epoch; returns values to be logged, costly ones from every `observe_every`-th batch only."""
         return {}
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of each prompt, and values of each to be logged; `observe` asks for those that cost an extra pass."""
+        """Loss of each prompt, and its values to be logged; `observe` asks for those that cost an extra pass."""
         ...
 
     def share(self) -> None:
@@ -35,7 +35,7 @@ class Objective(Protocol):
         ...
 
     def alarms(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """What to warn of in a step's mean values, by kind."""
+        """Warnings about a step's mean values, by kind."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Fisher information of a Plackett-Luce preference, and the subsets of negatives that say most in its log-determinant.
+"""Fisher information of a Plackett-Luce preference, and the subsets of negatives with the largest log-determinant.
 
 Everything is batched over prompts and never builds a D x D matrix: with A = (scale / ridge) V V^T,
 `log det(ridge I + scale sum_S v_i v_i^T) - D log ridge = log det(I + A_S)`, which `greedy`, `swap` and `exact` make

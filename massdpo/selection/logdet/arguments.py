@@ -1,4 +1,4 @@
-"""What the functions of this package are given: names and limits checked, defaults filled in.
+"""Arguments of this package's functions: names and limits checked, defaults filled in.
 
 Suffixes: B prompts, N pool negatives.
 """
@@ -36,5 +36,5 @@ def factor(ridge: float | Tensor, scale: float | Tensor, like: Tensor) -> Tensor
 
 
 def selectable(mask_BN: Tensor | None, like_BN: Tensor) -> Tensor:
-    """The mask of what can be selected: all of the pool where none is given."""
+    """The mask of what can be selected: the whole pool where none is given."""
     return torch.ones_like(like_BN, dtype=torch.bool) if mask_BN is None else mask_BN

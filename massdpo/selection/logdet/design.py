@@ -36,7 +36,7 @@ def design_vectors(
     mask_BN = selectable(None if mask_BC is None else mask_BC[:, 1:], rewards_BC[:, 1:])
     shares = _shares(rewards_BC, mask_BN)
     weight_BN, scale_B = _weighing(rewards_BC, beta, design, normalize, shares)
-    negatives_BND = features_BCD[:, 1:].double() * mask_BN[..., None]  # 0 * padding: padding must be finite, as it is
+    negatives_BND = features_BCD[:, 1:].double() * mask_BN[..., None]  # 0 * padding is 0, as padding is finite
     if design == "centered":
         origin_BXD = torch.stack([shares.all_BN, shares.others_BN], dim=1) @ negatives_BND
     else:

@@ -1,7 +1,7 @@
-"""The greedy maximum of log det(I + A_S), A = (scale / ridge) V V^T, with a proved bound: one row of A a pick.
+"""The greedy maximum of log det(I + A_S), A = (scale / ridge) V V^T, with a proved bound: one row of A per pick.
 
-An incremental Cholesky factor of I + A_S keeps every candidate's marginal gain up to date in O(N k) a step: the greedy
-MAP of Chen, Zhang and Zhou 2018 (arXiv 1709.05135).
+An incremental Cholesky factor of I + A_S keeps every candidate's marginal gain up to date in O(N k) per step: the
+greedy MAP of Chen, Zhang and Zhou 2018 (arXiv 1709.05135).
 
 Suffixes: B prompts, N pool negatives, K selected, J steps.
 """
@@ -22,7 +22,7 @@ class LogdetSelection(NamedTuple):
     """The selected negatives in pick order. Where a prompt has fewer than k to select from, all of them are taken.
 
     `gains_BK` sum to `logdet_B` = log det H(S) - log det H(empty), in nats; `upper_bound_B` is a proved bound on the
-    best that any k candidates reach (NaN for `subset_fisher` by greedy, which has none, and where it was not asked
+    best that any k candidates reach (NaN for greedy `subset_fisher`, which has no bound, and where none was asked
     for). In the rest of a short row `mask_BK` is False, the index 0 and the gain 0. `ties_B` counts the greedy steps
     that several candidates won alike.
     """
@@ -45,8 +45,8 @@ def greedy(
 ) -> LogdetSelection:
     """Greedy from rows of A on demand. A candidate's excess is scale v^T H^{-1} v: its gain is log1p(excess).
 
-    An excess is what subtractions leave of the candidate's diagonal, so it is known to `resolution` times that: below
-    it counts as nothing, and what may be as large as the best is a tie.
+    An excess is what subtractions leave of the candidate's diagonal, so it is known only to within `resolution` times
+    that: anything smaller counts as nothing, and whatever may be as large as the best is a tie.
     """
     batch, pool = diagonal_BN.shape
     rows_B = rows(diagonal_BN[:, 0])
