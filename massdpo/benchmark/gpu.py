@@ -15,7 +15,7 @@ import torch
 
 from massdpo.benchmark import measure
 from massdpo.benchmark.engine import against_trl, shares
-from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides, lean
+from massdpo.benchmark.sides import GPU, Setting, autocast, build_batch, build_model, build_sides, lean
 from massdpo.console import markdown_table
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
@@ -25,21 +25,7 @@ from massdpo.store import write_json, write_text
 SMOLLM2 = Setting(
     30, 576, 1536, 9, 3, 49_152, response=32, negatives=20, prompts=8, tied=True, dtype="bfloat16", device="cuda"
 )
-LLAMA_1B = Setting(
-    16,
-    2048,
-    8192,
-    32,
-    8,
-    128_256,
-    prompt=2048,
-    response=32,
-    negatives=8,
-    prompts=1,
-    tied=True,
-    dtype="bfloat16",
-    device="cuda",
-)
+LLAMA_1B = replace(GPU, prompt=2048, response=32, negatives=8, prompts=1, tied=True)
 SETTINGS = {
     "135M, prompts of 256": SMOLLM2,
     "135M, 1,024": replace(SMOLLM2, prompt=1024, prompts=2),

@@ -94,11 +94,7 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
     seconds = measure.medians(measure.alternate(sides, rounds))
     whole = (1 + setting.negatives) * (setting.prompt + setting.response)
     return {
-        "prompt": setting.prompt,
-        "response": setting.response,
-        "negatives": setting.negatives,
-        "k": setting.k,
-        "prompts": setting.prompts,
+        **{name: getattr(setting, name) for name in ("prompt", "response", "negatives", "k", "prompts")},
         "seconds": seconds,
         "peak_bytes": memory,
         "sft_over_plain": seconds["sft"] / seconds["sft_plain"],
