@@ -116,7 +116,7 @@ class LoglinearWorld:
         return pools.scores.features_BCD.double()
 
     def fits(self, selector: Selector, rounds: Sequence[int], corrected: bool = False) -> list[Tensor]:
-        """Select with the policy there is, fit, and so on: theta after each of these numbers of rounds."""
+        """Select with the current policy, fit, and repeat: theta after each of these numbers of rounds."""
         theta_D = torch.zeros_like(self.theta_D)
         after = {}
         for turn in range(1, max(rounds) + 1):
