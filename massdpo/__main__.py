@@ -1,6 +1,5 @@
 """The command, as `python run.py`, `massdpo` or `python -m massdpo`: composes the config and hands it to its task."""
 
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from massdpo.config.options import on_search_path, root
 from massdpo.config.sweeps import tell_of_sweep
 from massdpo.console import LEVELS, in_any_locale, patiently, show_as, shows
 from massdpo.errors import UserError
+from massdpo.store import mapping_in
 
 INTERRUPTED = 130
 FAILURES: list[int] = []  # exit codes of the jobs that failed in this process
@@ -54,11 +54,7 @@ def validated(folder: Path | None, metric: str) -> float | None:
     """A metric of the run in a folder, on the validation split; None for a task that makes no run."""
     if folder is None:
         return None
-    try:
-        value: float | None = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(f"val/{metric}")
-    except (OSError, ValueError):  # another process is about to write it; or it is damaged
-        return None
-    return value
+    return mapping_in(folder / "metrics.json").get(f"val/{metric}")  # in a launcher's process, it may not be there yet
 
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a message quotes texts that could steer a terminal

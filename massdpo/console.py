@@ -16,7 +16,7 @@ from rich.text import Text
 
 Rows = Sequence[Mapping[str, Any]]
 LEVELS = ("quiet", "sweep", "normal", "debug")  # quiet and sweep: a line at the end, sweep with progress bars too
-PLAIN_EVERY = 15.0  # seconds between progress lines where stderr is no terminal
+PLAIN_EVERY = 15.0  # seconds between progress lines if stderr is not a terminal
 PATIENCE = 5.0  # seconds after which work without a progress bar is announced
 
 

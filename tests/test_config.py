@@ -194,7 +194,7 @@ def test_what_a_machine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     validate(compose(["trainer.device=auto", "trainer.precision=bfloat16"]))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(UserError, match=r"bfloat16.*GPU has none"):
+    with pytest.raises(UserError, match=r"bfloat16.*GPU does not support it"):
         validate(compose(["trainer.device=cuda", "trainer.precision=bfloat16"]))
 
 

@@ -219,4 +219,4 @@ def test_processes_wait_for_another_jobs_lock_longer_than_a_collective_does(tmp_
     for mate in mates:
         mate.join(60)
     assert [mate.exitcode for mate in mates] == [0, 0], (tmp_path / "told").read_text()
-    assert (tmp_path / "told").read_text().count("another job computes") == 1  # not each other: they are one job
+    assert (tmp_path / "told").read_text().count("another job is computing") == 1  # not each other: they are one job

@@ -496,7 +496,7 @@ def test_a_job_that_waits_takes_over_from_one_that_is_killed(
     place.until(lambda: list((place.root / "cache" / "sft").glob("*.checkpoints/0*")), first)
     os.kill(first.pid or 0, signal.SIGSTOP)  # it computes on as slowly as it takes the other to arrive
     second = place.start("name=other", before=counter)
-    place.until(lambda: "another job computes" in place.log.read_text(), second)
+    place.until(lambda: "another job is computing" in place.log.read_text(), second)
     first.kill()
     assert wait(second) == 0, place.log.read_text()
     assert "sft: continuing from step" in place.log.read_text()

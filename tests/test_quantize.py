@@ -30,9 +30,9 @@ LORA = ["model=qwen3_0_6b", "model.path=somewhere", "trainer=lora"]
     ("overrides", "said"),
     [
         ([*LORA, "trainer.adapter.quantize=4bit", "trainer.adapter.stages=two"], r"use trainer\.adapter\.stages=one"),
-        (["trainer=lora", "trainer.adapter.quantize=8bit"], "takes a model of the hub or a folder"),
-        ([*LORA, "model.path=a.gguf", "trainer.adapter.quantize=8bit"], "takes a model of the hub or a folder"),
-        ([*LORA, "trainer.adapter.quantize=8bit", "trainer.device=cpu"], "takes a GPU: on a CPU, training"),
+        (["trainer=lora", "trainer.adapter.quantize=8bit"], "needs a model from the hub or a folder"),
+        ([*LORA, "model.path=a.gguf", "trainer.adapter.quantize=8bit"], "needs a model from the hub or a folder"),
+        ([*LORA, "trainer.adapter.quantize=8bit", "trainer.device=cpu"], "needs a GPU: on a CPU, training"),
         (
             [*LORA, "trainer.adapter.quantize=3bit"],
             r"^trainer.adapter.quantize='3bit' is not allowed: use 4bit \| 8bit",
@@ -52,7 +52,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     validate(compose(LORA))
     with pytest.raises(
-        UserError, match=r"^trainer.adapter.quantize=4bit takes bitsandbytes, .*\.\[quantized\]"
+        UserError, match=r"^trainer.adapter.quantize=4bit needs bitsandbytes, .*\.\[quantized\]"
     ) as told:
         validate(compose([*LORA, "trainer.adapter.quantize=4bit"]))
     assert "\n" not in str(told.value)

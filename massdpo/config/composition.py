@@ -1,4 +1,4 @@
-"""From the files in conf/ and overrides to a configuration, outside of a Hydra job; and from one to plain values.
+"""From the files in conf/ and overrides to a configuration, outside a Hydra job; and from that to plain values.
 
 Importing this registers the resolvers that conf/ and sweeps/ use.
 """
@@ -18,7 +18,7 @@ from massdpo.config.options import on_search_path, root
 from massdpo.config.rules import CHOICES
 from massdpo.errors import UserError
 
-# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and what goes with a size or a method.
+# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and the value for a size or a method.
 OmegaConf.register_new_resolver(
     "within", lambda folder, name: None if folder is None else f"{folder}/{name}", replace=True
 )
@@ -28,7 +28,7 @@ OmegaConf.register_new_resolver(
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
-    """The configuration that `python run.py OVERRIDES` runs with, outside of a Hydra job: for tests and notebooks.
+    """The configuration that `python run.py OVERRIDES` runs with, for tests and notebooks.
 
     Raises:
         UserError: an unknown key or option, or an override that cannot be read.
@@ -37,16 +37,21 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
             config = hydra_compose("config", list(overrides), return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # a group that is no name
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+    ) as error:  # the last two: a group whose option is not a name
         raise UserError(explain(error)) from error
     return as_composed(config)
 
 
 def as_composed(config: DictConfig) -> DictConfig:
-    """A config with Hydra's own node, as Hydra composes it outside of a job -> as a job sees it, resolved.
+    """A config as a job sees it, resolved, from one with Hydra's own node as Hydra composes it outside a job.
 
     Raises:
-        UserError: a reference that leads nowhere.
+        UserError: a reference leads nowhere.
     """
     choices = config.hydra.runtime.choices
     OmegaConf.set_struct(config, False)

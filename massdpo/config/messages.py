@@ -1,4 +1,4 @@
-"""How mistakes are reported: in one line, with the closest valid name."""
+"""How mistakes are reported: in one line, with the nearest valid name."""
 
 import difflib
 import json
@@ -11,16 +11,16 @@ from omegaconf.errors import InterpolationKeyError
 
 from massdpo.config.options import known_keys, options_of, options_with
 
-OF_YOUR_OWN = {  # what takes more than a group's names say
+OF_YOUR_OWN = {  # what a group takes besides its names
     "dataset": "; data of your own: dataset=preferences dataset.path=FILE",
     "model": "; any other: model=pretrained with model.path=DIR | FILE.gguf or model.hub_id=OWNER/NAME",
 }
 
-PLUGINS = {"optuna": "optuna", "submitit_slurm": "cluster", "submitit_local": "cluster"}  # Hydra's -> the extra with it
+PLUGINS = {"optuna": "optuna", "submitit_slurm": "cluster", "submitit_local": "cluster"}  # and the extra they come with
 
 
 def explain(error: Exception) -> str:
-    """One line for what Hydra or OmegaConf say in several: what is wrong, and the nearest right name."""
+    """In one line, what Hydra or OmegaConf say in several: what is wrong, and the nearest right name."""
     said = str(error)
     if isinstance(error, MissingConfigException) and (found := re.search(r"Could not find '(\w+)/([^']*)'", said)):
         group, option = found.groups()
@@ -67,15 +67,20 @@ def comes_with(extra: str) -> str:
 
 
 def nearest(word: str, names: Sequence[str]) -> str:
-    """'; did you mean NAME?', or all names where none is near and they are not many."""
+    """'; did you mean NAME?', or all names where none is near and there are few."""
     return near(word, names) or (f"; there are {', '.join(names)}" if 0 < len(names) <= 20 else "")
 
 
-OTHER_WORDS = {"lr": "learning_rate", "gamma": "ridge", "lora": "adapter", "lora_alpha": "alpha"}  # people's for ours
+OTHER_WORDS = {
+    "lr": "learning_rate",
+    "gamma": "ridge",
+    "lora": "adapter",
+    "lora_alpha": "alpha",
+}  # what others call options
 
 
 def near(word: Any, names: Sequence[str]) -> str:
-    """'; did you mean NAME?' for a word near a name, or near the last part of a dotted one; else nothing."""
+    """'; did you mean NAME?' for a word near a name, or near the last part of a dotted one; else an empty text."""
     if not isinstance(word, str):
         return ""
     last = word.lower().split(".")[-1]
@@ -87,6 +92,6 @@ def near(word: Any, names: Sequence[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a message quotes it, cut where it is long."""
+    """A value as a message quotes it, shortened where it is long."""
     said = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
     return said if len(said) <= 80 else said[:77] + "..."

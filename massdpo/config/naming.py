@@ -1,4 +1,4 @@
-"""What makes a run the same, the name that follows from it, and its options as its folder keeps them."""
+"""What identifies a run, the name that follows from it, and its options as its folder keeps them."""
 
 import hashlib
 import json
@@ -8,10 +8,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from massdpo.config.composition import plain
+from massdpo.config.options import node_of
 from massdpo.config.rules import PARTS
 from massdpo.config.secrets import without_secrets
 
-# Options that cannot change what a run computes; content (weights, data) has digests of its own.
+# Options that cannot change what a run computes; contents (weights, data) have digests of their own.
 NOT_IDENTITY = (
     *("sweep", "name", "runs_dir", "cache_dir", "data_dir", "force", "debug", "verbosity", "logger"),
     *("id", "policy", "out", "size"),
@@ -19,36 +20,29 @@ NOT_IDENTITY = (
     *("dataset.raw_dir", "dataset.path", "dataset.val_path", "dataset.test_path"),
 )
 
-# Options added after the first runs, each with the value that keeps the old behaviour and so the old names.
+# Options added after the first runs, each with the value that keeps the old behaviour, and so the old names.
 ADDED = {
     **{"trainer.generate": False, "trainer.picks": "last", "trainer.patience": None, "selector.screen": None},
     **{"trainer.adapter.quantize": None, "dataset.long_rows": "error"},
 }
 
-EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that was asked for
+EXPECTED = "expected.json"  # in a sweep's folder: name -> {"job", "command", "config"} of every run that it should have
 
 
 def identity(config: DictConfig) -> dict[str, Any]:
     """The resolved options that can change what a run computes or writes, as plain values for json."""
     values = plain(config)
     for key in NOT_IDENTITY:
-        node, last = _above(values, key)
+        node, last = node_of(values, key)
         node.pop(last, None)
-    for part in PARTS:  # a class of ours is known by its name, wherever its file is moved
+    for part in PARTS:  # our own classes count by name: their files may move
         if part in values and str(values[part]["_target_"]).startswith("massdpo."):
             values[part]["_target_"] = values[part]["_target_"].rpartition(".")[2]
     for key, neutral in ADDED.items():
-        node, last = _above(values, key)
+        node, last = node_of(values, key)
         if node.get(last, neutral) == neutral:
             node.pop(last, None)
     return values
-
-
-def _above(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    *above, last = key.split(".")
-    for name in above:
-        values = values[name] or {}  # an adapter may be null
-    return values, last
 
 
 def run_name(config: DictConfig) -> str:
@@ -62,7 +56,7 @@ def run_name(config: DictConfig) -> str:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration for `config.yaml`, with secrets taken out of keys, addresses and values."""
+    """The resolved configuration for `config.yaml`, without the secrets in keys, addresses and values."""
     cleaned = without_secrets(plain(config))
     assert isinstance(cleaned, dict)
     return cleaned

@@ -1,4 +1,4 @@
-"""Does the part that a group's node builds exist, and take the options given: by its signature and type hints."""
+"""Checks a group's node against what it builds: does that exist, and take these options by its signature and hints?"""
 
 import importlib
 import inspect
@@ -14,23 +14,23 @@ import hydra.utils
 from massdpo.config.messages import nearest, shown
 from massdpo.errors import UserError
 
-HANDLED = {  # no class sees these
+HANDLED = {  # options that are handled before a class is built
     "dataset": ("name", "terms", "long_rows", "limit_train", "limit_val", "limit_test"),
     "selector": ("screen",),
 }
 
 
 def check_part(part: str, node: Mapping[str, Any]) -> None:
-    """The object that a group's node builds exists and takes its options, by name and type."""
+    """Refuse a group's node whose object does not exist, or does not take its options by name and type."""
     target = node.get("_target_")
     try:
         module, _, name = str(target).rpartition(".")
         built = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a module may fail in any way while it is imported
+    except Exception as error:  # importing a module can raise anything
         raise UserError(f"{part}._target_={shown(target)} cannot be imported: {str(error).splitlines()[0]}") from error
     hints = typing.get_type_hints(built.__init__ if inspect.isclass(built) else built)
     parameters = dict(inspect.signature(built).parameters)
-    if node.get("_partial_"):  # training fills in the positional ones
+    if node.get("_partial_"):  # training passes the positional ones
         parameters = {key: value for key, value in parameters.items() if value.default is not inspect.Parameter.empty}
     known = [*parameters, *HANDLED.get(part, ())]
     for key, value in node.items():
@@ -44,12 +44,12 @@ def check_part(part: str, node: Mapping[str, Any]) -> None:
     for key, parameter in parameters.items():
         if key not in node and parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             raise UserError(f"the key '{part}.{key}' is missing: it was removed or overwritten")
-    if part in ("dataset", "model", "selector"):  # their constructors compute nothing, but check what is theirs
+    if part in ("dataset", "model", "selector"):  # their constructors compute nothing, but check the options
         built(**{key: value for key, value in node.items() if key in parameters})
 
 
 def instantiate(node: Mapping[str, Any], **how: Any) -> Any:
-    """The object that a group's node describes; a UserError of its own stays one."""
+    """The object that a group's node describes; a UserError of its own is raised as it is."""
     given = {key: value for key, value in node.items() if key != "screen"} if "screen" in node else node
     try:
         return hydra.utils.instantiate(given, **how)
@@ -58,7 +58,7 @@ def instantiate(node: Mapping[str, Any], **how: Any) -> Any:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """Is a plain value of the type that a parameter names? Whole numbers are floats too, true and false no numbers."""
+    """Is a plain value of a parameter's type? Whole numbers are floats too; true and false are not numbers."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
@@ -78,7 +78,7 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_is_a(item, inside[0]) for item in value)
     if origin in (dict, Mapping) or hint in (dict, Mapping):
         return isinstance(value, dict)
-    return True  # a class of the user's own: theirs to check
+    return True  # a type of the user's own, which their class checks
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true | false", types.NoneType: "null"}

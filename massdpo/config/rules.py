@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be, in words and as a test; `names` are the words it is compared with if it is none of them."""
+    """What a value may be, in words and as a test; a wrong value is compared with `names` for the nearest one."""
 
     allowed: str
     holds: Callable[[Any], bool]
@@ -35,7 +35,7 @@ def whole(least: int, most: int | None = None) -> Rule:
 def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
     return Rule(
         allowed, lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value)
-    )  # bool is no number here
+    )  # true and false are not numbers here
 
 
 def flag() -> Rule:
@@ -61,7 +61,7 @@ module_names = Rule(
     "a list of module names",
     lambda value: isinstance(value, list) and len(value) > 0 and all(isinstance(name, str) for name in value),
 )
-wandb_name = Rule(  # never an address, which may hold a password
+wandb_name = Rule(  # never an address, which may contain a password
     "a name without / \\ # ? % : @",
     lambda value: isinstance(value, str) and re.fullmatch(r"[^\s/\\#?%:@][^/\\#?%:@]{0,127}", value) is not None,
 )
@@ -119,14 +119,14 @@ RULES: dict[str, Rule] = {
     "trainer.checkpoint_every": whole(1),
     "trainer.keep": one_of("last", "best"),
     "trainer.patience": whole(1) | null,
-    "trainer.keep_metric": text("a metric of the validation split"),  # which, the evaluation knows
+    "trainer.keep_metric": text("a metric of the validation split"),  # the evaluation knows which there are
     "trainer.picks": one_of("last", "all"),
     "trainer.generate": flag(),
     "trainer.save_policy": flag(),
     "dataset.name": folder_name,
     "dataset.terms": text("the data's terms of use"),
     "dataset.seed": whole(0),
-    "dataset.num_negatives": whole(1) | one_of("own"),  # own where its class takes text
+    "dataset.num_negatives": whole(1) | one_of("own"),  # own where the reader takes text
     "dataset.min_history": whole(1),
     "dataset.max_history": whole(1),
     "dataset.num_train": whole(1),
@@ -136,7 +136,7 @@ RULES: dict[str, Rule] = {
     "dataset.limit_train": whole(1) | null,
     "dataset.limit_val": whole(1) | null,
     "dataset.limit_test": whole(1) | null,
-    "dataset.val_size": whole(1) | between,  # a share where its class takes one
+    "dataset.val_size": whole(1) | between,  # a share where the reader takes one
     "dataset.test_size": whole(1) | between,
     "dataset.val_fraction": between,
     "dataset.test_fraction": between,
@@ -166,5 +166,5 @@ RULES: dict[str, Rule] = {
     "logger.timeout": positive,
 }
 
-PARTS = ("dataset", "model", "selector", "loss", "logger")  # groups whose node builds an object, by `_target_`
+PARTS = ("dataset", "model", "selector", "loss", "logger")  # groups whose node builds an object, its `_target_`
 CHOICES = ("dataset", "model", "selector", "loss", "method")  # what `choices` holds

@@ -1,4 +1,4 @@
-"""Takes tokens and keys out of what is written down or printed."""
+"""Removes tokens and keys from what is written down or printed."""
 
 import os
 import re
@@ -7,14 +7,14 @@ from typing import Any
 HIDDEN = "(hidden)"
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|passwd|api_?key|credentials?)$", re.IGNORECASE)
 SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSW|_KEY$|APIKEY|CREDENTIAL", re.IGNORECASE)
-USER_IN_ADDRESS = re.compile(r"(:/{1,2})[^/@\s]+@")  # a path makes one slash of two
+USER_IN_ADDRESS = re.compile(r"(:/{1,2})[^/@\s]+@")  # a Path turns two slashes into one
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
-    """A text, or plain values, as they may be written down: without tokens and keys.
+    """A text, or plain values, without tokens and keys, so that they may be written down.
 
-    These are the values of the environment's variables that are named like one, of options that are named like one,
-    and what stands before the @ of an address.
+    Removed are the values of environment variables and of options that are named like one, and what precedes the @ of
+    an address.
     """
     if isinstance(value, dict):
         return {name: without_secrets(inside, str(name)) for name, inside in value.items()}

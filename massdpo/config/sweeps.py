@@ -1,4 +1,4 @@
-"""A multirun from outside: what it is about to do, a line per job that is over, one table at the end.
+"""What a multirun prints: what it is about to do, a line per finished job, and one table at the end.
 
 The names of its runs are noted where `python -m massdpo.report --status` finds them.
 """
@@ -27,15 +27,15 @@ from omegaconf.errors import OmegaConfBaseException
 from massdpo.config import EXPECTED, RULES, as_composed, resolved, run_name, without_secrets
 from massdpo.console import patiently, summary_table
 from massdpo.errors import UserError
-from massdpo.store import write_json, write_text
+from massdpo.store import mapping_in, write_json, write_text
 
 TOLD = ("accuracy", "mrr", "reward_accuracy", "margin", "train_seconds")  # means over seeds, in the table at the end
 METRICS = "metrics.json"  # in a run's folder
-BEST = "optimization_results.yaml"  # what a sweeper that searches leaves in Hydra's folder
+BEST = "optimization_results.yaml"  # the result of a sweeper that searches, in Hydra's folder
 
 
 class NoteExpected(Callback):
-    """Hydra calls this in the parent as a multirun begins, and in each job's process around that job."""
+    """Hydra calls this in the parent process when a multirun begins, and in each job's process around the job."""
 
     jobs = 0
     fixed: frozenset[str] = frozenset()  # overrides that every job has
@@ -52,19 +52,19 @@ class NoteExpected(Callback):
             with patiently("composing the jobs"):
                 expected = runs_of(config, jobs)
         except (UserError, HydraException, OmegaConfBaseException, ValueError):
-            return  # the sweep composes the same jobs in a moment, and reports it
+            return  # the sweep is about to compose the same jobs, and will report it
         fixed = [override for override in _overrides(config) if not override.is_sweep_override()]
         self.fixed = frozenset(f"{each.get_key_element()}={each.get_value_element_as_str()}" for each in fixed)
         self.runs = {str(folder / name): run["job"] for folder, runs in expected.items() for name, run in runs.items()}
         for folder, runs in expected.items():
             file = folder / EXPECTED
             before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-            asked = {run["job"] for run in runs.values()}  # before an edit of conf/, the same job had another name
+            asked = {run["job"] for run in runs.values()}  # after an edit of conf/, the same job has another name
             write_json(file, {name: run for name, run in before.items() if run["job"] not in asked} | runs)
         UNDER_WAY[:] = [(self, config, time.time())]
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra has kept the command as it was typed, secrets and all."""
+        """Hydra has written the command as it was typed: remove the secrets."""
         self.began = time.time()
         file = Path(config.hydra.sweep.dir) / "multirun.yaml"
         if config.hydra.mode == RunMode.MULTIRUN and file.exists():
@@ -78,21 +78,22 @@ class NoteExpected(Callback):
         if not failed and run is not None and run.task == "train":
             file = Path(run.runs_dir) / run.sweep / (run.name or run_name(run)) / METRICS
             told = told if file.stat().st_mtime >= self.began else "finished before"
-            metric = f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"  # a search looks at no test
-            told = f"{metric} {_read(file)[metric]:.3f}, {told}"
+            # a search must not see the test split
+            metric = f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"
+            told = f"{metric} {mapping_in(file)[metric]:.3f}, {told}"
         label = self._label(config.hydra.overrides.task)
         print(f"job {config.hydra.job.num + 1} of {self.jobs}: {', '.join(filter(None, [label, told]))}", flush=True)
 
     def tell_end(self, config: DictConfig, began: float) -> None:
-        """One table of what there is, seeds together, which jobs failed, and the command that reports it in full."""
+        """Print a table of the finished runs (means over seeds), the failed jobs, and the command of a full report."""
         found: dict[str, list[dict[str, Any]]] = {}
         failed = []
         for folder, job in self.runs.items():
             words = shlex.split(job)
-            status = _read(Path(folder) / "status.json")
+            status = mapping_in(Path(folder) / "status.json")
             if status.get("status") == "failed":
                 failed.append(f"failed: {self._label(words)}: {status.get('why')}")
-            elif set(TOLD) <= (metrics := _read(Path(folder) / METRICS)).keys():
+            elif set(TOLD) <= (metrics := mapping_in(Path(folder) / METRICS)).keys():
                 label = self._label(word for word in words if not word.startswith("seed="))
                 found.setdefault(label, []).append(metrics)
         rows = [
@@ -122,24 +123,15 @@ UNDER_WAY: list[tuple[NoteExpected, DictConfig, float]] = []  # the multirun of 
 
 
 def tell_of_sweep() -> None:
-    """What came of this process's multirun, if it is one."""
+    """Print the outcome of this process's multirun, if it was one."""
     while UNDER_WAY:
         note, config, began = UNDER_WAY.pop()
         note.tell_end(config, began)
 
 
 def _searches(config: DictConfig) -> bool:
-    """Does the sweeper decide as it goes what it tries? Hydra's own knows all jobs beforehand."""
+    """Does the sweeper decide what to try as it goes? Hydra's own knows all jobs beforehand."""
     return not str(config.hydra.sweeper._target_).endswith(".BasicSweeper")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """What a run's file holds; nothing where it is missing or damaged."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def jobs_of(config: DictConfig) -> list[list[str]]:
@@ -155,7 +147,7 @@ def _overrides(config: DictConfig) -> list[Override]:
 
 
 def runs_of(config: DictConfig, jobs: list[list[str]]) -> dict[Path, dict[str, Any]]:
-    """By a sweep's folder, name -> {"job", "command", "config"} of the runs that the jobs of a multirun make."""
+    """The runs that the jobs of a multirun make, by sweep folder: name -> {"job", "command", "config"}."""
     loader = GlobalHydra.instance().config_loader()
     command = shlex.join(["python", "run.py", "-m", *config.hydra.overrides.task])
     expected: dict[Path, dict[str, Any]] = {}
@@ -163,7 +155,7 @@ def runs_of(config: DictConfig, jobs: list[list[str]]) -> dict[Path, dict[str, A
         composed = as_composed(loader.load_configuration("config", job, RunMode.RUN))
         for key in ("sweep", "name"):
             if not RULES[key].holds(composed[key]):
-                raise UserError(f"{key}={composed[key]}: {RULES[key].allowed}")  # before a file goes where it says
+                raise UserError(f"{key}={composed[key]}: {RULES[key].allowed}")  # before anything is written there
         if composed.task == "train":
             told = without_secrets({"job": shlex.join(job), "command": command})
             run = {**told, "config": resolved(composed)}

@@ -1,7 +1,7 @@
-"""A configuration that cannot be run is refused before anything is computed.
+"""Refuses a configuration that cannot be run, before anything is computed.
 
-`validate` works through four questions: is the value one that the option takes (`RULES`), does the part it configures
-know the option (its signature), do the options make sense together, and can this machine do it.
+`validate` asks four questions: may the option have this value (`RULES`), does the part it configures know the option
+(by its signature), do the options make sense together, and can this machine do it.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from massdpo.config.composition import plain
 from massdpo.config.messages import comes_with, explain, near, nearest, shown
-from massdpo.config.options import leaves, options_of
+from massdpo.config.options import leaves, node_of, options_of
 from massdpo.config.parts import check_part
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
@@ -22,8 +22,12 @@ from massdpo.errors import UserError
 TRAINING = ("train", "plan", "select")  # tasks that train a policy
 OF_POLICIES = ("rank", "merge", "push")
 OF_RUNS = ("evaluate", "explain", "show")  # tasks whose `in` is a run's folder
-TASKS_OF = {
+TASKS_OF = {  # options that only these tasks take
     **{"study": ("study",), "split": ("inspect",), "policy": OF_POLICIES, "id": ("explain",), "in": (*OF_RUNS, "rank")},
+}
+NEEDED = {  # options that a task cannot do without
+    **{"evaluate": ("in",), "show": ("in",), "explain": ("in", "id"), "rank": ("in", "policy", "out")},
+    **{"select": ("out",), "merge": ("policy", "out"), "push": ("policy", "out"), "study": ("study",)},
 }
 
 
@@ -49,13 +53,13 @@ def validate(config: DictConfig) -> None:
 
 
 def check_dataset(node: Mapping[str, Any]) -> None:
-    """Refuse a dataset's node, resolved, with options that its reader does not take or values that they cannot have."""
+    """Refuse a dataset's node (resolved) if its reader does not take one of the options or values."""
     _check_values({"dataset": node})
     check_part("dataset", node)
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
-    """Every top-level and trainer key is one of ours, and none was removed."""
+def _check_keys(values: dict[str, Any]) -> None:
+    """Refuse top-level and trainer keys that do not exist, and a node that lacks one."""
     top = {key.split(".")[0] for key in RULES} | set(PARTS) | {"choices"}
     for key in values:
         if key not in top:
@@ -71,7 +75,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     _check_trainer(values)
 
 
-def _check_trainer(values: Mapping[str, Any]) -> None:
+def _check_trainer(values: dict[str, Any]) -> None:
     known = [key for key in RULES if key.startswith("trainer.")]
     if values["trainer"].get("adapter") is None:
         known = [key for key in known if not key.startswith("trainer.adapter.")]
@@ -86,20 +90,19 @@ def _check_trainer(values: Mapping[str, Any]) -> None:
         if key not in known:
             raise UserError(f"unknown key '{key}'{nearest(key, known)}")
     for key in known:
-        if key != "trainer.adapter.quantize":  # which an adapter given on the command line may leave out
+        if key != "trainer.adapter.quantize":  # an adapter given on the command line may leave this out
             _require(values, key)
 
 
-def _require(values: Mapping[str, Any], key: str) -> None:
-    for name in key.split("."):
-        if not isinstance(values, Mapping) or name not in values:
-            raise UserError(f"the key '{key}' is missing: it was removed or overwritten")
-        values = values[name]
+def _require(values: dict[str, Any], key: str) -> None:
+    node, last = node_of(values, key)
+    if last not in node:
+        raise UserError(f"the key '{key}' is missing: it was removed or overwritten")
 
 
-def _check_values(values: Mapping[str, Any]) -> None:
-    for key, rule in RULES.items():  # in this order: where selector.k is ${k}, k is at fault
-        node, last = _node_of(values, key)
+def _check_values(values: dict[str, Any]) -> None:
+    for key, rule in RULES.items():  # in this order: where selector.k is ${k}, k is to blame
+        node, last = node_of(values, key)
         if last not in node or (key == "trainer.adapter" and isinstance(node[last], dict)):
             continue
         value = node[last]
@@ -107,31 +110,19 @@ def _check_values(values: Mapping[str, Any]) -> None:
             raise UserError(f"{key}={shown(value)} is not allowed: use {rule.allowed}{near(value, rule.names)}")
 
 
-def _node_of(values: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], str]:
-    """The mapping that a dotted key stands in (an empty one, where there is none), and the key's last part."""
-    *above, last = key.split(".")
-    for name in above:
-        inside = values.get(name)
-        values = inside if isinstance(inside, dict) else {}
-    return values, last
-
-
 def _check_together(values: Mapping[str, Any]) -> None:
-    """What is meaningless in combination."""
+    """Refuse options that make no sense together."""
     task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
-    needed = {"evaluate": ("in",), "rank": ("in", "policy", "out"), "select": ("out",), "study": ("study",)}
-    needed |= {"show": ("in",), "explain": ("in", "id"), "merge": ("policy", "out"), "push": ("policy", "out")}
     meaning = {
         "in": "a run's folder" if task in OF_RUNS else "a file",
         "id": "a prompt's id, as picks.jsonl and predictions.jsonl have it",
         "policy": "the folder of a trained policy",
         "out": {"select": "a folder", "merge": "a new folder", "push": "OWNER/NAME"}.get(task, "a file"),
-        "study": RULES["study"].names,
+        "study": " | ".join(RULES["study"].names),
     }
-    for key in needed.get(task, ()):
+    for key in NEEDED.get(task, ()):
         if values[key] is None:
-            said = meaning[key] if isinstance(meaning[key], str) else " | ".join(meaning[key])
-            raise UserError(f"task={task} needs {key}={said}")
+            raise UserError(f"task={task} needs {key}={meaning[key]}")
     for key, tasks in TASKS_OF.items():
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
@@ -148,7 +139,9 @@ def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], d
     _check_draws(loss, selector)
     pool, screen = dataset.get("num_negatives"), selector.get("screen")
     if screen is not None and screen < selector["k"]:
-        raise UserError(f"selector.screen={screen} is below k={selector['k']}: k are picked of what is screened")
+        raise UserError(
+            f"selector.screen={screen} is below k={selector['k']}: the k negatives are picked from those screened"
+        )
     if takes_k and type(pool) is int and selector["k"] > pool and selector.get("short_pool", "error") == "error":
         raise UserError(
             f"k={selector['k']} is above dataset.num_negatives={pool}: use a smaller k, a larger pool,"
@@ -168,7 +161,7 @@ def _check_draws(loss: Mapping[str, Any], selector: Mapping[str, Any]) -> None:
 
 
 def _check_model(model: Mapping[str, Any], max_length: int) -> None:
-    """A model from scratch holds the texts, and its sizes divide; a pretrained one brings its own."""
+    """Refuse a model from scratch that is too short for the texts, or whose sizes do not divide."""
     options = model.get("config") or {}
     context = options.get("max_position_embeddings", math.inf)
     if max_length > context:
@@ -183,18 +176,16 @@ def _check_model(model: Mapping[str, Any], max_length: int) -> None:
 
 
 def _check_quantize(bits: str, model: Mapping[str, Any], trainer: Mapping[str, Any]) -> None:
-    """Weights in few bits are bitsandbytes's, below one adapter, and made again from where they are."""
+    """Refuse weights in few bits where they cannot be made: bitsandbytes loads them from a folder or the hub."""
     asked = f"trainer.adapter.quantize={bits}"
     if not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(f"{asked} takes bitsandbytes, which {comes_with('quantized')}")
+        raise UserError(f"{asked} needs bitsandbytes, which {comes_with('quantized')}")
     if "hub_id" not in model or str(model["path"]).endswith(".gguf"):
-        raise UserError(f"{asked} takes a model of the hub or a folder: model.hub_id=OWNER/NAME or model.path=DIR")
+        raise UserError(f"{asked} needs a model from the hub or a folder: model.hub_id=OWNER/NAME or model.path=DIR")
     if bits == "8bit" and not _has_gpu(trainer):
-        raise UserError(
-            f"{asked} takes a GPU: on a CPU, training and evaluation compute it differently; 4bit they do not"
-        )
+        raise UserError(f"{asked} needs a GPU: on a CPU, training and evaluation would differ; use 4bit")
     if trainer["adapter"]["stages"] == "two":
-        raise UserError(f"{asked} cannot merge the SFT adapter into its weights: use trainer.adapter.stages=one")
+        raise UserError(f"{asked} cannot merge the SFT adapter into the weights: use trainer.adapter.stages=one")
 
 
 def _has_gpu(trainer: Mapping[str, Any]) -> bool:
@@ -212,4 +203,4 @@ def _check_machine(trainer: Mapping[str, Any]) -> None:
         raise UserError("trainer.device=cuda, but PyTorch finds no GPU here: use trainer.device=cpu or auto")
     on_gpu = torch.cuda.is_available()
     if on_gpu and trainer["precision"] == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError("trainer.precision=bfloat16, but this GPU has none: use trainer.precision=float32")
+        raise UserError("trainer.precision=bfloat16, but this GPU does not support it: use trainer.precision=float32")

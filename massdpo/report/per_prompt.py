@@ -12,7 +12,7 @@ from massdpo.report.rows import Prompts
 from massdpo.report.statistics import Difference, crossed_effects
 
 Floats = NDArray[np.float64]
-Run = tuple[Any, Any]  # its set of test prompts and its name; neither is a string where no run made the line
+Run = tuple[Any, Any]  # its set of test prompts and its name; NaN for a line that no run made
 NO_TEST = Difference(*[np.nan] * 4)
 NOT_PER_PROMPT = "not recorded per prompt"
 
@@ -49,7 +49,7 @@ class PerPrompt:
 
 
 def prompt_values(prompts: Prompts, metric: str) -> Floats | None:
-    """(prompts,) values of a metric over the test prompts of a run; None where they were not kept."""
+    """(prompts,) values of a metric over the test prompts of a run; None if they were not recorded."""
     known = described(metric)
     if (kept := prompts.get(known.column)) is None:
         return None

@@ -121,7 +121,10 @@ def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
     for model, row in zip(models, axes, strict=True):
         for metric, axis in zip(summary.metrics, row, strict=True):
             part = cells[(cells["model"] == model) & (cells["metric"] == metric)]
-            groups = {_line_name(keys): (keys, line) for keys, line in part.groupby([group, *others], sort=False)}
+            groups = {
+                " ".join(shown(key) for key in keys if key != ""): (keys, line)
+                for keys, line in part.groupby([group, *others], sort=False)
+            }
             middle = (len(groups) - 1) / 2
             for place, (name, (keys, line)) in enumerate(groups.items()):
                 label = line["label"].iloc[0]
@@ -148,10 +151,6 @@ def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
         row[0].set_ylabel(str(model).replace("$", r"\$"), color=GREY)
     _legend(figure, axes)
     return figure
-
-
-def _line_name(keys: tuple[Any, ...]) -> str:
-    return " ".join(shown(key) for key in keys if key != "")
 
 
 def front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:

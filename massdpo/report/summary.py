@@ -156,13 +156,9 @@ def _block_cells(
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
     keys = ["label", *axes]
-    line_of = {tuple(line): place for place, line in enumerate(lines[keys].itertuples(index=False))}
-    seeds = sorted(finished["seed"].unique())
-    seed_of = {seed: place for place, seed in enumerate(seeds)}
-    run_LS = np.full((len(lines), len(seeds)), -1)  # place in `finished`, -1: no such run
-    places = zip(finished[keys].itertuples(index=False), finished["seed"], strict=True)
-    for place, (key, seed) in enumerate(places):
-        run_LS[line_of[tuple(key)], seed_of[seed]] = place
+    places = finished.assign(run=range(len(finished))).pivot(index=keys, columns="seed", values="run")
+    found = lines[keys].merge(places, how="left", left_on=keys, right_index=True)[places.columns]
+    run_LS = found.fillna(-1).to_numpy(dtype=int)  # place in `finished`, -1: no such run
     baseline_L = _baselines(lines, (run_LS >= 0).any(1), axes, baselines)
     runs = list(zip(finished["prompts"], finished["name"], strict=True))
     parts = []

@@ -30,7 +30,7 @@ class Cell:
 
     @property
     def plain(self) -> str:
-        """With its p value, where it has one, and a star for one below 0.05."""
+        """With its p value, if it has one, and a star if that is below 0.05."""
         if self.p is None:
             return self.text
         return f"{self.text} {'p < 0.001' if self.p < 0.001 else f'p = {self.p:.3f}'}{'*' if self.starred else ''}"

@@ -14,7 +14,7 @@ import massdpo
 from massdpo.console import markdown_table
 from massdpo.data.download import SOURCES, HubSet
 from massdpo.runs.shown import GENERATED, SHOWN
-from massdpo.store import plain_yaml
+from massdpo.store import mapping_in, plain_yaml
 
 HUB = "https://huggingface.co"
 FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---", re.DOTALL)
@@ -82,13 +82,7 @@ def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_front_matter(card: Path) -> dict[str, Any]:
     """The front matter of a card; empty if there is no card, or it cannot be read."""
-    try:
-        with open(card, encoding="utf-8") as file:
-            front = FRONT_MATTER.match(file.read(100_000))
-        said = plain_yaml(front[1]) if front else {}
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
+    return mapping_in(card, lambda text: plain_yaml(front[1]) if (front := FRONT_MATTER.match(text)) else None)
 
 
 def _base_folder(model: Mapping[str, Any]) -> Path:

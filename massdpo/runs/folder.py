@@ -1,7 +1,6 @@
 """A run's folder from outside: who holds it, whether it is finished, what it was computed from."""
 
 import glob
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from omegaconf import DictConfig
 from massdpo.config import EXPECTED, run_name, without_secrets
 from massdpo.console import screen
 from massdpo.errors import UserError
-from massdpo.store import acquire, digest, remove_unfinished, set_aside, write_json, writing
+from massdpo.store import acquire, digest, mapping_in, remove_unfinished, set_aside, write_json, writing
 
 Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
@@ -70,11 +69,8 @@ def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
 
 def status(folder: Path) -> dict[str, Any]:
     """What status.json says; empty if it is missing or damaged."""
-    try:
-        found = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) and {"status", "key"} <= found.keys() else {}
+    found = mapping_in(folder / "status.json")
+    return found if {"status", "key"} <= found.keys() else {}
 
 
 @contextmanager

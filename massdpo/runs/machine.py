@@ -94,7 +94,7 @@ def free_bytes(accelerator: Accelerator) -> int:
 
 
 def peak_memory_mb() -> float:
-    """Peak memory of this job: of the GPU where there is one, else resident memory of the process, in MB."""
+    """Peak memory of this job: of the GPU if there is one, else the resident memory of the process, in MB."""
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()) / 1e6
 
 

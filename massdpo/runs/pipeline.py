@@ -166,5 +166,5 @@ def decorate(run: Run, metrics: dict[str, Any]) -> None:
     with decorating("the table"):  # its reader may be gone
         if shows("normal"):
             show(run.folder, metrics, sync)
-        elif not launch.in_multirun():  # where the sweep has a line per job
+        elif not launch.in_multirun():  # there, the sweep prints a line per job
             print(f"{run.folder}: accuracy {metrics['accuracy']:.3f}")

@@ -1,8 +1,8 @@
-"""What is kept on a disk and found again: content keys, files and folders that appear whole, a shared cache."""
+"""What is kept on disk and found again: content keys, files and folders that appear whole, a shared cache."""
 
 from massdpo.store.code import package_code, target_code
 from massdpo.store.content import digest, file_digest, keyed_seed
-from massdpo.store.files import plain_yaml, replacing, write_json, write_jsonl, write_text, writing
+from massdpo.store.files import mapping_in, plain_yaml, replacing, write_json, write_jsonl, write_text, writing
 from massdpo.store.folders import (
     MANIFEST,
     Cache,
@@ -12,24 +12,3 @@ from massdpo.store.folders import (
     remove_unfinished,
     set_aside,
 )
-
-__all__ = [
-    "MANIFEST",
-    "Cache",
-    "acquire",
-    "build_folder",
-    "digest",
-    "file_digest",
-    "is_whole",
-    "keyed_seed",
-    "package_code",
-    "plain_yaml",
-    "remove_unfinished",
-    "replacing",
-    "set_aside",
-    "target_code",
-    "write_json",
-    "write_jsonl",
-    "write_text",
-    "writing",
-]

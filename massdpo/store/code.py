@@ -1,4 +1,4 @@
-"""The code that decides numbers, as a key: what it does, not how it is commented and laid out."""
+"""The code that decides numbers, as a key: without its comments and layout."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 from massdpo.store.content import digest
 
 PACKAGE = Path(__file__).parents[1]
-# Rooms and files that name, tell and check: whatever is not named here may change a number, and is in the keys.
+# Rooms and files that only name, report or check: everything else may change a number, and is in the keys.
 TELLING = {
     *("__init__", "__main__", "config", "console", "report", "tasks", "benchmark", "data/download"),
     *("runs/card", "runs/folder", "runs/machine", "runs/plan", "runs/provenance", "runs/shown", "runs/timing"),
@@ -24,9 +24,9 @@ INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", 
 
 @cache
 def package_code(*rooms: str) -> str:
-    """A key of the package's modules that can change a number, or of those of some rooms (`data`, `store`).
+    """A key of the package's modules that can change a number, or of those in some rooms (`data`, `store`).
 
-    As they were when this process first asked.
+    They count as they were when this process first asked.
     """
     files = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
     counted = {
@@ -50,7 +50,7 @@ def target_code(node: Any) -> list[str]:
         defining = importlib.import_module(module)
         try:
             _follow(Path(inspect.getsourcefile(defining) or ""), defining.__package__ or "", found)
-        except (OSError, TypeError):  # typed into a notebook, or compiled
+        except (OSError, TypeError):  # a notebook's, or a compiled one
             found[target] = _typed(getattr(defining, name))
     return sorted(found.values())
 
@@ -85,13 +85,13 @@ def _typed(part: Any) -> str:
 
 
 def _follow(file: Path, package: str, found: dict[str, str]) -> None:
-    """Note a file's code, and that of every module that it imports and nobody installed."""
+    """Add a file's code, and that of every module it imports that is not installed."""
     source = file.read_bytes()
     found[str(file)] = meaning(source)
     for imported in _imports(ast.parse(source), package):
         try:
             spec = importlib.util.find_spec(imported)
-        except (ImportError, ValueError, AttributeError):  # no module, but what one defines
+        except (ImportError, ValueError, AttributeError):  # not a module, but a name in one
             continue
         if not spec or not spec.has_location or not (origin := spec.origin or "").endswith(".py"):
             continue
@@ -100,7 +100,7 @@ def _follow(file: Path, package: str, found: dict[str, str]) -> None:
 
 
 def _imports(tree: ast.Module, package: str) -> Iterator[str]:
-    """Every name in an import that may be a module's."""
+    """Every imported name that may be a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""Keys and seeds that follow from content alone."""
+"""Keys and seeds that depend on content alone."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest(*parts: Any) -> str:
-    """A hex key of the content: strings, bytes, numbers, json-able structures, tensors and files (their bytes)."""
+    """A hex key of contents: strings, bytes, numbers, json-able structures, tensors and files (their bytes)."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         _feed(state, part)
@@ -18,7 +18,7 @@ def digest(*parts: Any) -> str:
 
 
 def keyed_seed(*parts: Any) -> int:
-    """A 63-bit seed that depends on the parts alone, so that processes, workers and resumed runs agree."""
+    """A 63-bit seed that depends on the parts alone, so that processes, workers and resumed runs agree on it."""
     return int(digest(*parts), 16) % (1 << 63)
 
 

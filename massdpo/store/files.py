@@ -5,7 +5,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from massdpo.errors import UserError
 
 
 def name_beside(path: Path) -> Path:
-    """A hidden name in the same folder, for what is not finished yet."""
+    """A hidden name in the same folder, for something unfinished."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
@@ -24,7 +24,7 @@ def name_beside(path: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; it takes `path`'s place once written, or disappears on an error.
 
-    A link is followed and stays. What is there and no regular file (a device, a pipe) is yielded itself.
+    A link is followed and stays. A device or pipe is yielded itself.
     """
     if path.exists() and not path.is_file():
         yield path
@@ -48,9 +48,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def plain_yaml(text: str) -> Any:
-    """The plain values of a YAML text from outside. Raises ValueError where it is none, or one that could fill memory.
+    """The plain values of a YAML text from outside.
 
-    That is one with aliases, of which a few lines make gigabytes, with more than 50 levels, or of more than 1 MB.
+    Raises ValueError where it is not YAML or could fill the memory: with aliases, a few lines of which make gigabytes,
+    more than 50 levels, or more than 1 MB.
     """
     depth = 0
     try:
@@ -65,6 +66,15 @@ def plain_yaml(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from error
 
 
+def mapping_in(path: Path, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+    """The mapping that a file holds; empty if the file is missing or damaged, or holds something else."""
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -76,13 +86,13 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-# How Rust (safetensors, tokenizers), NumPy and PyTorch tell that a disk takes no more.
+# How Rust (safetensors, tokenizers), NumPy and PyTorch say that a disk is full.
 TOLD_OTHERWISE = re.compile(r"\(os error (\d+)\)|requested and \d+ written|inline_container")
 
 
 @contextmanager
 def writing(place: Path, remedy: str) -> Iterator[None]:
-    """Tell in one line (`place`, why, `remedy`) what a full disk or a folder that cannot be written raises inside."""
+    """Report in one line (`place`, why, `remedy`) a full disk, or a folder that cannot be written, met inside."""
     try:
         yield
     except UserError:
@@ -94,7 +104,7 @@ def writing(place: Path, remedy: str) -> Iterator[None]:
 
 
 def _why_not_written(error: Exception, place: Path) -> str | None:
-    """None where the error is about something else, such as a file that cannot be read."""
+    """The reason; None where the error is about something else, such as a file that cannot be read."""
     if isinstance(error, OSError) and error.errno is not None:
         there, asked = os.path.abspath(place), os.path.abspath(error.filename or "/dev/null")
         ours = asked.startswith(there) or there.startswith(asked)

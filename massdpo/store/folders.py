@@ -1,6 +1,6 @@
 """Folders that appear whole or not at all, and a cache of them that parallel jobs compute once.
 
-A cached folder is built beside its place, checksummed, and renamed; a reader verifies the checksums, and a folder that
+A cached folder is built beside its place, checksummed, and renamed; readers verify the checksums, and a folder that
 does not match them is reported, moved aside and built again.
 """
 
@@ -23,11 +23,11 @@ from massdpo.store.content import file_digest
 from massdpo.store.files import name_beside, write_json, writing
 
 MANIFEST = "manifest.json"
-UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<old>\.old)?")  # how `name_beside` names what is made there
+UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<old>\.old)?")  # the names that `name_beside` makes
 
 
 def acquire(lock: FileLock, waiting: Callable[[], str], meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Take the lock, however long that takes; after a second, say what is waited for, unless this job's own process.
+    """Take the lock, however long it takes; after a second, print what is waited for, unless this job itself has it.
 
     `meanwhile` is called every few seconds of the wait.
     """
@@ -43,14 +43,14 @@ def acquire(lock: FileLock, waiting: Callable[[], str], meanwhile: Callable[[], 
                 print(waiting(), file=sys.stderr)
             timeout = 5
             meanwhile()
-    with suppress(OSError):  # where a locked file cannot be written
+    with suppress(OSError):  # some systems do not let a locked file be written
         holder.write_text(job, encoding="utf-8")
 
 
 class Cache:
     """Folders under `root`, each named by kind and content key.
 
-    With `force`, none is believed that was not computed through this object.
+    With `force`, only those are believed that were computed through this object.
     """
 
     def __init__(self, root: Path, force: bool = False):
@@ -62,7 +62,7 @@ class Cache:
         return self.root / kind / key
 
     def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
-        """The folder for `key`, built by `build(empty_folder)` if it is not there yet, once by jobs side by side."""
+        """The folder for `key`; if it is not there yet, one of the jobs that ask builds it by `build(empty_folder)`."""
         if not self.believes(kind, key):
             with self.lock(kind, key):
                 if not self.holds(kind, key):
@@ -70,19 +70,19 @@ class Cache:
         return self.path(kind, key)
 
     def build(self, kind: str, key: str, build: Callable[[Path], None]) -> None:
-        """Build the folder for `key` anew; for the holder of the lock."""
+        """Build the folder for `key` anew; only the holder of the lock may."""
         with writing(self.root, "free some room or set cache_dir"):
             build_folder(self.path(kind, key), build)
         self._renewed.add(self.path(kind, key))
 
     @contextmanager
     def lock(self, kind: str, key: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Build the folder for `key` alone: others wait. The lock goes with its process, however that ends."""
+        """Let others wait while the folder for `key` is built. The lock ends with its process, however that ends."""
         place = self.path(kind, key)
         with writing(self.root, "set cache_dir"):
             place.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(f"{place}.lock")
-            acquire(lock, lambda: f"another job computes {place}: waiting for it", meanwhile)
+            acquire(lock, lambda: f"another job is computing {place}: waiting for it", meanwhile)
         try:
             remove_unfinished(place.parent, f"{key}.")
             yield
@@ -90,12 +90,12 @@ class Cache:
             lock.release()
 
     def believes(self, kind: str, key: str) -> bool:
-        """Is the folder there and whole, and not to be computed again?"""
+        """Is the folder there and whole, and need not be computed again?"""
         place = self.path(kind, key)
         return not (self.force and place not in self._renewed) and is_whole(place)
 
     def holds(self, kind: str, key: str) -> bool:
-        """As `believes`, and a damaged folder is set aside; only the holder of the lock may ask."""
+        """As `believes`, but moves a damaged folder aside; only the holder of the lock may ask."""
         place = self.path(kind, key)
         if place.is_dir() and not is_whole(place):
             set_aside(place)
@@ -103,14 +103,14 @@ class Cache:
 
 
 def set_aside(place: Path) -> None:
-    """Move a damaged folder out of the way, with a line that says so."""
+    """Move a damaged folder out of the way, and say so."""
     aside = place.with_name(f"{place.name}.damaged.{secrets.token_hex(4)}")
     os.replace(place, aside)
-    print(f"warning: {place} is damaged: moved aside as {aside.name}, and computed again", file=sys.stderr)
+    print(f"warning: {place} is damaged: moved aside as {aside.name}, to be computed again", file=sys.stderr)
 
 
 def remove_unfinished(folder: Path, prefix: str = "") -> None:
-    """Remove what `replacing` and `build_folder` had begun here when their process died; for the lock's holder."""
+    """Remove what `replacing` and `build_folder` left unfinished when their process died; for the lock's holder."""
     for path in folder.glob(f".{glob.escape(prefix)}*"):
         if not (found := UNFINISHED.fullmatch(path.name)):
             continue
@@ -123,14 +123,14 @@ def remove_unfinished(folder: Path, prefix: str = "") -> None:
 
 
 def build_folder(place: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder beside `place`, write its manifest, and put it in `place`'s stead; links are followed.
+    """Let `build` fill a folder beside `place`, write its manifest, and move it to `place`; links are followed.
 
-    Its files get the mode that the umask asks for, whatever wrote them: safetensors are their owner's alone otherwise.
+    Its files get the umask's mode, whatever wrote them: safetensors would be readable by their owner alone.
     """
     place = place.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
     beside = name_beside(place)
-    old = beside.with_name(f"{beside.name}.old")  # removed last: a rename is quick, removing is not
+    old = beside.with_name(f"{beside.name}.old")  # removed last: renaming is quick, removing is not
     try:
         beside.mkdir()
         build(beside)
@@ -147,14 +147,14 @@ def build_folder(place: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-_COMPARED: dict[str, dict[str, tuple[int, int]]] = {}  # folders found whole, with their files' sizes and times then
+_COMPARED: dict[str, dict[str, tuple[int, int]]] = {}  # folders found whole, with the sizes and times of their files
 
 
 def is_whole(place: Path) -> bool:
     """Does every file of the folder match its manifest, with none missing and none added?
 
-    Checksums are compared once in a process, as long as sizes and times stay. Raises `UserError` where a file is there
-    and cannot be read: that is no damage.
+    A process compares checksums once, as long as sizes and times stay the same. Raises `UserError` where a file is
+    there but cannot be read, which is not damage.
     """
     try:
         manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
@@ -165,7 +165,9 @@ def is_whole(place: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return False
     except OSError as error:
-        raise UserError(f"{error.filename or place} cannot be read ({error.strerror}): ask who wrote it") from error
+        raise UserError(
+            f"{error.filename or place} cannot be read ({error.strerror}): ask its owner for permission"
+        ) from error
     if whole:
         _COMPARED[os.path.abspath(place)] = seen
     return whole

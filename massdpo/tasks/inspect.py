@@ -96,8 +96,8 @@ def _about(
     prompts = {example.prompt for example in examples}
     distinct = [{normalise(text) for text in example.candidates} for example in examples]
     repeated = sum(len(texts) < len(example.candidates) for texts, example in zip(distinct, examples, strict=True))
-    prompt_lengths = _lengths([example.prompt for example in examples], tokenizer)
-    response_lengths = _lengths([text for example in examples for text in example.candidates], tokenizer)
+    of_prompts = _lengths([example.prompt for example in examples], tokenizer)
+    of_responses = _lengths([text for example in examples for text in example.candidates], tokenizer)
     return [
         "",
         f"{split}: {size} examples"
@@ -105,14 +105,11 @@ def _about(
         f"  pool sizes: {', '.join(f'{size} ({count}x)' for size, count in sorted(pools.items()))}",
         f"  prompts that repeat an earlier one: {len(examples) - len(prompts)}",
         f"  slates that hold a text twice: {repeated}",
-        f"  tokens per prompt: {_spread(prompt_lengths)}; per response: {_spread(response_lengths)}",
+        f"  tokens per prompt: {of_prompts}; per response: {of_responses}",
     ]
 
 
-def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-
-
-def _spread(lengths: list[int]) -> str:
+def _lengths(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    lengths = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     low, middle, high = np.percentile(lengths, [0, 50, 100]).astype(int)
     return f"{low} to {high}, median {middle}"

@@ -26,7 +26,7 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
-from massdpo.store import plain_yaml, replacing
+from massdpo.store import mapping_in, plain_yaml, replacing
 
 READING = ("max_length", "chat_template")  # trainer options that change how a text is read
 
@@ -95,12 +95,8 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
 
 
 def trained_with(run: Path) -> dict[str, Any]:
-    """The config of the run in a folder, read as plain data; empty if it is missing or cannot be read."""
-    try:
-        config = plain_yaml((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a policy that came without its run
-    return config if isinstance(config, dict) else {}
+    """The config of the run in a folder, read as plain data; empty for a policy that came without its run."""
+    return mapping_in(run / "config.yaml", plain_yaml)
 
 
 def questions(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
