@@ -114,7 +114,7 @@ def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[
         if any(len({question.ways[each] for each in best if each in question.ways}) > 1 for question in open_ones):
             first = open_ones[0]
             raise UserError(
-                f"{first.where}: the answer {first.answer_text!r:.40} can be read as {' or as '.join(best)}, and so can "
+                f"{first.where}: the answer {first.answer_text!r:.40} can be read as {' or as '.join(best)}, so can "
                 "all others: set dataset.answer to one of these (index0: the first option is 0; index1: it is 1)"
             )
         way = best[0]
