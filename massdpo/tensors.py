@@ -65,7 +65,7 @@ class Batch:
 
     def take(self, picks: "Picks") -> "Batch":
         """The same prompts with the chosen response and the picked negatives only (C = 1 + K)."""
-        column_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0), value=0)
+        column_BC = picks.column_BC
         keep_BC = torch.nn.functional.pad(picks.mask_BK, (1, 0), value=True)
         row_B1 = rows(column_BC)
         mask_BCT = self.response_mask_BCT[row_B1, column_BC] & keep_BC[..., None]
@@ -80,12 +80,8 @@ class Batch:
 
     def chosen_only(self) -> "Batch":
         """The same prompts with the chosen response alone (C = 1), for SFT."""
-        longest = int(self.length_BC[:, 0].max())
-        return replace(
-            self,
-            response_ids_BCT=self.response_ids_BCT[:, :1, :longest],
-            response_mask_BCT=self.response_mask_BCT[:, :1, :longest],
-        )
+        none_BK = self.place_BC[:, :0]
+        return self.take(Picks(none_BK, none_BK.bool()))
 
 
 _TENSORS = ("prompt_ids_BP", "prompt_mask_BP", "response_ids_BCT", "response_mask_BCT")
@@ -105,6 +101,11 @@ class Picks:
     gains_BK: Tensor | None = None  # nats of log det that each pick added, for selectors that maximise it
     log_inclusion_BK: Tensor | None = None  # log of how much likelier it was drawn than the chosen one would have been
     beta_scale_BK: Tensor | None = None  # factor on beta where the pick is compared with the chosen one
+
+    @property
+    def column_BC(self) -> Tensor:
+        """Columns of the chosen response and of the picks among the candidates, `(B, 1 + K)`."""
+        return torch.nn.functional.pad(self.index_BK + 1, (1, 0))
 
     def to(self, device: torch.device | str) -> "Picks":
         """What a loss needs, without what is only logged."""

@@ -44,6 +44,6 @@ def test_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(row[name] > 0 for name in gpu.NUMBERS) and all(row["share_of_matrix_rate"].values())
     assert report["error_per_token"]["float32"] < 1e-4
     table = (tmp_path / "gpu.md").read_text()
-    assert "MASS over random k" in table and "Too large for this card: 20." in table
+    assert "MASS over random k" in table and "Too large for this GPU: 20." in table
     with pytest.raises(UserError, match="no setting"):
         gpu.run(tmp_path, {name: settings["20"] for name in ("first", "second")}, rounds=1)

@@ -486,7 +486,7 @@ def test_large_pools_are_selected_from_by_rows() -> None:
             Mass(2, "subset_fisher")(small)
         with pytest.raises(UserError, match="needs all inner products"):
             Dpp(2)(small)
-        with pytest.raises(UserError, match="use solver=greedy"):
+        with pytest.raises(UserError, match="and solver=greedy"):
             Mass(2, solver="swap")(small)
     finally:
         logdet.limits.DENSE_POOL = limit

@@ -1,4 +1,4 @@
-"""The engine against the usual ways: time and peak memory of a training step, and how the step grows with N, k and P.
+"""The engine compared with the usual ways: time and memory of a training step, and its growth with N, k and P.
 
 `python -m massdpo.benchmark.engine SIDE` measures one side's memory; `sides.py` says what the sides are.
 
@@ -32,7 +32,7 @@ GROWTH: dict[str, tuple[int, ...]] = {
 
 
 def ratios(seconds: dict[str, float], memory: dict[str, int]) -> dict[str, float]:
-    """The numbers that goals are set for."""
+    """The ratios that have goals."""
     found = {
         "full_pool_speedup": seconds["full_everywhere"] / seconds["full_packed"],
         "full_pool_speedup_lean": seconds["full_lean"] / seconds["full_packed"],
@@ -48,7 +48,7 @@ def ratios(seconds: dict[str, float], memory: dict[str, int]) -> dict[str, float
 
 
 def grow(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """Seconds a step of our sides, and of the leaner usual way with k negatives, along N, k and P."""
+    """Seconds per step of our sides, and of the leaner usual way with k negatives, along N, k and P."""
     rows = []
     model = build_model(setting)
     for axis, values in GROWTH.items():
@@ -61,7 +61,7 @@ def grow(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 
 def against_trl(setting: Setting, rounds: int, steps: int = 5) -> dict[str, list[float]]:
-    """Seconds a training step on pairs (k=1; clipping and AdamW included) of TRL's `DPOTrainer` and of ours."""
+    """Seconds per training step on pairs (k=1; clipping and AdamW included) of TRL's `DPOTrainer` and of ours."""
     from massdpo.benchmark.trl_pairs import trl_trainer  # an extra
 
     pairs = replace(setting, negatives=1, k=1)
@@ -119,7 +119,7 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
 
 
 def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
-    """Share of the card's measured bfloat16 matrix rate that each side reaches, by the operations that it cannot avoid.
+    """Share of the device's measured bfloat16 matrix rate that each side reaches, counting only unavoidable operations.
 
     Six operations per weight and token, forward and backward: the layers for each token fed, the output matrix for each
     token scored.

@@ -1,4 +1,4 @@
-"""What the engine's benchmark says: its sides, its goals, and the tables and figure made of a report."""
+"""How the engine's benchmark is reported: its sides, its goals, and the tables and figure made from a report."""
 
 from pathlib import Path
 from typing import Any

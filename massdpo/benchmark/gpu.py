@@ -1,7 +1,7 @@
-"""The engine on one card: right in bfloat16, and how much of what sharing prompts can save it does save.
+"""The engine on one GPU: whether it is right in bfloat16, and how much of the possible saving it achieves.
 
 Models of the shapes of SmolLM2-135M and Llama-3.2-1B with random weights, prompts of 256 to 4,000 tokens, each step
-forward and backward; as many prompts per step as let the plain way fit into 80 GB.
+forward and backward, with as many prompts per step as let the plain way fit into 80 GB.
 """
 
 import gc
@@ -15,7 +15,7 @@ import torch
 
 from massdpo.benchmark import measure
 from massdpo.benchmark.engine import against_trl, shares
-from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides, lean
+from massdpo.benchmark.sides import GPU, Setting, autocast, build_batch, build_model, build_sides, lean
 from massdpo.console import markdown_table
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
@@ -25,21 +25,7 @@ from massdpo.store import write_json, write_text
 SMOLLM2 = Setting(
     30, 576, 1536, 9, 3, 49_152, response=32, negatives=20, prompts=8, tied=True, dtype="bfloat16", device="cuda"
 )
-LLAMA_1B = Setting(
-    16,
-    2048,
-    8192,
-    32,
-    8,
-    128_256,
-    prompt=2048,
-    response=32,
-    negatives=8,
-    prompts=1,
-    tied=True,
-    dtype="bfloat16",
-    device="cuda",
-)
+LLAMA_1B = replace(GPU, prompt=2048, response=32, negatives=8, prompts=1, tied=True)
 SETTINGS = {
     "135M, prompts of 256": SMOLLM2,
     "135M, 1,024": replace(SMOLLM2, prompt=1024, prompts=2),
@@ -50,7 +36,7 @@ TIMED = ("full_lean", "full_packed", "full_dense", "random_lean", "random_packed
 BFLOAT16_ERROR = 0.1  # nats per token: it keeps eight bits
 NUMBERS = {
     "full_speedup": "full pool, speed-up by sharing prompts",
-    "token_bound": "the most that the tokens allow",
+    "token_bound": "the most that the token counts allow",
     "share_of_bound": "share of that",
     "flex_speedup": "full pool, speed-up by FlexAttention where rows are long enough",
     "mass_over_random": "MASS over random k",
@@ -59,8 +45,8 @@ NUMBERS = {
 
 
 def errors(setting: Setting) -> dict[str, float]:
-    """How far packed scores are off the plain ones in float32, at most: log-probs in nats per token, in each precision,
-    and the gradient of their sum, relative."""
+    """The largest errors of packed scores against plain ones in float32: log-probs in nats per token, in each
+    precision, and the relative error of the gradient of their sum."""
     few = replace(setting, prompts=1, negatives=setting.k)  # the plain way's gradient in float32 takes much memory
     model, batch = build_model(few), build_batch(few)
     scorer = PreferenceScorer(model, layout="packed")
@@ -78,7 +64,7 @@ def errors(setting: Setting) -> dict[str, float]:
 
 
 def measured(setting: Setting, rounds: int) -> dict[str, Any]:
-    """One setting: medians of the sides in alternation, and what they come to."""
+    """One setting: medians of the alternating sides, and the numbers made from them."""
     pairs = measure.medians(against_trl(setting, rounds=2))
     free()
     model = build_model(setting)
@@ -109,21 +95,21 @@ def free() -> None:
 
 
 def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) -> None:
-    """Check, measure and write `gpu.json`, after each setting, and `gpu.md` into `out`; what does not fit is named.
+    """Check, measure and write `gpu.json`, after each setting, and `gpu.md` into `out`; names what does not fit.
 
-    Raises `UserError` where there is no card or no TRL, where the packed log-probs are wrong, or where nothing fits.
+    Raises `UserError` where there is no GPU or no TRL, where the packed log-probs are wrong, or where nothing fits.
     """
     first, second, *_ = settings.values()  # rows for SDPA, rows for FlexAttention
     if first.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "this benchmark is for a GPU, and none is here: python -m massdpo.benchmark engine runs on a CPU"
+            "this benchmark needs a GPU, and there is none here: python -m massdpo.benchmark engine runs on a CPU"
         )
     if importlib.util.find_spec("trl") is None:
         raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
     found = [errors(setting) for setting in (first, second)]
     off = {name: max(each[name] for each in found) for name in found[0]}
     if max(off["float32"], off["gradient"]) > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:
-        raise UserError(f"packed log-probs are wrong here: off by {off} nats per token (the gradient: relative)")
+        raise UserError(f"packed log-probs are wrong here: errors {off} in nats per token (gradient: relative)")
     report: dict[str, Any] = {
         "error_per_token": off,
         "rows": {},
@@ -139,7 +125,7 @@ def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) 
             report["too_large"].append(name)
         write_json(out / "gpu.json", report)
     if not report["rows"]:
-        raise UserError("no setting of this benchmark fits into the card's memory")
+        raise UserError("no setting of this benchmark fits into this GPU's memory")
     write_text(out / "gpu.md", markdown(report))
     print(markdown(report))
 
@@ -156,9 +142,9 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append((f"{side}, share of the matrix rate", *rates))
     off = ", ".join(f"{error:.2g} in {what}" for what, error in report["error_per_token"].items())
     notes = [
-        f"Off by at most, nats per token (the gradient: relative): {off}.",
+        f"Largest errors, nats per token (of the gradient: relative): {off}.",
         f"Machine: {machine.in_words(report['machine'])}.",
         f"Commit: {report['commit']}.",
-        *([f"Too large for this card: {'; '.join(report['too_large'])}."] if report["too_large"] else []),
+        *([f"Too large for this GPU: {'; '.join(report['too_large'])}."] if report["too_large"] else []),
     ]
     return markdown_table(["", *names], lines) + "\n\n" + "\n".join(notes) + "\n"

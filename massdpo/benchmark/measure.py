@@ -13,7 +13,7 @@ from massdpo.runs.machine import peak_resident
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each side, a round at a time, so that what else the machine does falls on all of them alike.
+    """Seconds of each side, in alternating rounds, so that other load on the machine affects all of them alike.
 
     A side that returns a float has timed itself.
     """

@@ -41,11 +41,11 @@ LONG = [
     for response in (64, 256)
     for negatives in (8, 20, 100)
 ]
-GRAPH_TOKENS = 1 << 13  # of responses with gradients, all at once, that 16 GB hold: a full pool beyond is left out
+GRAPH_TOKENS = 1 << 13  # response tokens with gradients that fit into 16 GB at once: larger full pools are left out
 
 
 def load(model: str, setting: Setting) -> tuple[PreTrainedModel, Setting]:
-    """The model of that name in conf/model, with its vocabulary; random weights in the setting's shape for no name."""
+    """The model of that name in conf/model, with its vocabulary; without one, random weights in the setting's shape."""
     if not model:
         return build_model(setting), setting
     config = compose([f"model={model}"])
@@ -81,10 +81,10 @@ def sides_of(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[],
 
 
 def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
-    """Medians of a setting's sides in alternation, their ratios, and the memory of each in a fresh process."""
+    """Medians of a setting's alternating sides, their ratios, and the memory of each in a fresh process."""
     full = setting.prompts * (1 + setting.negatives) * setting.response <= GRAPH_TOKENS
     arguments = model_name, json.dumps(asdict(setting))
-    memory = {  # first, while this process holds nothing yet
+    memory = {  # first, while this process still holds nothing
         side: int(measure.fresh_process(__name__, side, *arguments))
         for side in KEPT_IN_MEMORY
         if full or side != "full_packed"
@@ -94,11 +94,7 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
     seconds = measure.medians(measure.alternate(sides, rounds))
     whole = (1 + setting.negatives) * (setting.prompt + setting.response)
     return {
-        "prompt": setting.prompt,
-        "response": setting.response,
-        "negatives": setting.negatives,
-        "k": setting.k,
-        "prompts": setting.prompts,
+        **{name: getattr(setting, name) for name in ("prompt", "response", "negatives", "k", "prompts")},
         "seconds": seconds,
         "peak_bytes": memory,
         "sft_over_plain": seconds["sft"] / seconds["sft_plain"],
@@ -117,7 +113,7 @@ def run(
     long: list[Setting] = LONG,
     rounds: int = 5,
 ) -> None:
-    """Measure everything and write `real.json` and `real.md` into `out`, after each setting what there is so far.
+    """Measure everything and write `real.json` and `real.md` into `out`, again after each setting.
 
     Long responses get three rounds at most.
     """

@@ -60,7 +60,7 @@ def problem(batch: int, pool: int, size: int, seed: int = 0) -> tuple[Tensor, fl
 
 
 def median_seconds(action: Callable[[], object], rounds: int) -> float:
-    """Median wall-clock of `rounds` calls after a warm one."""
+    """Median wall-clock seconds of `rounds` calls after a warm-up call."""
     return medians(alternate({"action": action}, rounds))["action"]
 
 
@@ -68,7 +68,7 @@ def measure(batch: int = 64, pool: int = 20, size: int = 2048, k: int = 4, round
     """Both algorithms on one problem, warm, in alternation: milliseconds per prompt, speed-ups, equal picks or not.
 
     Both in float64, for the picks alone; `greedy_certified` adds the proved upper bound, which the published algorithm
-    has not. That one is also timed in float32, and with prompts batched by 16 (an inverse of 2,048 x 2,048 is 34 MB).
+    lacks. The latter is also timed in float32, and with prompts batched by 16 (an inverse of 2,048 x 2,048 is 34 MB).
     """
     vectors_BND, ridge = problem(batch, pool, size)
     single_BND = vectors_BND.float()

@@ -1,8 +1,8 @@
 """The sides of the engine's benchmark: a training step of the shared-prefix engine and of the usual ways.
 
 The usual ways repeat the prompt for every response. `everywhere` makes logits at every token, as S-DPO's code does;
-`lean` makes them at response tokens only. Both run under SDPA, on rows without padding, with the reference's
-log-probs known beforehand, as ours are.
+`lean` makes them at response tokens only. Both use SDPA on rows without padding, and know the
+reference's log-probs beforehand, as ours do.
 
 Suffixes: B prompts, C = 1 + N candidates, P prompt tokens, T response tokens, R = B * C rows of L = P + T tokens,
 V vocabulary, K picks, D hidden units.
@@ -67,7 +67,7 @@ def build_model(setting: Setting) -> PreTrainedModel:
 
 
 def build_batch(setting: Setting) -> Batch:
-    """Random tokens; every prompt and every response is full length, which leaves the usual ways nothing to pad."""
+    """Random tokens; every prompt and every response has full length, so that the usual ways need no padding."""
     generator = torch.Generator().manual_seed(0)
     prompts, responses = (setting.prompts, setting.prompt), (setting.prompts, 1 + setting.negatives, setting.response)
     return Batch(
@@ -81,7 +81,7 @@ def build_batch(setting: Setting) -> Batch:
 
 
 def build_sides(setting: Setting, model: PreTrainedModel, flex: bool = True) -> dict[str, Callable[[], object]]:
-    """One forward and backward pass of each side, under the PL loss; without `flex` attention goes by dense masks."""
+    """One forward and backward pass of each side, under the PL loss; without `flex`, attention uses dense masks."""
     batch, scorer = build_batch(setting), PreferenceScorer(model, "mean", layout="packed")
     scorer.flex.fewest = None if flex else math.inf
     noise_BN = torch.rand(batch.mask_BC[:, 1:].shape, generator=torch.Generator().manual_seed(0)).to(setting.device)

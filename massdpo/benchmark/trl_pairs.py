@@ -1,4 +1,4 @@
-"""TRL's `DPOTrainer` on the pairs of a benchmark batch, timed from inside. TRL comes with the extra `bench`."""
+"""TRL's `DPOTrainer` on the pairs of a benchmark batch, timed from inside. TRL comes with the extra `trl`."""
 
 import statistics
 import time
@@ -20,7 +20,7 @@ from massdpo.tensors import Batch
 
 
 class _Stopwatch(TrainerCallback):
-    """Seconds between the begin and the end of each step: no set-up, no data loading."""
+    """Seconds from the beginning to the end of each step, without set-up and data loading."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -35,7 +35,7 @@ class _Stopwatch(TrainerCallback):
 
 
 def trl_trainer(model: PreTrainedModel, batch: Batch, beta: float, steps: int, folder: Path) -> Callable[[], float]:
-    """Something that trains for `steps` steps and returns the median seconds of one, the first left out."""
+    """A function that trains for `steps` steps and returns the median seconds per step, leaving out the first."""
     vocabulary = model.config.vocab_size
     words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w0"))
     words.pre_tokenizer = WhitespaceSplit()

@@ -38,13 +38,13 @@ def generate_split(
     """The policy's answers to the prompts of a split, in its order; every process gets the whole."""
     accelerator = splits.accelerator
     model: PreTrainedModel = accelerator.unwrap_model(scorer).causal_lm
-    pad_id = cast(int, tokenizer.pad_token_id)
+    pad_id, context = cast(int, tokenizer.pad_token_id), model.config.get_text_config().max_position_embeddings
     parts = []
     with greedy_settings(model, cast(int, tokenizer.eos_token_id), pad_id), accelerator.autocast():
         for batch in splits.batches(scorer, rows, "generate"):
             numbers = batch.index_B.tolist()
             batches = [batch]
-            if batch.prompt_ids_BP.shape[1] + batch.response_ids_BCT.shape[2] > _context(model):
+            if batch.prompt_ids_BP.shape[1] + batch.response_ids_BCT.shape[2] > context:
                 batches = [collate([(row, rows[row])], pad_id).to(accelerator.device) for row in numbers]  # each fits
             free = [ids for part in batches for ids in decode(model, part)]
             constrained = [ids for part in batches for ids in decode(model, part, constrained=True)]
@@ -134,8 +134,3 @@ def _trie(ids_CT: Tensor, mask_CT: Tensor) -> Trie:
         for token in ids_T[mask_T].tolist():
             place = place.setdefault(token, {})
     return root
-
-
-def _context(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for."""
-    return model.config.get_text_config().max_position_embeddings

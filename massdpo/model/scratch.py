@@ -12,7 +12,6 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -56,8 +55,15 @@ class TinyModel:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model with weights drawn from `seed` (float32, on the CPU) and the tokenizer learned from `texts`."""
         tokenizer = self.tokenizer(texts, cache, texts_key)
-        with seeded(keyed_seed(seed, "weights")):
-            model = _from_config(self.model_config(tokenizer))
+        ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL}
+        try:
+            config = AutoConfig.for_model(**{**self.options, **ids, "vocab_size": len(tokenizer)})
+            with seeded(keyed_seed(seed, "weights")):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention(config), dtype=torch.float32, trust_remote_code=False
+                )
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise UserError(f"model.config: {one_line(error)}") from error
         disable_dropout(model)
         return model, tokenizer
 
@@ -84,14 +90,6 @@ class TinyModel:
         key = digest("byte-level BPE", how, texts_key)
         return PreTrainedTokenizerFast.from_pretrained(cache.folder("tokenizer", key, build))
 
-    def model_config(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-        ids = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in SPECIAL}
-        options = {**self.options, **ids, "vocab_size": len(tokenizer)}
-        try:
-            return AutoConfig.for_model(**options)
-        except (StrictDataclassError, ValueError, TypeError) as error:
-            raise UserError(f"model.config: {one_line(error)}") from error
-
 
 def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens; any text survives encoding and decoding; BOS comes first."""
@@ -110,15 +108,6 @@ def learn_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, bpe.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **SPECIAL)
-
-
-def _from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention(config), dtype=torch.float32, trust_remote_code=False
-        )
-    except ValueError as error:
-        raise UserError(f"model.config: {one_line(error)}") from error
 
 
 def _first_bytes(texts: Iterable[str], limit: int) -> tuple[list[str], int]:

@@ -187,12 +187,7 @@ def load_start(folder: Path, config: DictConfig) -> nn.Module:
 
 
 def reference_scores(
-    config: DictConfig,
-    data: Data,
-    start: Path,
-    scorer: PreferenceScorer,
-    cache: Cache,
-    score: SplitScorer,
+    config: DictConfig, data: Data, start: Path, scorer: PreferenceScorer, cache: Cache, score: SplitScorer
 ) -> dict[str, SplitScores]:
     """Log-probs of every split under the policy that the preference stage starts from, the one in the folder `start`.
 

@@ -22,7 +22,7 @@ def candidate_gram(pool: PoolStatistics, features: str) -> Tensor:
         return pool.scores.gram_BCC.double()
     if pool.mask_BN.shape[1] > logdet.limits.DENSE_POOL:
         raise UserError(
-            f"this selector needs all inner products, a pool of {pool.mask_BN.shape[1]:,} is above its limit of "
+            f"this selector needs all inner products, and a pool of {pool.mask_BN.shape[1]:,} is above its limit of "
             f"{logdet.limits.DENSE_POOL:,}: use selector=mass with variant=centered or relative and solver=greedy"
         )
     assert pool.scores.features_BCD is not None, "the scorer was built with the selector's `features`"

@@ -42,7 +42,7 @@ def of_draws_from_the_top(value_BC: Tensor, mask_BC: Tensor, picks: Picks, top: 
     Infinite for a pick where the chosen one would not have been among the largest: seen there, it was sure to win.
     """
     _, _, taken_BC = _members(value_BC, mask_BC, picks)
-    column_BJ1 = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))[..., None]
+    column_BJ1 = picks.column_BC[..., None]
     others_BJC = mask_BC[:, None].expand(-1, column_BJ1.shape[1], -1).scatter(2, column_BJ1, False)
     drawn_BJC = taken_BC[:, None] & others_BJC
     value_BJC = value_BC[:, None].expand_as(others_BJC).masked_fill(~others_BJC, -torch.inf)
@@ -61,7 +61,7 @@ def of_draws_from_the_top(value_BC: Tensor, mask_BC: Tensor, picks: Picks, top: 
 
 def _members(value_BC: Tensor, mask_BC: Tensor, picks: Picks) -> tuple[Tensor, Tensor, Tensor]:
     """Values of D, which of them are real, and where D lies among the candidates."""
-    column_BJ = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))
+    column_BJ = picks.column_BC
     real_BJ = torch.nn.functional.pad(picks.mask_BK, (1, 0), value=True)
     return value_BC.gather(1, column_BJ), real_BJ, members(column_BJ, real_BJ, mask_BC.shape[1])
 

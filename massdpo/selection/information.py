@@ -48,7 +48,7 @@ class Mass(PickK):
         self.ridge, self.ridge_relative, self.solver = ridge, ridge_relative, solver
 
     def pick(self, pool: PoolStatistics) -> Picks:
-        large = pool.mask_BN.shape[1] > logdet.limits.DENSE_POOL
+        large = pool.mask_BN.shape[1] > logdet.limits.DENSE_POOL and self.solver == "greedy"
         if large and self.features != "head" and self.variant != "subset_fisher":
             selection = self._select_from_vectors(pool)
         else:

@@ -19,7 +19,7 @@ from massdpo.errors import UserError
 from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
-from massdpo.training.picks import Made, PickLog, noise, picked, reasons, unscored
+from massdpo.training.picks import Made, PickLog, noise, reasons, unscored
 from massdpo.training.remembered import Remembered
 from massdpo.training.stage import Objective
 
@@ -100,7 +100,7 @@ class Preference(Objective):
             self.seconds["select"] += time.perf_counter() - started
             scored = scorer(batch.take(picks))
         scores = scored.scores
-        rewards_BC = self.beta * (scores.logp_BC - picked(self._reference(batch), picks))
+        rewards_BC = self.beta * (scores.logp_BC - self._reference(batch).gather(1, picks.column_BC))
         if self.refresh == "step" and not self.selector.needs_scores:  # nobody knew them when it picked
             self._own[-1].known["reward"] = rewards_BC[:, 1:].detach()
         loss_B = self._compare(rewards_BC, scores, picks)

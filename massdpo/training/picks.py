@@ -61,11 +61,6 @@ def rounded(values: Tensor) -> Any:
     return [round(value, 6) for value in values.tolist()]
 
 
-def picked(value_BC: Tensor, picks: Picks) -> Tensor:
-    """The columns of the chosen response and the picks, `(B, 1 + K)`."""
-    return torch.cat([value_BC[:, :1], value_BC[:, 1:].gather(1, picks.index_BK)], dim=1)
-
-
 def unscored(batch: Batch) -> Scores:
     """What a selector that needs no scores is given: which candidates there are, and zeros."""
     zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)

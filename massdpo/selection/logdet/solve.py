@@ -6,7 +6,6 @@ Suffixes: B prompts, N pool negatives, K selected, D features.
 import torch
 from torch import Tensor
 
-from massdpo.errors import UserError
 from massdpo.selection.logdet import limits
 from massdpo.selection.logdet.arguments import check_exact, factor, selectable
 from massdpo.selection.logdet.design import inner_products
@@ -34,16 +33,10 @@ def select_logdet(
     single exchanges, `exact` enumerates up to EXACT_LIMIT subsets. `resolution` is the relative precision of the inner
     products: of candidates that gain alike within it, the first is taken.
     `certify=False` leaves the upper bound out.
-    Raises UserError for too many candidates: for `exact`, or for any solver but `greedy`.
+    Raises UserError for too many subsets for `exact`.
     """
-    pool = vectors_BND.shape[1]
-    if pool <= limits.DENSE_POOL:
+    if vectors_BND.shape[1] <= limits.DENSE_POOL or solver != "greedy":
         return select_logdet_gram(inner_products(vectors_BND), k, ridge, scale, mask_BN, solver, certify, resolution)
-    if solver != "greedy":
-        raise UserError(
-            f"solver={solver} needs all inner products, a pool of {pool:,} is above its limit of "
-            f"{limits.DENSE_POOL:,}: use solver=greedy"
-        )
     factor_B = factor(ridge, scale, vectors_BND)
     vectors = vectors_BND.double()
 

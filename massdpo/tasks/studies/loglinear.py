@@ -116,7 +116,7 @@ class LoglinearWorld:
         return pools.scores.features_BCD.double()
 
     def fits(self, selector: Selector, rounds: Sequence[int], corrected: bool = False) -> list[Tensor]:
-        """Select with the policy there is, fit, and so on: theta after each of these numbers of rounds."""
+        """Select with the current policy, fit, and repeat: theta after each of these numbers of rounds."""
         theta_D = torch.zeros_like(self.theta_D)
         after = {}
         for turn in range(1, max(rounds) + 1):
@@ -124,8 +124,7 @@ class LoglinearWorld:
             noise = torch.Generator().manual_seed(keyed_seed("selection", self.seed, turn))
             noise_BN = torch.rand(logits_BC[:, 1:].shape, generator=noise)
             picks = selector(pools_of(self.features_BCD.float(), logits_BC, noise_BN, beta=1.0))
-            columns_BC = torch.nn.functional.pad(picks.index_BK + 1, (1, 0))
-            chosen_BCD = self.features_BCD.gather(1, columns_BC[..., None].expand(-1, -1, len(theta_D)))
+            chosen_BCD = self.features_BCD.gather(1, picks.column_BC[..., None].expand(-1, -1, len(theta_D)))
             offset_BC = None
             if corrected:
                 assert picks.log_inclusion_BK is not None

@@ -29,7 +29,7 @@ def optimality(
 ) -> pd.DataFrame:
     """Compare the solvers on random pools of clustered features with random rewards, in the design of `selector=mass`.
 
-    `ridges` are relative, as its default is; `random` picks are there as the other end. Returns the table.
+    `ridges` are relative, like its default; `random` picks mark the other end. Returns the table.
     """
     axes = ["ridge", "N", "k", "solver"]
     parts = []

@@ -1,4 +1,4 @@
-"""How a study is written down: means with intervals, panels, and the files `<study>.csv`, `.md`, `.png` and `.svg`."""
+"""How a study is published: means with intervals, panels, and the files `<study>.csv`, `.md`, `.png` and `.svg`."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What does selecting again once, every epoch or every step gain, and what does it cost?"""
+"""What does it gain to select once, every epoch or every step, and what does it cost?"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
