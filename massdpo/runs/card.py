@@ -105,7 +105,7 @@ def _summary(config: Mapping[str, Any], sizes: Mapping[str, int], dequantised_fr
     }
     preference = {
         "preference stage": stages["preference"],
-        "negatives trained on": f"`{config['choices']['selector']}`{k}; selected again: {config['refresh']}",
+        "negatives trained on": f"`{config['choices']['selector']}`{k}; `refresh={config['refresh']}`",
         "loss": f"`{config['choices']['loss']}`, beta = {config['beta']:g}",
     }
     return {
@@ -185,4 +185,4 @@ answer = tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_t
 print(answer)
 ```
 
-Scores of given candidates, with massdpo: `python run.py task=rank policy=FOLDER in=FILE out=FILE`."""
+To score given candidates with massdpo: `python run.py task=rank policy=FOLDER in=FILE out=FILE`."""

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from filelock import FileLock
 from omegaconf import DictConfig
 
 from massdpo.config import EXPECTED, run_name, without_secrets
 from massdpo.console import screen
 from massdpo.errors import UserError
-from massdpo.store import acquire, digest, mapping_in, remove_unfinished, set_aside, write_json, writing
+from massdpo.store import digest, locked, mapping_in, remove_unfinished, set_aside, write_json, writing
 
 Parts = Mapping[str, str]  # what decides the run, by name; see provenance.py
 CHECKPOINTS = "checkpoints"  # in a run's folder until the run is finished
@@ -48,22 +47,10 @@ def alone(
 def holding(folder: Path, accelerator: Accelerator) -> Iterator[None]:
     """Hold the run's folder: a second run of the same config waits. The lock ends with the process that holds it."""
 
-    @contextmanager
-    def lock(meanwhile: Callable[[], object]) -> Iterator[None]:
-        with writing(folder, "set runs_dir"):
-            folder.mkdir(parents=True, exist_ok=True)
-            held = FileLock(folder / ".lock")
-            acquire(
-                held,
-                lambda: f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting",
-                meanwhile,
-            )
-        try:
-            yield
-        finally:
-            held.release()
+    def waiting() -> str:
+        return f"{folder} is being computed by process {status(folder).get('pid', '?')}: waiting"
 
-    with alone(accelerator, lock):
+    with alone(accelerator, lambda meanwhile: locked(folder / ".lock", "set runs_dir", waiting, meanwhile)):
         yield
 
 

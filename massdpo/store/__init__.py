@@ -6,9 +6,9 @@ from massdpo.store.files import mapping_in, plain_yaml, replacing, write_json, w
 from massdpo.store.folders import (
     MANIFEST,
     Cache,
-    acquire,
     build_folder,
     is_whole,
+    locked,
     remove_unfinished,
     set_aside,
 )

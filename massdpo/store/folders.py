@@ -26,25 +26,36 @@ MANIFEST = "manifest.json"
 UNFINISHED = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}(?P<old>\.old)?")  # the names that `name_beside` makes
 
 
-def acquire(lock: FileLock, waiting: Callable[[], str], meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Take the lock, however long it takes; after a second, print what is waited for, unless this job itself has it.
+@contextmanager
+def locked(
+    file: Path, remedy: str, waiting: Callable[[], str], meanwhile: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Hold the lock `file`, however long it takes to get it. It ends with its process, however that ends.
 
-    `meanwhile` is called every few seconds of the wait.
+    After a second, print what is waited for, unless this job itself has it; `meanwhile` is called every few seconds.
+
+    Raises:
+        UserError: the lock cannot be written; `remedy` says what would help.
     """
-    holder = Path(lock.lock_file)
     # torchrun starts the processes of one job side by side
     job = f"{socket.gethostname()} {os.getppid() if 'RANK' in os.environ else os.getpid()}"
-    timeout = 1
-    while not lock.is_locked:
-        try:
-            lock.acquire(timeout=timeout)
-        except Timeout:
-            if timeout == 1 and holder.read_text(encoding="utf-8") != job:
-                print(waiting(), file=sys.stderr)
-            timeout = 5
-            meanwhile()
-    with suppress(OSError):  # some systems do not let a locked file be written
-        holder.write_text(job, encoding="utf-8")
+    lock, timeout = FileLock(file), 1
+    with writing(file.parent, remedy):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=timeout)
+            except Timeout:
+                if timeout == 1 and file.read_text(encoding="utf-8") != job:
+                    print(waiting(), file=sys.stderr)
+                timeout = 5
+                meanwhile()
+        with suppress(OSError):  # some systems do not let a locked file be written
+            file.write_text(job, encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Cache:
@@ -79,15 +90,10 @@ class Cache:
     def lock(self, kind: str, key: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
         """Let others wait while the folder for `key` is built. The lock ends with its process, however that ends."""
         place = self.path(kind, key)
-        with writing(self.root, "set cache_dir"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{place}.lock")
-            acquire(lock, lambda: f"another job is computing {place}: waiting for it", meanwhile)
-        try:
+        waiting = f"another job is computing {place}: waiting for it"
+        with locked(Path(f"{place}.lock"), "set cache_dir", lambda: waiting, meanwhile):
             remove_unfinished(place.parent, f"{key}.")
             yield
-        finally:
-            lock.release()
 
     def believes(self, kind: str, key: str) -> bool:
         """Is the folder there and whole, and need not be computed again?"""
