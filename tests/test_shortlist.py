@@ -1,7 +1,12 @@
 """`selector.screen`: what is scored of a pool, what it costs in log-det, and that nothing else changes."""
 
+from collections.abc import Callable
+from functools import partialmethod
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from massdpo.data.batches import collate
 from massdpo.data.tokens import TokenizedExample
@@ -102,3 +107,26 @@ def test_what_a_shortlist_costs_in_log_det(screen: int, least: float) -> None:
         shares.append(float((ours_B / best_B).mean()))
         objective._remembered.saw(batch.index_B, *objective._own[-1].seen)
     assert sum(shares) / 24 > least
+
+
+def test_a_step_with_selection_waits_for_the_device_six_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every read of a tensor's value would make a GPU idle: two for the rows, one each for noise, checks and picks."""
+    training = Training(rows_of(4, 6), None, rate=0.1)
+    reads = 0
+
+    def counted(self: torch.Tensor, *given: Any, read: Callable[..., Any]) -> Any:
+        nonlocal reads
+        reads += self.dim() > 0  # numbers come from single elements, which are counted below
+        return read(self, *given)
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+            nonlocal reads
+            reads += function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal")
+            return function(*given, **(options or {}))
+
+    for name in ("tolist", "cpu"):
+        monkeypatch.setattr(torch.Tensor, name, partialmethod(counted, read=getattr(torch.Tensor, name)))
+    with Counting():
+        training.objective.loss(training.scorer, training.batch, 1, observe=False)
+    assert 0 < reads <= 6

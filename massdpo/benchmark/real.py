@@ -107,11 +107,7 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
 
 
 def run(
-    out: Path,
-    model: str = "smollm2_135m_q4",
-    short: list[Setting] = SHORT,
-    long: list[Setting] = LONG,
-    rounds: int = 5,
+    out: Path, model: str = "smollm2_135m_q4", short: list[Setting] = SHORT, long: list[Setting] = LONG, rounds: int = 5
 ) -> None:
     """Measure everything and write `real.json` and `real.md` into `out`, again after each setting.
 

@@ -29,7 +29,7 @@ from massdpo.console import patiently, summary_table
 from massdpo.errors import UserError
 from massdpo.store import mapping_in, write_json, write_text
 
-TOLD = ("accuracy", "mrr", "reward_accuracy", "margin", "train_seconds")  # means over seeds, in the table at the end
+MEANS = ("accuracy", "mrr", "reward_accuracy", "margin", "train_seconds")  # means over seeds, in the table at the end
 METRICS = "metrics.json"  # in a run's folder
 BEST = "optimization_results.yaml"  # the result of a sweeper that searches, in Hydra's folder
 
@@ -74,15 +74,15 @@ class NoteExpected(Callback):
         if config.hydra.mode != RunMode.MULTIRUN or int(os.environ.get("RANK", 0)) > 0:
             return
         failed, run = isinstance(job_return._return_value, BaseException), job_return.cfg  # the property raises it
-        told = "failed" if failed else f"{time.time() - self.began:.0f} s"
+        outcome = "failed" if failed else f"{time.time() - self.began:.0f} s"
         if not failed and run is not None and run.task == "train":
             file = Path(run.runs_dir) / run.sweep / (run.name or run_name(run)) / METRICS
-            told = told if file.stat().st_mtime >= self.began else "finished before"
+            outcome = outcome if file.stat().st_mtime >= self.began else "finished before"
             # a search must not see the test split
             metric = f"val/{run.trainer.keep_metric}" if _searches(config) else "accuracy"
-            told = f"{metric} {mapping_in(file)[metric]:.3f}, {told}"
+            outcome = f"{metric} {mapping_in(file)[metric]:.3f}, {outcome}"
         label = self._label(config.hydra.overrides.task)
-        print(f"job {config.hydra.job.num + 1} of {self.jobs}: {', '.join(filter(None, [label, told]))}", flush=True)
+        print(f"job {config.hydra.job.num + 1} of {self.jobs}: {', '.join(filter(None, [label, outcome]))}", flush=True)
 
     def tell_end(self, config: DictConfig, began: float) -> None:
         """Print a table of the finished runs (means over seeds), the failed jobs, and the command of a full report."""
@@ -93,11 +93,11 @@ class NoteExpected(Callback):
             status = mapping_in(Path(folder) / "status.json")
             if status.get("status") == "failed":
                 failed.append(f"failed: {self._label(words)}: {status.get('why')}")
-            elif set(TOLD) <= (metrics := mapping_in(Path(folder) / METRICS)).keys():
+            elif set(MEANS) <= (metrics := mapping_in(Path(folder) / METRICS)).keys():
                 label = self._label(word for word in words if not word.startswith("seed="))
                 found.setdefault(label, []).append(metrics)
         rows = [
-            {"job": label, "runs": len(runs)} | {name: sum(run[name] for run in runs) / len(runs) for name in TOLD}
+            {"job": label, "runs": len(runs)} | {name: sum(run[name] for run in runs) / len(runs) for name in MEANS}
             for label, runs in found.items()
         ]
         if rows:
@@ -157,7 +157,6 @@ def runs_of(config: DictConfig, jobs: list[list[str]]) -> dict[Path, dict[str, A
             if not RULES[key].holds(composed[key]):
                 raise UserError(f"{key}={composed[key]}: {RULES[key].allowed}")  # before anything is written there
         if composed.task == "train":
-            told = without_secrets({"job": shlex.join(job), "command": command})
-            run = {**told, "config": resolved(composed)}
+            run = without_secrets({"job": shlex.join(job), "command": command}) | {"config": resolved(composed)}
             expected.setdefault(Path(composed.runs_dir) / composed.sweep, {})[composed.name or run_name(composed)] = run
     return expected

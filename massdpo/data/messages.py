@@ -25,8 +25,8 @@ def is_message(value: Any) -> bool:
     return isinstance(value, dict) and ({"role", "content"} <= value.keys() or {"from", "value"} <= value.keys())
 
 
-def checked_messages(where: str, name: str, value: Any, told: Counter[str]) -> Messages:
-    """The messages in the field `name`, each with a role and a content that is not blank; `told` counts changes.
+def checked_messages(where: str, name: str, value: Any, counts: Counter[str]) -> Messages:
+    """The messages in the field `name`, each with a role and a content that is not blank; `counts` counts changes.
 
     Raises:
         UserError: it is not a list of messages, or one of them has an unknown role, no text, or something besides text.
@@ -35,10 +35,10 @@ def checked_messages(where: str, name: str, value: Any, told: Counter[str]) -> M
         value = [value]
     if not isinstance(value, list) or not value:
         raise UserError(f'{where}: "{name}" must be a text or a list of messages, found {found(value)}')
-    return [_checked(where, name, message, told) for message in value]
+    return [_checked(where, name, message, counts) for message in value]
 
 
-def _checked(where: str, name: str, message: Any, told: Counter[str]) -> dict[str, str]:
+def _checked(where: str, name: str, message: Any, counts: Counter[str]) -> dict[str, str]:
     if not is_message(message):
         raise UserError(f'{where}: "{name}" has a message without the texts "role" and "content": {found(message)}')
     role, content = (message["role"], message["content"]) if "role" in message else (message["from"], message["value"])
@@ -48,7 +48,7 @@ def _checked(where: str, name: str, message: Any, told: Counter[str]) -> dict[st
         raise UserError(
             f'{where}: "{name}" has a message with the unknown role {given!r}: use {", ".join(sorted(ROLES))}'
         )
-    told["roles_renamed"] += given == "developer"
+    counts["roles_renamed"] += given == "developer"
     if isinstance(content, list):
         content = "".join(_part(where, name, part) for part in content)
     calls = bool(message.get("tool_calls") or message.get("function_call"))
@@ -56,7 +56,7 @@ def _checked(where: str, name: str, message: Any, told: Counter[str]) -> dict[st
         raise UserError(
             f'{where}: "{name}" has a message that only calls a tool (its content is null): a text is needed'
         )
-    told["tool_calls_dropped"] += calls
+    counts["tool_calls_dropped"] += calls
     if not isinstance(content, str):
         raise UserError(f'{where}: "{name}" has a message whose content is not a text: {found(content)}')
     if not content.strip():

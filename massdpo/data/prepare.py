@@ -19,7 +19,7 @@ from massdpo.data.schema import Splits
 from massdpo.data.stored import StoredExamples, Subset
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
-TOLD = {
+SHOWN = {
     "equal_times": "equal times",
     "rating_is_ignored": "a column of ratings is ignored",
     "separator": "columns are separated (dataset.separator) by",
@@ -98,7 +98,7 @@ def _loaded(source: Any, node: Mapping[str, Any]) -> Splits:
 def _notes(name: str, report: dict[str, Any]) -> list[str]:
     """What a user should know about the data, whether it is prepared now or was found in the cache."""
     notes = [f"note: {name}: {split} is {report[f'{split}_is']}" for split in SPLITS if f"{split}_is" in report]
-    notes += [f"note: {name}: {text}: {report[key]}" for key, text in TOLD.items() if key in report]
+    notes += [f"note: {name}: {text}: {report[key]}" for key, text in SHOWN.items() if key in report]
     if count := report.get("bad_rows_skipped"):
         notes.append(f"warning: {name}: {count} rows skipped, the first: {report['first_bad_row']}")
     return notes + [f"note: {name}: {note}" for note in report.get("notes", [])]

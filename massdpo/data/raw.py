@@ -201,8 +201,8 @@ class Source:
             raise UserError(
                 f"{root} holds no file of rows: JSON, JSON Lines, CSV, TSV, Parquet, Arrow, or what save_to_disk wrote"
             )
-        told = {WORDS[word[1]] for name in parts if (word := WORD.search(name.lower()))}
-        return {name or ("(no split)" if "train" in told else "train"): files for name, files in parts.items()}
+        named = {WORDS[word[1]] for name in parts if (word := WORD.search(name.lower()))}
+        return {name or ("(no split)" if "train" in named else "train"): files for name, files in parts.items()}
 
 
 def _split_name(file: Path) -> str:

@@ -48,10 +48,7 @@ class PreferenceScorer(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        features: str | None = None,
-        layout: Literal["auto", "packed", "repeated"] = "auto",
+        self, model: nn.Module, features: str | None = None, layout: Literal["auto", "packed", "repeated"] = "auto"
     ) -> None:
         super().__init__()
         self.model = model

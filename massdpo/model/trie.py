@@ -103,9 +103,7 @@ class Catalogue:
             yield (
                 index_N,
                 replace(
-                    batch,
-                    response_ids_BCT=ids_NT.expand(size, -1, -1),
-                    response_mask_BCT=mask_NT.expand(size, -1, -1),
+                    batch, response_ids_BCT=ids_NT.expand(size, -1, -1), response_mask_BCT=mask_NT.expand(size, -1, -1)
                 ),
             )
 

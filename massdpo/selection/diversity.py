@@ -29,12 +29,7 @@ class Dpp(Mass):
     """
 
     def __init__(
-        self,
-        k: int,
-        features: str = "mean",
-        normalize: bool = True,
-        ridge: float = 1.0,
-        short_pool: str = "error",
+        self, k: int, features: str = "mean", normalize: bool = True, ridge: float = 1.0, short_pool: str = "error"
     ):
         super().__init__(k, "centered", features, normalize, ridge, True, "greedy", short_pool)
 

@@ -87,7 +87,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 # How Rust (safetensors, tokenizers), NumPy and PyTorch say that a disk is full.
-TOLD_OTHERWISE = re.compile(r"\(os error (\d+)\)|requested and \d+ written|inline_container")
+SAYS_FULL = re.compile(r"\(os error (\d+)\)|requested and \d+ written|inline_container")
 
 
 @contextmanager
@@ -109,6 +109,6 @@ def _why_not_written(error: Exception, place: Path) -> str | None:
         there, asked = os.path.abspath(place), os.path.abspath(error.filename or "/dev/null")
         ours = asked.startswith(there) or there.startswith(asked)
         return error.strerror if ours or error.errno in FULL else None
-    if not (found := TOLD_OTHERWISE.search(str(error))):
+    if not (found := SAYS_FULL.search(str(error))):
         return None
     return os.strerror(int(found[1])) if found[1] else "a write was cut short"

@@ -34,12 +34,7 @@ TOLD = ("accuracy", "mrr", "margin")  # of the validation split, printed at each
 
 
 def fit(
-    stage: Stage,
-    scorer: nn.Module,
-    options: DictConfig,
-    accelerator: Accelerator,
-    history: History,
-    tracker: Tracker,
+    stage: Stage, scorer: nn.Module, options: DictConfig, accelerator: Accelerator, history: History, tracker: Tracker
 ) -> tuple[nn.Module, Position]:
     """Train `scorer` (prepared here) on a stage, from its newest checkpoint where there is one.
 

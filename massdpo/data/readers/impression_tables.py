@@ -65,10 +65,10 @@ class ImpressionTables(TableOptions):
         columns: Columns,
         titles: Mapping[str, str] | None,
         timed: bool,
-        told: Counter[str],
+        counts: Counter[str],
         bad: BadRows,
     ) -> Iterator[Impression]:
-        """Every row of `files`. Without `titles`, items are their own; else `told` counts the items that have none.
+        """Every row of `files`. Without `titles`, items are their own; else `counts` counts the items that have none.
 
         A row that cannot be read, or lacks a time where `timed`, is handed to `bad`.
         """
@@ -79,7 +79,7 @@ class ImpressionTables(TableOptions):
                 try:
                     parts = needed(columns, where, row, ("history", "shown"))
                     lists = self._lists(where, parts, by_column="clicked" in columns.mapped)
-                    history, shown, clicked = (self._titled(where, items, titles, told) for items in lists)
+                    history, shown, clicked = (self._titled(where, items, titles, counts) for items in lists)
                     user = cell(where, "user", parts["user"]) if "user" in parts else None
                     time = times.of(where, parts.get("time"), 0) if timed else None
                     if timed and not times.timed:
@@ -112,20 +112,22 @@ class ImpressionTables(TableOptions):
             return []
         return [cell(where, part, item) for item in (value if isinstance(value, list) else [value])]
 
-    def _titled(self, where: str, items: list[str], titles: Mapping[str, str] | None, told: Counter[str]) -> list[str]:
+    def _titled(
+        self, where: str, items: list[str], titles: Mapping[str, str] | None, counts: Counter[str]
+    ) -> list[str]:
         if titles is None:
             return items
         found = [self.title_of(where, item, titles.get(item)) for item in items]
-        told["without_title"] += found.count("")
+        counts["without_title"] += found.count("")
         return [title for title in found if title]
 
-    def _mind_header(self, file: Path, telling: str) -> list[str] | None:
-        """The columns of one of MIND's files; None for others, and where the first line names the `telling` column."""
+    def _mind_header(self, file: Path, column: str) -> list[str] | None:
+        """The columns of one of MIND's files; None for others, and where the first line names the `column` column."""
         name = file.name.split(".")[0]
         if name not in MIND or suffix_of(file) != ".tsv":
             return None
         _, line = next(read_lines(file, encoding=self.encoding))
-        known = {*(USUAL | USUAL_TABLES)[telling], str(self.columns.get(telling)).lower()}
+        known = {*(USUAL | USUAL_TABLES)[column], str(self.columns.get(column)).lower()}
         return None if known & set(line.lower().split("\t")) else list(MIND[name])
 
 

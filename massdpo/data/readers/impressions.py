@@ -28,7 +28,7 @@ from massdpo.store import keyed_seed
 
 HELD_OUT = 0.1  # of the users, or of the impressions (the latest), for each split that has no file of its own
 
-TOLD = {
+NOTES = {
     "several_clicks": "{} impressions have several clicks: an example for each, none the other's negative",
     "without_click": "{} impressions without a click were left out",
     "short_history": "{} impressions whose history is shorter than dataset.min_history were left out",
@@ -80,23 +80,23 @@ class Impressions(ImpressionTables, Prompting):
     def load(self) -> Splits:
         """Raises UserError for a missing or damaged file, a row that cannot be read, or a split without examples."""
         files, about_items = self._files
-        bad, told, columns = BadRows(self.bad_rows), Counter[str](), Columns(USUAL, self.columns_given(tuple(USUAL)))
+        bad, counts, columns = BadRows(self.bad_rows), Counter[str](), Columns(USUAL, self.columns_given(tuple(USUAL)))
         titles = self.titles_in(about_items, bad) if about_items else None
         given: dict[str, StoredExamples] = {}
         keys: dict[str, np.ndarray[Any, Any]] = {}
         for split, tables in files.items():
-            impressions = self.impressions(tables, columns, titles, self.split == "time", told, bad)
-            given[split], keys[split] = spooled(self._examples(impressions, told))
+            impressions = self.impressions(tables, columns, titles, self.split == "time", counts, bad)
+            given[split], keys[split] = spooled(self._examples(impressions, counts))
         rows = {split: np.arange(len(each)) for split, each in keys.items()}
         rows |= self._held_out(keys["train"], [split for split in SPLITS if split not in given])
-        told["without_file_of_titles"] = 0 if about_items else told["impressions"]
-        notes = [text.format(told[name]) for name, text in TOLD.items() if told[name]]
+        counts["without_file_of_titles"] = 0 if about_items else counts["impressions"]
+        notes = [text.format(counts[name]) for name, text in NOTES.items() if counts[name]]
         for split in SPLITS:
             if not len(rows[split]):
                 raise UserError(f"{self.path}: no example for the split {split!r}: {'; '.join(notes) or 'too few'}")
         train, val, test = (NumberedSplit(given.get(split, given["train"]), rows[split], split) for split in SPLITS)
-        counts = {f"{split}_rows": len(rows[split]) for split in SPLITS} | dict(+told) | bad.report()
-        return Splits(train, val, test, columns.report() | counts | {"notes": notes})
+        report = {f"{split}_rows": len(rows[split]) for split in SPLITS} | dict(+counts) | bad.report()
+        return Splits(train, val, test, columns.report() | report | {"notes": notes})
 
     def _held_out(self, keys: np.ndarray[Any, Any], missing: list[str]) -> dict[str, Ints]:
         """The rows of train and of the `missing` splits: by time, or whole users in seeded order."""
@@ -111,32 +111,32 @@ class Impressions(ImpressionTables, Prompting):
         return {split: np.flatnonzero(part == number) for number, split in enumerate(["train", *missing])}
 
     def _examples(
-        self, impressions: Iterator[Impression], told: Counter[str]
+        self, impressions: Iterator[Impression], counts: Counter[str]
     ) -> Iterator[tuple[float, PreferenceExample]]:
         """The examples of all clicks, each with its time, or else a number of its user (or history)."""
         for impression in impressions:
-            told["impressions"] += 1
+            counts["impressions"] += 1
             user = keyed_seed("user", impression.user or repr(impression.history))
-            for example in self._of_impression(impression, told):
+            for example in self._of_impression(impression, counts):
                 yield user if impression.time is None else impression.time, example
 
-    def _of_impression(self, impression: Impression, told: Counter[str]) -> list[PreferenceExample]:
+    def _of_impression(self, impression: Impression, counts: Counter[str]) -> list[PreferenceExample]:
         """One example per click, all with the same pool, in which titles that a reader would call equal are merged."""
         clicked = {normalise(title): title for title in impression.clicked}
         shown = {normalise(title): title for title in impression.shown}
         negatives = [title for key, title in shown.items() if key not in clicked]
-        told["titles_shown_again"] += len(impression.shown) - len(shown)
-        told["clicks_not_shown"] += len(clicked.keys() - shown.keys())
-        told["without_click"] += not clicked
+        counts["titles_shown_again"] += len(impression.shown) - len(shown)
+        counts["clicks_not_shown"] += len(clicked.keys() - shown.keys())
+        counts["without_click"] += not clicked
         if not clicked:
             return []
         if len(impression.history) < self.min_history:
-            told["short_history"] += 1
+            counts["short_history"] += 1
             return []
         if not negatives:
-            told["clicks_without_negative"] += len(clicked)
+            counts["clicks_without_negative"] += len(clicked)
             return []
-        told["several_clicks"] += len(clicked) > 1
+        counts["several_clicks"] += len(clicked) > 1
         return [self._example(impression, chosen, negatives) for chosen in clicked.values()]
 
     def _example(self, impression: Impression, chosen: str, negatives: list[str]) -> PreferenceExample:

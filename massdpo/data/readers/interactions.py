@@ -88,8 +88,8 @@ class Interactions:
             neighbours = user_E[1:] == user_E[:-1]
             ties, pairs = int((neighbours & (time_E[1:] == time_E[:-1])).sum()), int(neighbours.sum())
             if ties:
-                told = f"{ties} of {pairs} neighbours ({ties / pairs:.0%}): their order is the file's"
-                report = report | {"equal_times": told}
+                order_of_ties = f"{ties} of {pairs} neighbours ({ties / pairs:.0%}): their order is the file's"
+                report = report | {"equal_times": order_of_ties}
         return Log(self.titles, list(self.user_of), user_E, item_E, time_E if timed else None, report=report)
 
 

@@ -38,7 +38,7 @@ class Layout:
 
     `columns` gives the column, or columns, of a part (`NAMES`); other parts are found by their usual names. `ties`: an
     answer as good as the best is left out (drop) or rejected (keep); `min_margin`: an answer is rejected only if its
-    score is that far below the best, or its rank that far behind. `told` counts what was changed or left out.
+    score is that far below the best, or its rank that far behind. `counts` counts what was changed or left out.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Layout:
     ):
         self.columns = Columns(NAMES, columns, several=SEVERAL, optional=("scores", "ranks"))
         self.ties, self.min_margin = ties, min_margin
-        self.told: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def preference(self, where: str, row: Mapping[str, Any]) -> RowParts | None:
         """The row's preference; None where no answer is better than another.
@@ -80,18 +80,18 @@ class Layout:
     def _responses(self, where: str, name: str, value: Any) -> list[Response]:
         """One response or several, each a text or a conversation that ends with it."""
         if is_message(value):
-            return [checked_messages(where, name, value, self.told)]
+            return [checked_messages(where, name, value, self.counts)]
         if not isinstance(value, list):
             return [self._text(where, name, value)]
         if not value:
             raise UserError(f'{where}: "{name}" must be a text or a list of at least one text, found an empty list')
         if all(is_message(each) for each in value):
-            messages = checked_messages(where, name, value, self.told)
+            messages = checked_messages(where, name, value, self.counts)
             if len(messages) > 1 and all(each["role"] == "assistant" for each in messages):
                 return [[each] for each in messages]
             return [messages]
         return [
-            checked_messages(where, label, each, self.told)
+            checked_messages(where, label, each, self.counts)
             if isinstance(each, list) or is_message(each)
             else self._text(where, label, each)
             for label, each in zip(_labels(name, value), value, strict=True)
@@ -101,7 +101,7 @@ class Layout:
         if isinstance(value, str):
             return value
         if isinstance(value, int | float) and not isinstance(value, bool):
-            self.told["numbers_as_text"] += 1
+            self.counts["numbers_as_text"] += 1
             return str(value)
         raise UserError(f'{where}: "{name}" must be a text or messages, found {found(value)}')
 
@@ -112,8 +112,8 @@ class Layout:
         system = self._text(where, "system", parts.get("system", ""))
         before = [{"role": "system", "content": system}] if system.strip() else []
         if isinstance(value, list) or is_message(value):
-            messages = checked_messages(where, "prompt", value, self.told)
-            self.told["inputs_beside_messages_ignored"] += bool(parts.get("context"))
+            messages = checked_messages(where, "prompt", value, self.counts)
+            self.counts["inputs_beside_messages_ignored"] += bool(parts.get("context"))
             if messages[-1]["role"] == "assistant":
                 raise UserError(
                     f'{where}: "prompt" ends with a message of the assistant: the assistant must be next to speak'
@@ -176,7 +176,7 @@ class Layout:
                 answer = next((answer[key] for key in TEXT_KEYS if answer.get(key) is not None), None)
             text = "" if answer is None else self._text(where, f"answers[{place}]", answer)
             if not text.strip() or worth is None:
-                self.told["answers_without_text_or_score"] += 1
+                self.counts["answers_without_text_or_score"] += 1
             else:
                 rated.append((text, worth))
         if not rated:
@@ -187,13 +187,13 @@ class Layout:
             if text == chosen:
                 continue
             if worth == best and self.ties == "drop":
-                self.told["tied_answers_dropped"] += 1
+                self.counts["tied_answers_dropped"] += 1
             elif best - worth < self.min_margin:
-                self.told["answers_within_margin_dropped"] += 1
+                self.counts["answers_within_margin_dropped"] += 1
             else:
                 rejected.append(text)
         if not rejected:
-            self.told["rows_without_a_worse_answer"] += 1
+            self.counts["rows_without_a_worse_answer"] += 1
             return None
         return [chosen], list(rejected)
 
@@ -217,7 +217,7 @@ class Layout:
                 f"{where}: the answers have {shown(answers[0])}, but no score or rank; "
                 "name it with dataset.columns={scores: KEY} or {ranks: KEY}"
             )
-        self.told["rows_ranked_by_order"] += 1
+        self.counts["rows_ranked_by_order"] += 1
         return [-float(place) for place in range(len(answers))]
 
 

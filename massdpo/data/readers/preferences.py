@@ -17,7 +17,7 @@ from massdpo.data.messages import found
 from massdpo.data.raw import SPLITS, BadRows, Source
 from massdpo.data.readers.layouts import Layout, RowParts
 from massdpo.data.readers.located import Located
-from massdpo.data.readers.wording import TOLD
+from massdpo.data.readers.wording import NOTES
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.data.stored import NumberedSplit, StoredExamples, spooled
 from massdpo.errors import UserError
@@ -90,13 +90,13 @@ class Preferences(Located):
         for split in ("val", "test"):
             asked = prompts.get(split, prompts["train"])[rows[split]]
             report[f"{split}_prompts_also_in_train"] = int(np.isin(asked, trained_on).sum())
-        report |= layout.columns.report() | dict(+layout.told) | bad.report()
+        report |= layout.columns.report() | dict(+layout.counts) | bad.report()
         report["notes"] = self._notes(layout)
         return Splits(parts["train"], parts["val"], parts["test"], report)
 
     def _notes(self, layout: Layout) -> list[str]:
         """One line for each kind of thing that was changed or not used."""
-        notes = [text.format(layout.told[name]) for name, text in TOLD.items() if layout.told[name]]
+        notes = [text.format(layout.counts[name]) for name, text in NOTES.items() if layout.counts[name]]
         columns = layout.columns.report()
         if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
             notes.append(f"columns that were ignored: {', '.join(ignored)}; those that were read: {columns['columns']}")
@@ -111,10 +111,10 @@ class Preferences(Located):
         name = split if split in source.splits else next(iter(source.splits))
         named = None
         for where, row in source.rows(name, bad):
-            layout.told[f"{split}_rows_read"] += 1
+            layout.counts[f"{split}_rows_read"] += 1
             try:
                 preference = layout.preference(where, row)
-                examples = self._of_row(where, preference, layout.told) if preference else []
+                examples = self._of_row(where, preference, layout.counts) if preference else []
                 for example in examples:
                     if example.id and (first := seen.setdefault(example.id, where)) != where:
                         raise UserError(
@@ -132,28 +132,28 @@ class Preferences(Located):
                     replace(example, where=source.inside(where)),
                 )
 
-    def _of_row(self, where: str, row: RowParts, told: Counter[str]) -> list[PreferenceExample]:
+    def _of_row(self, where: str, row: RowParts, counts: Counter[str]) -> list[PreferenceExample]:
         """One example per chosen response, each with all rejected ones."""
-        prompt = self._stripped(row.prompt, row.prompt.rstrip(), told)
+        prompt = self._stripped(row.prompt, row.prompt.rstrip(), counts)
         chosen, rejected = (
-            list(dict.fromkeys(self._stripped(text, text.strip(), told) for text in texts))
+            list(dict.fromkeys(self._stripped(text, text.strip(), counts) for text in texts))
             for texts in (row.chosen, row.rejected)
         )
         if both := set(chosen) & set(rejected):
             place = rejected.index(min(both))
             raise UserError(f'{where}: "chosen" is also rejected[{place}]: remove it from there')
-        told["rejected_repeats_dropped"] += len(row.rejected) - len(rejected)
+        counts["rejected_repeats_dropped"] += len(row.rejected) - len(rejected)
         if len(chosen) > 1:
             if self.several_chosen == "error":
                 raise UserError(
                     f"{where}: {len(chosen)} chosen responses; dataset.several_chosen=each makes one example of each"
                 )
-            told["rows_with_several_chosen"] += 1
+            counts["rows_with_several_chosen"] += 1
         identity = row.id
         if isinstance(identity, bool) or not isinstance(identity, str | int | None):
             raise UserError(f'{where}: "id" must be a text or a whole number, found {found(identity)}')
         name = "" if identity is None else str(identity)
-        slate = self._given_slate(where, row.candidates, {*chosen, *rejected}, told)
+        slate = self._given_slate(where, row.candidates, {*chosen, *rejected}, counts)
         meta = {"messages": row.messages} if row.messages else {}
         return [
             PreferenceExample(
@@ -168,18 +168,18 @@ class Preferences(Located):
             for number, text in enumerate(chosen)
         ]
 
-    def _stripped(self, text: str, stripped: str, told: Counter[str]) -> str:
+    def _stripped(self, text: str, stripped: str, counts: Counter[str]) -> str:
         if not self.strip:
             return text
-        told["texts_stripped"] += stripped != text
+        counts["texts_stripped"] += stripped != text
         return stripped
 
-    def _given_slate(self, where: str, value: Any, texts: set[str], told: Counter[str]) -> list[str]:
+    def _given_slate(self, where: str, value: Any, texts: set[str], counts: Counter[str]) -> list[str]:
         if value is None:
             return []
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise UserError(f'{where}: "candidates" must be a list of texts, found {found(value)}')
-        slate = list(dict.fromkeys(self._stripped(text, text.strip(), told) for text in value))
+        slate = list(dict.fromkeys(self._stripped(text, text.strip(), counts) for text in value))
         if set(slate) != texts:
             other = sorted(set(slate) ^ texts)[0]
             raise UserError(

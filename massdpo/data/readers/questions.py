@@ -41,7 +41,7 @@ class Question:
     stem: str
     options: list[str]
     ways: Mapping[str, int]
-    told: str  # the answer as the row has it
+    answer_text: str  # the answer as the row has it
     answer: int = -1
     shuffled: bool = False  # the row gives the options no order: one is drawn
 
@@ -84,19 +84,21 @@ class Reader:
                 raise self.columns.missing(where, row, part, ("question", "options", "answer"))
         stem = _text(where, "question", parts.get("question"))
         options, labels = _options(where, parts.get("options"))
-        told = parts.get("answer")
-        if told is None or str(told).strip() == "":
+        answer = parts.get("answer")
+        if answer is None or str(answer).strip() == "":
             raise UserError(
                 f"{where}: no answer: unlabelled questions can be used neither for training nor for testing"
             )
         if not options and "wrong" in parts:
             wrong, _ = _options(where, parts["wrong"])
-            return Question(where, _id(parts, name), stem, [str(told).strip(), *wrong], {"own": 0}, str(told), 0, True)
+            return Question(
+                where, _id(parts, name), stem, [str(answer).strip(), *wrong], {"own": 0}, str(answer), 0, True
+            )
         if not options:
             raise self.columns.missing(where, row, "options", ("question", "options", "answer"))
         if len(options) < 2:
             raise UserError(f"{where}: at least two options are needed, found {len(options)}")
-        return Question(where, _id(parts, name), stem, options, _ways(told, options, labels), str(told).strip())
+        return Question(where, _id(parts, name), stem, options, _ways(answer, options, labels), str(answer).strip())
 
 
 def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[list[Question], str]:
@@ -110,9 +112,9 @@ def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[
         fits = {each: sum(each in question.ways for question in open_ones) for each in WAYS}
         best = [each for each in WAYS if fits[each] == max(fits.values())]
         if any(len({question.ways[each] for each in best if each in question.ways}) > 1 for question in open_ones):
-            example = open_ones[0]
+            first = open_ones[0]
             raise UserError(
-                f"{example.where}: the answer {example.told!r:.40} can be read as {' or as '.join(best)}, and so can "
+                f"{first.where}: the answer {first.answer_text!r:.40} can be read as {' or as '.join(best)}, so can "
                 "all others: set dataset.answer to one of these (index0: the first option is 0; index1: it is 1)"
             )
         way = best[0]
@@ -129,16 +131,16 @@ def answered(questions: list[Question], way: str | None, bad: BadRows) -> tuple[
 def _no_option(question: Question, way: str | None) -> str:
     shown = ", ".join(question.options)
     return (
-        f"{question.where}: the answer {question.told!r:.40} is none of the {len(question.options)} options "
+        f"{question.where}: the answer {question.answer_text!r:.40} is none of the {len(question.options)} options "
         f"({shown:.100}), read as dataset.answer={way}"
     )
 
 
-def _ways(told: Any, options: list[str], labels: list[str]) -> dict[str, int]:
+def _ways(answer: Any, options: list[str], labels: list[str]) -> dict[str, int]:
     """The place of the right option by each way to read the answer that fits; `own` where the row's labels decide."""
-    text = str(told).strip()
-    if isinstance(told, float) and told.is_integer():
-        text = str(int(told))
+    text = str(answer).strip()
+    if isinstance(answer, float) and answer.is_integer():
+        text = str(int(answer))
     if labels.count(text) == 1:
         return {"own": labels.index(text)}
     ways = {}

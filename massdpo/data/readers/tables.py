@@ -84,7 +84,7 @@ class TableOptions(Reading):
                     titles[item] = title
             except UserError as error:
                 bad(error)
-        return titles, {f"{path.name}, columns": columns.report().pop("columns", "")}
+        return titles, {f"{path.name}, columns": columns.report()["columns"]}
 
     def title_of(self, where: str, item: str, given: Any) -> str:
         """The title of an item, or what takes its place by `missing_titles`; empty where the item is left out.
@@ -173,9 +173,9 @@ class Tables(TableOptions):
             report["rating_is_ignored"] = (
                 "every rating counts, low ones too: dataset.min_rating=N leaves out those below N"
             )
-        told = columns.report()
-        told = {f"{path.name}, columns": told.pop("columns"), **told} if "columns" in told else told
-        return table.log(path, told | about_items | report, timed=times.timed)
+        read = columns.report()
+        read = {f"{path.name}, columns": read.pop("columns"), **read}
+        return table.log(path, read | about_items | report, timed=times.timed)
 
     def _rated_too_low(self, columns: Columns, where: str, row: dict[str, Any], parts: dict[str, Any]) -> bool:
         if self.min_rating is None:

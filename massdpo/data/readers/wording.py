@@ -22,7 +22,7 @@ SEVERAL = ("rejected", "answers", "scores", "ranks")  # these may stand in numbe
 NEEDED = ("prompt", "chosen", "rejected")
 
 # notes on rows that were changed or left out
-TOLD = {
+NOTES = {
     "texts_stripped": "spaces at the ends of {} texts were removed (dataset.strip)",
     "numbers_as_text": "{} numbers were read as texts",
     "roles_renamed": "{} messages with the role developer were read as system",
