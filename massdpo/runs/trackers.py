@@ -7,7 +7,6 @@ one line of warning.
 import importlib.util
 import os
 import queue
-import re
 import shlex
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,8 +19,6 @@ from massdpo.config.messages import comes_with
 from massdpo.console import markdown_table, warn
 from massdpo.errors import UserError, one_line
 from massdpo.training.history import Number, Rows
-
-RECORDED = re.compile(r"(offline-)?run-(?P<time>\d+_\d+)-(?P<id>\w+)")
 
 
 class NoLogger:
@@ -115,7 +112,8 @@ class Wandb:
             self._give_up(f"no answer within {self.timeout:g} s")
         if self._run is None or not self._run.offline:
             return None
-        parts = [path for path, run_id in _recorded(Path(self._run.settings.sync_dir).parent) if run_id == self._run.id]
+        recorded = _recorded(Path(self._run.settings.sync_dir).parent)
+        parts = [path for path in recorded if path.name.endswith(f"-{self._run.id}")]
         return shlex.join(["wandb", "sync", *(os.path.relpath(part) for part in parts)])
 
     def _init(self, config: Mapping[str, Any], run_dir: Path) -> None:
@@ -142,7 +140,7 @@ class Wandb:
                 entity=self.entity,
                 mode=mode,
                 dir=run_dir,
-                id=recorded[-1][1] if recorded else None,
+                id=recorded[-1].name.rpartition("-")[2] if recorded else None,
                 resume="allow",
                 name=run_dir.name,
                 group=config.get("sweep"),
@@ -188,8 +186,6 @@ class Wandb:
             warn(f"W&B stopped recording ({why}); the run's own files are complete")
 
 
-def _recorded(folder: Path) -> list[tuple[Path, str]]:
-    """The folders that W&B recorded into, one per start, oldest first; with each, the id of its run."""
-    found = [(path, RECORDED.fullmatch(path.name)) for path in folder.glob("*run-*")]
-    times = sorted((match["time"], path, match["id"]) for path, match in found if match)
-    return [(path, run_id) for _, path, run_id in times]
+def _recorded(folder: Path) -> list[Path]:
+    """The folders `run-TIME-ID` and `offline-run-TIME-ID` that W&B recorded into, one per start, oldest first."""
+    return sorted(folder.glob("*run-*-*"), key=lambda path: path.name.removeprefix("offline-"))
