@@ -204,8 +204,10 @@ def check_keep_metric(name: str) -> None:
     names = [metric.name for metric in METRICS.values() if metric.better > 0 and (metric.of_rank or metric.of_rewards)]
     if name not in names:
         listed = " | ".join(known for known in names if not known.endswith("_sum"))
-        hint = near(name, names) or f"; there are {listed}, and those of ranks with _sum"
-        raise UserError(f"trainer.keep_metric={name!r} is not allowed{hint}")
+        raise UserError(
+            f"trainer.keep_metric={name!r} is not allowed"
+            f"{near(name, names) or f'; there are {listed}, and those of ranks with _sum'}"
+        )
 
 
 def target_ranks(scores_BC: Tensor, mask_BC: Tensor) -> Tensor:
