@@ -366,7 +366,7 @@ def test_a_full_disk_stops_with_one_error_and_leaves_the_last_checkpoint_good(
     resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (30_000, 30_000))
     assert wait(process) == 2
     (error,) = place.errors()
-    assert "checkpoints cannot be written" in error and "the last checkpoint is good" in error
+    assert "checkpoints cannot be written" in error and "continues from the last checkpoint" in error
     assert "Traceback" not in place.log.read_text()
     assert place.status()["status"] == "failed" and "cannot be written" in place.status()["why"]
     (newest,) = (place.run / "checkpoints").iterdir()

@@ -28,7 +28,7 @@ from massdpo.selection import Selector
 from massdpo.store import Cache
 
 FEW_STEPS, FEW_PROMPTS = 20, 50
-TOO_FAST = {False: 1e-4, True: 2e-3}  # learning rates above which pretrained weights are lost; True: an adapter's
+TOO_FAST = {False: 3e-4, True: 2e-3}  # learning rates above which pretrained weights are lost; True: an adapter's
 
 
 @dataclass
