@@ -78,10 +78,10 @@ def test_committed_rows_have_the_names_that_their_commands_give_today() -> None:
 
 def test_small_settings_take_the_rates_that_were_best_on_validation() -> None:
     rows = RunRows.read(ROOT / "results" / "small_rates").frame
-    best = rows.loc[rows.groupby(["dataset", "method"])["val/ndcg@5"].idxmax()]
-    for row in best.to_dict("records"):
+    means = rows.groupby(["dataset", "method", "option/learning_rate"], as_index=False)["val/ndcg@5"].mean()
+    for row in means.loc[means.groupby(["dataset", "method"])["val/ndcg@5"].idxmax()].to_dict("records"):
         config = compose([f"setting=small/{row['dataset']}", f"method={row['method']}"])
-        assert config.trainer.preference.learning_rate == row["option/learning_rate"], row["command"]
+        assert config.trainer.preference.learning_rate == row["option/learning_rate"], row["method"]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
