@@ -34,9 +34,8 @@ def job(config: DictConfig) -> float | Exception | None:
     """A run's `trainer.keep_metric` on the validation split, which sweepers optimise, or why the job failed."""
     show_as(level if (level := config.get("verbosity")) in LEVELS else "normal")
     with patiently("loading PyTorch"):
-        from massdpo.tasks import (
-            run,
-        )  # imports torch, which takes seconds that --help and a misspelt key need not wait for
+        # It imports torch, which takes seconds that --help and a misspelt key need not wait for.
+        from massdpo.tasks import run
 
     try:
         return validated(run(config), config.trainer.keep_metric)

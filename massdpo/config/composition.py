@@ -37,12 +37,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(root() / "conf")):
             config = hydra_compose("config", list(overrides), return_hydra_config=True)
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-    ) as error:  # the last two: a group whose option is not a name
+    # The last two: a group whose option is not a name.
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         raise UserError(explain(error)) from error
     return as_composed(config)
 

@@ -71,12 +71,8 @@ def nearest(word: str, names: Sequence[str]) -> str:
     return near(word, names) or (f"; there are {', '.join(names)}" if 0 < len(names) <= 20 else "")
 
 
-OTHER_WORDS = {
-    "lr": "learning_rate",
-    "gamma": "ridge",
-    "lora": "adapter",
-    "lora_alpha": "alpha",
-}  # what others call options
+# What others call our options.
+OTHER_WORDS = {"lr": "learning_rate", "gamma": "ridge", "lora": "adapter", "lora_alpha": "alpha"}
 
 
 def near(word: Any, names: Sequence[str]) -> str:

@@ -33,9 +33,8 @@ def whole(least: int, most: int | None = None) -> Rule:
 
 
 def number(allowed: str, holds: Callable[[float], bool]) -> Rule:
-    return Rule(
-        allowed, lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value)
-    )  # true and false are not numbers here
+    """True and false are not numbers here."""
+    return Rule(allowed, lambda value: type(value) in (int, float) and math.isfinite(value) and holds(value))
 
 
 def flag() -> Rule:

@@ -19,11 +19,12 @@ from massdpo.data.schema import Splits
 from massdpo.data.stored import StoredExamples, Subset
 from massdpo.store import MANIFEST, Cache, digest, keyed_seed, package_code, target_code, write_json
 
+# Entries of the report that are shown whenever the data is used.
 SHOWN = {
     "equal_times": "equal times",
     "rating_is_ignored": "a column of ratings is ignored",
     "separator": "columns are separated (dataset.separator) by",
-}  # entries of the report that are shown whenever the data is used
+}
 
 T = TypeVar("T")
 

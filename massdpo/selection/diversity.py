@@ -18,7 +18,7 @@ from massdpo.selection.pools import PickK, in_order
 from massdpo.store import keyed_seed
 from massdpo.tensors import Picks, PoolStatistics, rows
 
-ROUND_OFF = 1e-12  # of squared distances in float64, in terms of the largest
+DISTANCE_ERROR = 1e-12  # of squared distances in float64, relative to the largest
 APART = 1e-6  # times the noise, added to a kernel whose smallest eigenvalue is 1
 
 
@@ -55,7 +55,7 @@ class Farthest(PickK):
 
     def pick(self, pool: PoolStatistics) -> Picks:
         distance_BCC = square_distances(pool, self.features, self.normalize)
-        unsure_B1 = ROUND_OFF * distance_BCC.amax((1, 2))[:, None]  # copies of what is picked are all equally near
+        unsure_B1 = DISTANCE_ERROR * distance_BCC.amax((1, 2))[:, None]  # copies of what is picked are all equally near
         nearest_BN = distance_BCC[:, 0, 1:].masked_fill(~pool.mask_BN, -math.inf)
         picked = []
         for _ in range(min(self.k, nearest_BN.shape[1])):

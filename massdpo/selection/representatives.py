@@ -11,7 +11,7 @@ from torch.nn.functional import one_hot
 
 from massdpo.model.features import FEATURES
 from massdpo.selection import logdet
-from massdpo.selection.diversity import ROUND_OFF, Farthest
+from massdpo.selection.diversity import DISTANCE_ERROR, Farthest
 from massdpo.selection.gram import candidate_gram, square_distances
 from massdpo.selection.pools import PickK, in_order
 from massdpo.tensors import Picks, PoolStatistics
@@ -41,7 +41,7 @@ class Coreset(Farthest):
         """The cluster of each negative `(B, N)`, from distances alone: |x - mean|^2 = (D w)_x - w D w / 2."""
         distance_BNN = square_distances(pool, self.features, self.normalize)[:, 1:, 1:]
         weight_BNK = one_hot(start.index_BK, pool.mask_BN.shape[1]).mT.double()
-        unsure_B11 = ROUND_OFF * distance_BNN.amax((1, 2), keepdim=True)
+        unsure_B11 = DISTANCE_ERROR * distance_BNN.amax((1, 2), keepdim=True)
         cluster_BN = torch.full_like(pool.noise_BN, -1, dtype=torch.int64)
         for _ in range(self.rounds):
             towards_BNK = distance_BNN @ weight_BNK

@@ -65,9 +65,8 @@ def _of_features(config: DictConfig) -> tuple[Any, ...]:
     cache = start.cache_of(config)
     data, _ = start.load(config, cache)
     rows = list(enumerate(data.train[:PROMPTS]))
-    batches = [
-        collate([row], data.pad_id).to(accelerator.device) for row in rows
-    ]  # one prompt each: a backward pass goes through a whole batch
+    # One prompt each: a backward pass goes through a whole batch.
+    batches = [collate([row], data.pad_id).to(accelerator.device) for row in rows]
 
     def models(seed: int) -> Mapping[str, nn.Module]:
         run = _run_of(config, seed=seed)

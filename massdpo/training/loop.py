@@ -145,9 +145,8 @@ class Training:
 
     def _tell(self, validation: dict[str, float]) -> None:
         """One line for the epoch that just ended."""
-        loss = (
-            f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""
-        )  # if not only validation was left
+        # There are none where a stopped stage had only its validation left.
+        loss = f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""
         self.losses.clear()
         told = ", ".join(f"{name} {validation[name]:.3f}" for name in TOLD if name in validation)
         say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {loss}val {told}")
