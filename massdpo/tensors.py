@@ -135,8 +135,8 @@ RESOLUTION = {
 
 
 @dataclass
-class Scores:
-    """The results of one pass for each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
+class CandidateScores:
+    """What one pass finds of each candidate: float32 whatever the model's dtype; 0 where `mask_BC` is False."""
 
     logp_BC: Tensor  # sum of the response tokens' log-probs, nats
     token_logp_BCT: Tensor  # the same per token
@@ -152,14 +152,14 @@ class Scores:
 
 
 @dataclass
-class Scored:
+class ScorerOutput:
     """What `PreferenceScorer.forward` returns.
 
     `scores` covers every candidate of the batch, or, after a selection, the chosen response and the picks (C = 1 + K).
     """
 
-    scores: Scores
-    pool: Scores | None = None  # the whole pool, without gradients, where a selection was made
+    scores: CandidateScores
+    pool: CandidateScores | None = None  # the whole pool, without gradients, where a selection was made
     picks: Picks | None = None
     select_seconds: float = 0.0  # scoring the pool and selecting
     fed_B: Tensor | None = None  # int64, tokens that went through the model for each prompt
@@ -175,7 +175,7 @@ class PoolStatistics:
     example id), and the only source of chance.
     """
 
-    scores: Scores
+    scores: CandidateScores
     ref_logp_BC: Tensor
     beta: float
     noise_BN: Tensor

@@ -22,7 +22,7 @@ from massdpo.data.prepare import prepare
 from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.model.save import add_adapter, load_policy, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.scratch import TinyModel

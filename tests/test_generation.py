@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from massdpo.data.batches import collate
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.generation import Answer, decode, generate_split, generation_metrics, greedy_settings, named
-from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.evaluation.logps import SplitLogps, SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.scratch import learn_tokenizer
 from massdpo.tensors import Batch
@@ -151,7 +151,7 @@ def test_metrics_by_hand() -> None:
         Answer([0], [2]),  # its third candidate is padding: the largest log-prob is candidate 0's
     ]
     logp_SC = torch.tensor([[-1, -2, -3], [-3, -1, -2], [-2, -1, -3], [-2, -1, -3], [-5, -6, 0]], dtype=torch.float32)
-    scores = SplitScores(logp_SC, torch.tensor([[1, 1, 1]] * 4 + [[1, 1, 0]]))
+    scores = SplitLogps(logp_SC, torch.tensor([[1, 1, 1]] * 4 + [[1, 1, 0]]))
     assert generation_metrics(answers, scores) == {
         "hr@1": 2 / 5,
         "valid_ratio": 3 / 5,

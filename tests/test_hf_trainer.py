@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, PreTrained
 from massdpo import MultiNegativeTrainer, UserError
 from massdpo.config import compose
 from massdpo.data.batches import in_order
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.model.load import load_model, load_tokenizer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.model.scratch import TinyModel
@@ -103,11 +103,11 @@ def test_it_has_the_losses_of_a_run(selector: Selector, precision: str, saved: P
     given = ["trainer.batch_size=4", "trainer.log_every=1", "trainer.weight_decay=0.0", "trainer.warmup=0.25"]
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
-    score = SplitScorer(accelerator, 8, tokenizer.pad_token_id)
+    score_split = SplitScorer(accelerator, 8, tokenizer.pad_token_id)
     rows = tokenized(ROWS, "train_dataset", tokenizer, 1024, False)  # ids, and with them the noise, are the same
     scorer = PreferenceScorer(ours, selector.features)
-    reference = {"train": score(scorer, rows, ""), "val": score(scorer, rows, "")}
-    objective = Preference(selector, pl, 0.5, "step", 3, rows, rows, reference, score)
+    reference = {"train": score_split(scorer, rows, ""), "val": score_split(scorer, rows, "")}
+    objective = Preference(selector, pl, 0.5, "step", 3, rows, rows, reference, score_split)
     stage = Stage("preference", objective, 2, 1e-3, tmp_path / "checkpoints", 3, tokenizer.pad_token_id)
     history = History(tmp_path / "history.csv")
     fit(stage, scorer, compose(given).trainer, accelerator, history, NoLogger())

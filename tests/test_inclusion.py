@@ -12,7 +12,7 @@ from torch import Tensor
 from massdpo.selection import Random, Sampled, TopRandom
 from massdpo.selection.inclusion import of_draws_from_the_top, of_successive_draws
 from massdpo.selection.scores import ByScore
-from massdpo.tensors import Picks, PoolStatistics, Scores
+from massdpo.tensors import CandidateScores, Picks, PoolStatistics
 from massdpo.training.losses import is_pl, pl
 
 Chance = Callable[[list[float], frozenset[int], frozenset[int]], float]  # of drawing the second set from the first
@@ -107,7 +107,7 @@ DRAWS: dict[str, tuple[ByScore, Chance]] = {
 def pool_of(reward_C: Tensor, noise_BN: Tensor) -> PoolStatistics:
     reward_BC = reward_C.expand(len(noise_BN), -1)
     ones_BC = torch.ones_like(reward_BC, dtype=torch.int64)
-    scores = Scores(reward_BC, reward_BC[..., None], ones_BC, ones_BC.bool(), precision=torch.float64)
+    scores = CandidateScores(reward_BC, reward_BC[..., None], ones_BC, ones_BC.bool(), precision=torch.float64)
     return PoolStatistics(scores, torch.zeros_like(reward_BC), 1.0, noise_BN, [""] * len(noise_BN))
 
 

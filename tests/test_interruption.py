@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from massdpo.config import compose
 from massdpo.data.stored import StoredExamples
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.model import scratch
 from massdpo.runs import pipeline, start
 from massdpo.runs.folder import claim

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import ndcg_score, top_k_accuracy_score
 
 from massdpo.errors import UserError
+from massdpo.evaluation.logps import SplitLogps, evaluate, predictions
 from massdpo.evaluation.metrics import (
     METRICS,
     check_keep_metric,
@@ -19,7 +20,6 @@ from massdpo.evaluation.metrics import (
     reward_values,
     target_ranks,
 )
-from massdpo.evaluation.scores import SplitScores, evaluate, predictions
 from tests.conftest import ROOT
 
 
@@ -137,7 +137,7 @@ def test_every_metric_of_a_run_is_in_the_table_and_comes_back_from_its_predictio
     """What metrics.json says of a policy is the mean over predictions.jsonl of the column that the table names."""
     generator = torch.Generator().manual_seed(0)
     logp_SC, length_SC = torch.randn(2, 50, 6, generator=generator), torch.randint(1, 4, (50, 6), generator=generator)
-    policy, reference = (SplitScores(logp, length_SC) for logp in logp_SC)
+    policy, reference = (SplitLogps(logp, length_SC) for logp in logp_SC)
     found = evaluate(policy, reference, beta=0.5)
     lines = predictions(policy, reference, 0.5, [str(place) for place in range(50)])
     assert set(found) == {name for name, metric in METRICS.items() if metric.of_rank or metric.of_rewards}

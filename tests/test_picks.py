@@ -32,7 +32,7 @@ from massdpo.selection import (
     TopRandom,
 )
 from massdpo.selection.logdet import limits, select_logdet
-from massdpo.tensors import PoolStatistics, Scores
+from massdpo.tensors import CandidateScores, PoolStatistics
 from massdpo.training.picks import noise
 from tests.conftest import needs_real_models
 from tests.test_fisher import singular_logdet
@@ -281,7 +281,9 @@ def test_greedy_is_that_of_exact_arithmetic_at_every_gap(
     best_B1 = logp_BC[:, 1:].amax(-1, keepdim=True)
     logp_BC = logp_BC.scatter(1, torch.full((60, 1), 4), best_B1 + torch.arange(1, 61)[:, None])
     mask_BC = torch.ones(60, 8, dtype=torch.bool)
-    scores = Scores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD, precision=torch.float64)
+    scores = CandidateScores(
+        logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD, precision=torch.float64
+    )
     noise_BN = torch.rand(60, 7, generator=draw, dtype=torch.float64)
     pool = PoolStatistics(scores, torch.zeros_like(logp_BC), 1.0, noise_BN, [str(row) for row in range(60)])
     if by_rows:

@@ -14,7 +14,7 @@ from torch import nn
 from massdpo import tasks
 from massdpo.config import compose, instantiate
 from massdpo.data.prepare import limited
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.runs import launch, machine, pipeline, start
 from massdpo.runs.plan import Plan, doubts, plan, what_is_kept
 from massdpo.runs.timing import Timing
@@ -27,10 +27,10 @@ def planned(config: DictConfig) -> tuple[Plan, nn.Module]:
     """The plan of a run that has no SFT start yet, and its policy."""
     accelerator = launch.start(config)
     data, model = start.load(config, Cache(Path(config.cache_dir)))
-    score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+    score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
     rows = limited(data.train, config.trainer.preference.limit, 0, "preference")
     policy = start.trainable(config, model)
-    return plan(config, data, policy, rows, instantiate(config.selector), score, ()), policy
+    return plan(config, data, policy, rows, instantiate(config.selector), score_split, ()), policy
 
 
 @pytest.mark.parametrize(
@@ -53,14 +53,14 @@ def test_steps_that_are_timed_move_no_weight(places: list[str]) -> None:  # noqa
     config = compose([*TINY, *places, "model.config.hidden_size=32"])
     accelerator = launch.start(config)
     data, model = start.load(config, Cache(Path(config.cache_dir)))
-    score = SplitScorer(accelerator, 8, data.pad_id)
+    score_split = SplitScorer(accelerator, 8, data.pad_id)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
     chance = torch.get_rng_state()
-    timing = Timing(config, model, instantiate(config.selector), score)
+    timing = Timing(config, model, instantiate(config.selector), score_split)
     timing.stage("sft", data.train, 1)
     timing.stage("preference", data.train, 1)
     broken = compose([*TINY, *places, "model.config.hidden_size=32", "beta=1e38"])
-    Timing(broken, model, instantiate(config.selector), score).stage("preference", data.train, 1)
+    Timing(broken, model, instantiate(config.selector), score_split).stage("preference", data.train, 1)
     assert torch.equal(chance, torch.get_rng_state())
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name]) and weight.grad is None, name

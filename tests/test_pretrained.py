@@ -24,7 +24,7 @@ from massdpo.data.schema import Splits
 from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.evaluation.logps import SplitLogps, SplitScorer
 from massdpo.model.load import PretrainedModel
 from massdpo.model.save import add_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
@@ -129,7 +129,7 @@ def test_the_reference_includes_the_sft(trained: tuple[str, Path], stand_in: Pat
     (reference,) = (home / way / "reference").glob("*/test.safetensors")
     before = PretrainedModel("a/b", str(stand_in)).model()
     scores = SplitScorer(Accelerator(cpu=True), 20, 0)(PreferenceScorer(before), rows_of(way, splits, stand_in), "")
-    assert (SplitScores.load(reference).logp_SC - scores.logp_SC).abs().mean() > 0.1
+    assert (SplitLogps.load(reference).logp_SC - scores.logp_SC).abs().mean() > 0.1
 
 
 def test_the_policy_loads_by_itself_and_scores_the_same(trained: tuple[str, Path], splits: Splits) -> None:
@@ -318,11 +318,11 @@ def test_a_family_from_disk_learns_in_one_step_of_either_stage(
         optimizer.zero_grad()
         return before.item(), objective.loss(scorer, batch, 0, False)[0].mean().item()
 
-    score = SplitScorer(Accelerator(cpu=True), 16, 0)
-    before, after = step(Sft(rows, rows, score))
+    score_split = SplitScorer(Accelerator(cpu=True), 16, 0)
+    before, after = step(Sft(rows, rows, score_split))
     assert after < before
-    reference = {"train": score(scorer, rows, "")}
-    before, after = step(Preference(Full(), pl, 0.5, "step", 0, rows, rows, reference, score))
+    reference = {"train": score_split(scorer, rows, "")}
+    before, after = step(Preference(Full(), pl, 0.5, "step", 0, rows, rows, reference, score_split))
     assert before == pytest.approx(torch.tensor(7.0).log().item(), abs=1e-4)  # every reward is 0: log(1 + 6)
     assert after < before
 

@@ -13,7 +13,7 @@ from massdpo.config import compose
 from massdpo.data.batches import by_length
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, check_reference
+from massdpo.evaluation.logps import SplitScorer, check_reference
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, pipeline, start
 from massdpo.store import Cache
@@ -90,10 +90,10 @@ def test_what_a_cache_keeps_under_a_wrong_key_is_found(tmp_path: Path, monkeypat
 
     def reference(size: int) -> Any:
         config = composed(size)
-        score = SplitScorer(accelerator, size, data.pad_id)
+        score_split = SplitScorer(accelerator, size, data.pad_id)
         key = start.start_key(config, data.key, data.model_key, accelerator)
         folder = cache.folder("sft", key, lambda folder: None)
-        return start.reference_scores(config, data, folder, scorer, cache, score)
+        return start.reference_logps(config, data, folder, scorer, cache, score_split)
 
     found = [reference(size) for size in SIZES for _ in range(2)]
     assert len(list((tmp_path / "reference").iterdir())) >= len(SIZES)

@@ -37,7 +37,7 @@ from massdpo.errors import UserError
 from massdpo.model import head, packing, scoring
 from massdpo.model.load import disable_dropout
 from massdpo.model.scoring import PreferenceScorer
-from massdpo.tensors import Batch, Picks, Scores
+from massdpo.tensors import Batch, CandidateScores, Picks
 from tests.conftest import ROOT
 
 VOCABULARY = 61
@@ -136,7 +136,7 @@ def gradient_of(model: torch.nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, materialize_grads=True)])
 
 
-def pick_all(pool: Scores) -> Picks:
+def pick_all(pool: CandidateScores) -> Picks:
     mask_BN = pool.mask_BC[:, 1:]
     return Picks(torch.arange(mask_BN.shape[1], device=mask_BN.device).expand(mask_BN.shape), mask_BN)
 
@@ -197,12 +197,12 @@ def test_ragged_shapes(data: st.DataObject) -> None:
     batch = make_batch(prompts, responses, seed=data.draw(st.integers(0, 99)), padding=padding)
     with torch.no_grad():
         expected_BC = plain_logp(SHARED_LLAMA.model, batch)
-        scored = SHARED_LLAMA(batch, pick_all)
+        output = SHARED_LLAMA(batch, pick_all)
         packed = SHARED_LLAMA(batch).scores
         alone = SHARED_LLAMA(batch.chosen_only()).scores
     torch.testing.assert_close(alone.logp_BC, expected_BC[:, :1], rtol=1e-5, atol=1e-4)
-    assert scored.pool is not None
-    for scores in (packed, scored.pool, scored.scores):
+    assert output.pool is not None
+    for scores in (packed, output.pool, output.scores):
         torch.testing.assert_close(scores.logp_BC, expected_BC, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(scores.token_logp_BCT.sum(-1), scores.logp_BC)
         assert (scores.length_BC == batch.length_BC).all()
@@ -244,22 +244,22 @@ def split(batch: Batch) -> list[Batch]:
 def test_selection_sees_the_pool_and_the_picks_are_trained() -> None:
     """The k picks may differ in number and order from prompt to prompt."""
     picks = Picks(torch.tensor([[2, 0], [1, 0], [0, 2]]), torch.tensor([[True, True], [True, False], [True, True]]))
-    seen: list[Scores] = []
+    seen: list[CandidateScores] = []
 
-    def select(pool: Scores) -> Picks:
+    def select(pool: CandidateScores) -> Picks:
         seen.append(pool)
         return picks
 
-    scored = SHARED_LLAMA(RAGGED, select)
+    output = SHARED_LLAMA(RAGGED, select)
     expected_BC = plain_logp(SHARED_LLAMA.model, RAGGED)
-    assert scored.pool is seen[0] and scored.picks is picks and scored.select_seconds > 0
-    assert not scored.pool.logp_BC.requires_grad
-    torch.testing.assert_close(scored.pool.logp_BC, expected_BC.detach(), rtol=1e-5, atol=1e-5)
+    assert output.pool is seen[0] and output.picks is picks and output.select_seconds > 0
+    assert not output.pool.logp_BC.requires_grad
+    torch.testing.assert_close(output.pool.logp_BC, expected_BC.detach(), rtol=1e-5, atol=1e-5)
     chosen_and_picks_BC = torch.stack([expected_BC[0, [0, 3, 1]], expected_BC[1, [0, 2, 1]], expected_BC[2, [0, 1, 3]]])
     chosen_and_picks_BC = chosen_and_picks_BC * torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]])
-    torch.testing.assert_close(scored.scores.logp_BC, chosen_and_picks_BC, rtol=1e-5, atol=1e-5)
-    gradient = gradient_of(SHARED_LLAMA, pl_loss(scored.scores.logp_BC, scored.scores.mask_BC))
-    expected = gradient_of(SHARED_LLAMA, pl_loss(chosen_and_picks_BC, scored.scores.mask_BC))
+    torch.testing.assert_close(output.scores.logp_BC, chosen_and_picks_BC, rtol=1e-5, atol=1e-5)
+    gradient = gradient_of(SHARED_LLAMA, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
+    expected = gradient_of(SHARED_LLAMA, pl_loss(chosen_and_picks_BC, output.scores.mask_BC))
     assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -305,12 +305,12 @@ def test_autocast_gives_float32(layout: str, checkpoints: bool) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     with torch.autocast("cpu", torch.bfloat16):
-        scored = scorer(RAGGED, pick_all)
-    assert scored.pool is not None and scored.pool.features_BCD is not None
-    assert scored.scores.logp_BC.dtype == scored.pool.features_BCD.dtype == torch.float32
-    gradient_of(model, pl_loss(scored.scores.logp_BC, scored.scores.mask_BC))
+        output = scorer(RAGGED, pick_all)
+    assert output.pool is not None and output.pool.features_BCD is not None
+    assert output.scores.logp_BC.dtype == output.pool.features_BCD.dtype == torch.float32
+    gradient_of(model, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
     # bfloat16 keeps eight bits: logits of a few nats are right to some hundredths a token.
-    error_BC = (scored.scores.logp_BC - plain_logp(model, RAGGED)).abs()
+    error_BC = (output.scores.logp_BC - plain_logp(model, RAGGED)).abs()
     assert (error_BC <= 0.1 * RAGGED.length_BC).all() and error_BC.max() > 0
 
 
@@ -427,13 +427,13 @@ def test_long_responses_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patched:
             patched.setattr(packing, "ROW_TOKENS", 10)
             fed = lengths_fed(scorer)
-            scored = scorer(RAGGED, pick_all)
+            output = scorer(RAGGED, pick_all)
         assert fed == [12, 5, 6, 5, 6]
-        assert whole.pool is not None and scored.pool is not None
+        assert whole.pool is not None and output.pool is not None
         for name in ("logp_BC", "token_logp_BCT", "gram_BCC" if features == "head" else "features_BCD"):
             value = getattr(whole.pool, name)
-            torch.testing.assert_close(getattr(scored.pool, name), value, rtol=1e-5, atol=1e-5)
-        gradient = gradient_of(scorer, pl_loss(scored.scores.logp_BC, scored.scores.mask_BC))
+            torch.testing.assert_close(getattr(output.pool, name), value, rtol=1e-5, atol=1e-5)
+        gradient = gradient_of(scorer, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
 
 

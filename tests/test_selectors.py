@@ -39,7 +39,7 @@ from massdpo.selection import (
     take_best,
 )
 from massdpo.selection.pools import check_pools
-from massdpo.tensors import Picks, PoolStatistics, Scores
+from massdpo.tensors import CandidateScores, Picks, PoolStatistics
 from tests.conftest import ROOT
 
 EVERY = (Mass, Adpo, Dpp, Dynamic, Farthest, Hardest, HardestLogp, Interleaved, Random, Sampled)
@@ -54,7 +54,7 @@ def make_pool(
     length_BC = torch.randint(1, 5, (batch, size + 1), generator=noise)
     features_BCD = torch.randn(batch, size + 1, width, generator=noise)
     ref_logp_BC = logp_BC.clone() if at_reference else logp_BC + torch.randn(batch, size + 1, generator=noise)
-    scores = Scores(
+    scores = CandidateScores(
         logp_BC=logp_BC,
         token_logp_BCT=logp_BC[..., None],
         length_BC=length_BC,
@@ -84,7 +84,7 @@ def permute(pool: PoolStatistics, order_N: Tensor) -> PoolStatistics:
     order_C = torch.cat([torch.zeros(1, dtype=torch.int64), order_N + 1])
     scores = pool.scores
     assert scores.features_BCD is not None and scores.gram_BCC is not None
-    moved = Scores(
+    moved = CandidateScores(
         scores.logp_BC[:, order_C],
         scores.token_logp_BCT[:, order_C],
         scores.length_BC[:, order_C],
@@ -140,7 +140,7 @@ def test_padding_and_neighbours_change_nothing(kind: type) -> None:
     assert scores.features_BCD is not None and scores.gram_BCC is not None
     row, width = 3, 4
     alone = PoolStatistics(
-        Scores(
+        CandidateScores(
             scores.logp_BC[row : row + 1, :width],
             scores.token_logp_BCT[row : row + 1, :width],
             scores.length_BC[row : row + 1, :width],
@@ -456,13 +456,13 @@ def test_mass_ignores_length_scale_when_normalised() -> None:
 BIG = """
 import torch
 from massdpo.benchmark.measure import peak_bytes
-from massdpo.tensors import PoolStatistics, Scores
+from massdpo.tensors import PoolStatistics, CandidateScores
 from massdpo.selection import Mass
 
 noise = torch.Generator().manual_seed(0)
 logp_BC, mask_BC = torch.randn(1, 10_001, generator=noise), torch.ones(1, 10_001, dtype=torch.bool)
 features_BCD = torch.randn(1, 10_001, 256, generator=noise)
-scores = Scores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
+scores = CandidateScores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
 pool = PoolStatistics(scores, torch.zeros_like(logp_BC), 0.5, torch.rand(1, 10_000, generator=noise), ["big"])
 assert len(set(Mass(4)(pool).index_BK[0].tolist())) == 4
 print(peak_bytes(lambda: Mass(4)(pool)))
@@ -542,7 +542,9 @@ def test_dpp_with_duplicates_does_not_depend_on_padding() -> None:
     wide = shorten(wide, [7] * 40)
     scores = wide.scores
     assert scores.features_BCD is not None
-    narrow = Scores(*(getattr(scores, name)[:, :8] for name in ("logp_BC", "token_logp_BCT", "length_BC", "mask_BC")))
+    narrow = CandidateScores(
+        *(getattr(scores, name)[:, :8] for name in ("logp_BC", "token_logp_BCT", "length_BC", "mask_BC"))
+    )
     narrow.features_BCD = scores.features_BCD[:, :8]
     alone = PoolStatistics(narrow, wide.ref_logp_BC[:, :8], wide.beta, wide.noise_BN[:, :7], wide.ids)
     assert Dpp(4, ridge=0.1)(alone).index_BK.tolist() == Dpp(4, ridge=0.1)(wide).index_BK.tolist()

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from massdpo.data.batches import collate
 from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation.scores import SplitScores
+from massdpo.evaluation.logps import SplitLogps
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Mass
 from massdpo.tasks.studies.pools import mass_design, value_of
@@ -36,7 +36,7 @@ def objective_of(
 ) -> Preference:
     with torch.no_grad():
         start = scorer(batch).scores
-    reference = {"train": SplitScores(start.logp_BC, start.length_BC)}
+    reference = {"train": SplitLogps(start.logp_BC, start.length_BC)}
     return Preference(Mass(3), pl, 0.5, "step", 0, rows, rows, reference, None, screen)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from massdpo.data.batches import collate
 from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation.scores import SplitScores
+from massdpo.evaluation.logps import SplitLogps
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Coreset, Dynamic, Herding, Mass, Medoids, Sampled, Selector, TopRandom
 from massdpo.training.losses import is_pl, lipo, ndcg, pl
@@ -40,11 +40,11 @@ def test_two_steps_raise_the_chosen_above_the_rejected(family: str) -> None:
     scorer = PreferenceScorer(model, "mean", "repeated" if family in ALONE else "packed")
     with torch.no_grad():
         start = scorer(batch).scores
-    reference = {"train": SplitScores(start.logp_BC, start.length_BC)}
+    reference = {"train": SplitLogps(start.logp_BC, start.length_BC)}
     for name, (selector, compare) in KINDS.items():
         model.load_state_dict(weights)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)  # small: no router changes its mind
-        objective = Preference(selector, compare, 1.0, "step", 0, rows, rows, reference, score=None)  # type: ignore[arg-type]
+        objective = Preference(selector, compare, 1.0, "step", 0, rows, rows, reference, score_split=None)  # type: ignore[arg-type]
         losses, counts = list[Tensor](), list[Tensor]()
         for _ in range(2):
             loss_B, logs = objective.loss(scorer, batch, 0, observe=True)

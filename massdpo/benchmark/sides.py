@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Mass
-from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
+from massdpo.tensors import Batch, CandidateScores, Picks, PoolStatistics
 from massdpo.training.losses import pl
 
 BETA = 0.1
@@ -89,7 +89,7 @@ def build_sides(setting: Setting, model: PreTrainedModel, flex: bool = True) -> 
     small = batch.take(Picks(index_BK, torch.ones_like(index_BK, dtype=torch.bool)))
     mass, ref_logp_BC = Mass(setting.k), torch.zeros(batch.mask_BC.shape, device=setting.device)
 
-    def select(pool: Scores) -> Picks:
+    def select(pool: CandidateScores) -> Picks:
         return mass(PoolStatistics(pool, ref_logp_BC, BETA, noise_BN, batch.ids))
 
     def step(logp: Callable[[], Tensor]) -> Callable[[], object]:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from massdpo.data.schema import Splits
 from massdpo.data.tokens import TokenizedExample
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.evaluation.metrics import ranking_metrics, target_ranks
-from massdpo.evaluation.scores import SplitScorer
 from massdpo.model.trie import Catalogue
-from massdpo.tensors import Scored
+from massdpo.tensors import ScorerOutput
 
 PROMPTS = 8  # behind which a part of the catalogue is fed at once, at most
 
@@ -46,23 +46,23 @@ def rank_catalogue(
     splits: Splits,
     rows: Sequence[TokenizedExample],
     title_ids: Sequence[Sequence[int]],
-    score: SplitScorer,
+    score_split: SplitScorer,
 ) -> CatalogueRanks:
     """Rank the targets of the test split, whose tokens are `rows`, among all titles; every process gets all ranks."""
-    started, accelerator = time.perf_counter(), score.accelerator
+    started, accelerator = time.perf_counter(), score_split.accelerator
     catalogue = Catalogue.of(title_ids).to(accelerator.device)
     place_of = {title: place for place, title in enumerate(splits.catalogue)}
     row_of = {example.id: row for row, example in enumerate(splits.test)}  # `rows` may lack some that were too long
     parts = []
-    few = replace(score, batch_size=min(score.batch_size, PROMPTS))
+    few = replace(score_split, batch_size=min(score_split.batch_size, PROMPTS))
     for batch in few.batches(scorer, rows, "catalogue"):
-        scored: Scored = scorer(batch, catalogue=catalogue)
+        output: ScorerOutput = scorer(batch, catalogue=catalogue)
         examples = [splits.test[row_of[name]] for name in batch.ids]
         target_B = torch.tensor([place_of[example.chosen] for example in examples], device=accelerator.device)
-        rival_BI = torch.ones_like(scored.scores.mask_BC)
+        rival_BI = torch.ones_like(output.scores.mask_BC)
         for row, example in enumerate(examples):
             rival_BI[row, [*example.meta["met"], place_of[example.chosen]]] = False
-        both = scored.scores.mean_logp_BC, scored.scores.logp_BC
+        both = output.scores.mean_logp_BC, output.scores.logp_BC
         parts.append((batch.index_B, *(_ranks(score_BI, target_B, rival_BI).cpu() for score_BI in both)))
     parts = gather_object(parts)
     rank_S, rank_sum_S = torch.zeros(2, len(rows), dtype=torch.int64)

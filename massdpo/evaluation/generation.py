@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from massdpo.data.batches import collate
 from massdpo.data.tokens import TokenizedExample
-from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.evaluation.logps import SplitLogps, SplitScorer
 from massdpo.tensors import Batch
 
 Trie = dict[int, Any]  # token -> what may follow it; nothing follows EOS
@@ -33,15 +33,15 @@ class Answer:
 
 
 def generate_split(
-    scorer: nn.Module, rows: Sequence[TokenizedExample], splits: SplitScorer, tokenizer: PreTrainedTokenizerBase
+    scorer: nn.Module, rows: Sequence[TokenizedExample], score_split: SplitScorer, tokenizer: PreTrainedTokenizerBase
 ) -> list[Answer]:
     """The policy's answers to the prompts of a split, in its order; every process gets the whole."""
-    accelerator = splits.accelerator
+    accelerator = score_split.accelerator
     model: PreTrainedModel = accelerator.unwrap_model(scorer).causal_lm
     pad_id, context = cast(int, tokenizer.pad_token_id), model.config.get_text_config().max_position_embeddings
     parts = []
     with greedy_settings(model, cast(int, tokenizer.eos_token_id), pad_id), accelerator.autocast():
-        for batch in splits.batches(scorer, rows, "generate"):
+        for batch in score_split.batches(scorer, rows, "generate"):
             numbers = batch.index_B.tolist()
             batches = [batch]
             if batch.prompt_ids_BP.shape[1] + batch.response_ids_BCT.shape[2] > context:
@@ -54,14 +54,14 @@ def generate_split(
     return [answers[row] for row in range(len(rows))]
 
 
-def generation_metrics(answers: Sequence[Answer], scores: SplitScores) -> dict[str, float]:
+def generation_metrics(answers: Sequence[Answer], logps: SplitLogps) -> dict[str, float]:
     """Shares of the prompts, from 0 to 1; the chosen response counts only where it alone is named.
 
     `hr@1`: the free answer is the chosen response. `valid_ratio`: it is exactly one candidate. `hr@1_constrained`: the
     answer held to the candidates is the chosen response; `constrained_agreement`: it is the candidate with the largest
     summed log-prob, which greedy decoding can miss.
     """
-    best_S = scores.logp_SC.masked_fill(~scores.mask_SC, -torch.inf).argmax(-1).tolist()
+    best_S = logps.logp_SC.masked_fill(~logps.mask_SC, -torch.inf).argmax(-1).tolist()
     hits = {
         "hr@1": [answer.free == [0] for answer in answers],
         "valid_ratio": [len(answer.free) == 1 for answer in answers],

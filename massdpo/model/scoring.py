@@ -29,9 +29,9 @@ from massdpo.model.packing import Masks, Prompt, ResponseRow, Row, attention_mas
 from massdpo.model.plain import repeated_prompts
 from massdpo.model.probe import misfit
 from massdpo.model.trie import Catalogue
-from massdpo.tensors import Batch, Picks, Scored, Scores
+from massdpo.tensors import Batch, CandidateScores, Picks, ScorerOutput
 
-Select = Callable[[Scores], Picks]
+Select = Callable[[CandidateScores], Picks]
 SomeRow = TypeVar("SomeRow", bound=Row)
 
 
@@ -65,7 +65,7 @@ class PreferenceScorer(nn.Module):
             warnings.warn(f"{name} cannot share prompts ({reason}): each response repeats its prompt", stacklevel=1)
             self.packed = False
 
-    def forward(self, batch: Batch, select: Select | None = None, catalogue: Catalogue | None = None) -> Scored:
+    def forward(self, batch: Batch, select: Select | None = None, catalogue: Catalogue | None = None) -> ScorerOutput:
         """Score every candidate of the batch, or, with `select`, the chosen response and the negatives it picks.
 
         `select` sees the scores of the whole pool, computed without gradients under the current weights, features
@@ -76,14 +76,14 @@ class PreferenceScorer(nn.Module):
         loss and the selectors check that, and looking here too would wait for the device once more.
         """
         if catalogue is not None:
-            return Scored(self._against(batch, catalogue))
+            return ScorerOutput(self._against(batch, catalogue))
         if select is None and torch.is_grad_enabled():
             tokens_B = self._tokens(batch)
-            return Scored(self._score(batch, self._shared(batch)), fed_B=tokens_B, learned_B=tokens_B)
+            return ScorerOutput(self._score(batch, self._shared(batch)), fed_B=tokens_B, learned_B=tokens_B)
         if select is None:
             scores = self._without_gradients(batch, None)
             _check_finite(batch, scores.logp_BC)
-            return Scored(scores, fed_B=self._tokens(batch))
+            return ScorerOutput(scores, fed_B=self._tokens(batch))
         prompt = self._shared(batch)
         started = time.perf_counter()
         pool = self._without_gradients(batch, prompt)
@@ -93,7 +93,7 @@ class PreferenceScorer(nn.Module):
         seconds = time.perf_counter() - started
         learned_B = self._tokens(picked)
         fed_B = self._tokens(batch) + learned_B - (0 if prompt is None else batch.prompt_mask_BP.sum(-1))
-        return Scored(self._score(picked, prompt), pool, picks, seconds, fed_B, learned_B)
+        return ScorerOutput(self._score(picked, prompt), pool, picks, seconds, fed_B, learned_B)
 
     def _tokens(self, batch: Batch) -> Tensor:
         """Tokens that are fed for each prompt and its responses, `(B,)`."""
@@ -132,7 +132,7 @@ class PreferenceScorer(nn.Module):
         return misfit(self.model, self.causal_lm, plain, [one_row, two_phases], times)
 
     @torch.no_grad()
-    def _without_gradients(self, batch: Batch, prompt: Prompt | None) -> Scores:
+    def _without_gradients(self, batch: Batch, prompt: Prompt | None) -> CandidateScores:
         """Scores and features of all candidates. In evaluation mode a model that checkpoints keeps its cache too."""
         training = self.model.training
         self.model.eval()
@@ -140,11 +140,13 @@ class PreferenceScorer(nn.Module):
         self.model.train(training)
         return scores
 
-    def _score(self, batch: Batch, prompt: Prompt | None, features: str | None = None) -> Scores:
+    def _score(self, batch: Batch, prompt: Prompt | None, features: str | None = None) -> CandidateScores:
         parts = [self._score_some(some, prompt, features) for some in in_parts(batch, self._sharded)]
         token_logp_BCT = torch.cat([token_logp_BCT for token_logp_BCT, _ in parts], dim=1)
         logp_BC = token_logp_BCT.sum(-1)
-        scores = Scores(logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=precision(self.causal_lm))
+        scores = CandidateScores(
+            logp_BC, token_logp_BCT, batch.length_BC, batch.mask_BC, precision=precision(self.causal_lm)
+        )
         if features == "head":
             output = cast(nn.Linear, self.causal_lm.get_output_embeddings())
             hidden_BCTD = torch.cat([cast(Tensor, hidden_BCTD) for _, hidden_BCTD in parts], dim=1)
@@ -161,7 +163,7 @@ class PreferenceScorer(nn.Module):
             scores.features_BCD = torch.cat([cast(Tensor, features_BCD) for _, features_BCD in parts], dim=1)
         return scores
 
-    def _against(self, batch: Batch, catalogue: Catalogue) -> Scores:
+    def _against(self, batch: Batch, catalogue: Catalogue) -> CandidateScores:
         """Every response of a catalogue behind each prompt, a part of them at a time."""
         size = len(batch.ids)
         logp_BI = torch.zeros(size, len(catalogue.length_I), device=batch.prompt_ids_BP.device)
@@ -178,7 +180,7 @@ class PreferenceScorer(nn.Module):
                 logp_BI[:, index_N] = repeated_prompts(self.model, self.causal_lm, few, states=False)[0].sum(-1)
         _check_finite(batch, logp_BI)
         length_BI = catalogue.length_I.expand(size, -1)
-        return Scores(logp_BI, logp_BI.new_zeros(*logp_BI.shape, 0), length_BI, length_BI > 0)
+        return CandidateScores(logp_BI, logp_BI.new_zeros(*logp_BI.shape, 0), length_BI, length_BI > 0)
 
     def _score_some(self, batch: Batch, prompt: Prompt | None, features: str | None) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the response tokens `(B, C, T)`, and features `(B, C, D)`, or for `head` what they are made of:

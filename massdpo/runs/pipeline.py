@@ -12,7 +12,7 @@ from massdpo.config import instantiate, resolved, run_name, without_secrets
 from massdpo.console import patiently, screen, show_as, shows, warn
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
-from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.evaluation.logps import SplitLogps, SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch
 from massdpo.runs.folder import CHECKPOINTS, claim, holding, take_over, telling
@@ -25,7 +25,7 @@ from massdpo.runs.start import (
     gathered,
     load,
     load_start,
-    reference_scores,
+    reference_logps,
     selector_for,
     sft_start,
     trainable,
@@ -60,8 +60,8 @@ def train(config: DictConfig) -> Path:
         accelerator.wait_for_everyone()
         logger = without_secrets(OmegaConf.to_container(config.logger, resolve=True))
         tracker: Tracker = instantiate(logger) if accelerator.is_main_process else NoLogger()
-        score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
-        run = Run(config, data, cache, folder, tracker, History(folder / "history.csv"), score)
+        score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+        run = Run(config, data, cache, folder, tracker, History(folder / "history.csv"), score_split)
         try:
             with telling(folder, parts, accelerator):
                 compute(run, model)
@@ -83,7 +83,7 @@ def compute(run: Run, model: nn.Module) -> None:
 
     policy = trainable(config, model)
     tell_plan(run, policy, selector)
-    start_folder = sft_start(config, data, policy, features, run.cache, run.score, run.tracker)
+    start_folder = sft_start(config, data, policy, features, run.cache, run.score_split, run.tracker)
     for weight in policy.parameters():  # they are on disk: from here on only the policy's own weights are in memory
         weight.data = weight.data.new_empty(0)
     start = json.loads((start_folder / "start.json").read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def compute(run: Run, model: nn.Module) -> None:
         scorer: Any = PreferenceScorer(load_start(start_folder, config), features, trainer.layout)
     started = time.perf_counter()
     scorer.to(run.accelerator.device)
-    reference = reference_scores(config, data, start_folder, scorer, run.cache, run.score)
+    reference = reference_logps(config, data, start_folder, scorer, run.cache, run.score_split)
     seconds = {"sft_seconds": start["seconds"], "reference_seconds": time.perf_counter() - started}
 
     objective = Preference(
@@ -105,7 +105,7 @@ def compute(run: Run, model: nn.Module) -> None:
         rows=data.rows,
         val=data.val,
         reference=reference,
-        score=run.score,
+        score_split=run.score_split,
         screen=config.selector.get("screen"),
         log=PickLog(run.folder / PICKS, data.examples, reference["train"], trainer.picks),
     )
@@ -122,14 +122,14 @@ def compute(run: Run, model: nn.Module) -> None:
     conclude(run, scorer, position, reference["test"], seconds)
 
 
-def conclude(run: Run, scorer: Any, position: Position, reference: SplitScores, seconds: dict[str, float]) -> None:
+def conclude(run: Run, scorer: Any, position: Position, reference: SplitLogps, seconds: dict[str, float]) -> None:
     """Evaluate the trained policy on the test split, against its reference there; write results and the policy."""
     trainer = run.config.trainer
-    final = run.score(scorer, run.data.test, "test")
-    answers = generate_split(scorer, run.data.test, run.score, run.data.tokenizer) if trainer.generate else []
+    final = run.score_split(scorer, run.data.test, "test")
+    answers = generate_split(scorer, run.data.test, run.score_split, run.data.tokenizer) if trainer.generate else []
     against = None
     if run.data.catalogue:
-        against = rank_catalogue(scorer, run.data.splits, run.data.test, run.data.catalogue, run.score)
+        against = rank_catalogue(scorer, run.data.splits, run.data.test, run.data.catalogue, run.score_split)
     weights = gathered(scorer, run.accelerator) if trainer.save_policy else None
     if not run.accelerator.is_main_process:
         return
@@ -149,7 +149,7 @@ def tell_plan(run: Run, policy: nn.Module, selector: Selector) -> None:
         for doubt in doubts(run.config, run.data, run.data.rows, run.accelerator.num_processes):
             warn(doubt)
     if shows("normal"):
-        planned = plan(run.config, run.data, policy, run.data.rows, selector, run.score, kept)
+        planned = plan(run.config, run.data, policy, run.data.rows, selector, run.score_split, kept)
         planned.tell(stderr=True)
         show_as(screen.level, planned.seconds)
 

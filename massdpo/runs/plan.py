@@ -19,7 +19,7 @@ from torch import nn
 from massdpo.console import patiently, say, spell, summary_table
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.runs.machine import check_memory, free_bytes, peak_memory_mb, training_bytes
 from massdpo.runs.provenance import reference_key, start_key
 from massdpo.runs.start import Data
@@ -103,10 +103,10 @@ def at_the_end(timing: Timing, generate: bool, data: Data, score: SplitScorer) -
     """Seconds of what follows the stages, by the name of its bar."""
     seconds, model = {"test": timing.scoring(data.test)}, timing.scorer
     if generate:
-        answer = partial(generate_split, model, splits=score, tokenizer=data.tokenizer)
+        answer = partial(generate_split, model, score_split=score, tokenizer=data.tokenizer)
         seconds["generate"] = timing.by_part(data.test, answer)
     if data.catalogue:
-        rank = partial(rank_catalogue, model, data.splits, title_ids=data.catalogue, score=score)
+        rank = partial(rank_catalogue, model, data.splits, title_ids=data.catalogue, score_split=score)
         seconds["catalogue"] = timing.by_part(data.test, rank)
     return seconds
 

@@ -20,7 +20,7 @@ from massdpo.errors import one_line
 from massdpo.evaluation.baselines import baselines
 from massdpo.evaluation.catalogue import CatalogueRanks
 from massdpo.evaluation.generation import Answer, generation_metrics
-from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, predictions, ranking
+from massdpo.evaluation.logps import SplitLogps, SplitScorer, evaluate, predictions, ranking
 from massdpo.model.save import save_policy
 from massdpo.runs.card import model_card
 from massdpo.runs.machine import commit, in_words, machine, peak_memory_mb
@@ -43,19 +43,19 @@ class Run:
     folder: Path
     tracker: Tracker
     history: History
-    score: SplitScorer
+    score_split: SplitScorer
 
     @property
     def accelerator(self) -> Accelerator:
-        return self.score.accelerator
+        return self.score_split.accelerator
 
 
 @dataclass
 class Tested:
     """What the trained policy makes of the test split, and its log-probs under the reference."""
 
-    final: SplitScores
-    reference: SplitScores
+    final: SplitLogps
+    reference: SplitLogps
     answers: Sequence[Answer]  # empty without `trainer.generate`
     against: CatalogueRanks | None  # None where tests do not rank a catalogue
 

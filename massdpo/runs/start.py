@@ -23,7 +23,7 @@ from massdpo.data.schema import PreferenceExample, Splits, joint
 from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer_key
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, SplitScores, check_reference
+from massdpo.evaluation.logps import SplitLogps, SplitScorer, check_reference
 from massdpo.model.load import tell_of_long_rope
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
@@ -134,14 +134,14 @@ def sft_start(
     policy: nn.Module,
     features: str | None,
     cache: Cache,
-    score: SplitScorer,
+    score_split: SplitScorer,
     tracker: Tracker,
 ) -> Path:
     """The folder of the SFT policy: the same for every selector, loss, k and beta, so it is trained once and shared.
 
     A model that cannot give what the preference stage needs, such as the selector's `features`, fails before training.
     """
-    trainer, accelerator = config.trainer, score.accelerator
+    trainer, accelerator = config.trainer, score_split.accelerator
     key = start_key(config, data.key, data.model_key, accelerator)
     checkpoints = cache.root / "sft" / f"{key}.checkpoints"
 
@@ -149,7 +149,7 @@ def sft_start(
         check_memory(policy, accelerator)
         stage = Stage(
             name="sft",
-            objective=Sft(data.train, data.val, score),
+            objective=Sft(data.train, data.val, score_split),
             epochs=trainer.sft.epochs,
             learning_rate=trainer.sft.learning_rate,
             checkpoints=checkpoints,
@@ -186,31 +186,31 @@ def load_start(folder: Path, config: DictConfig) -> nn.Module:
     return policy
 
 
-def reference_scores(
-    config: DictConfig, data: Data, start: Path, scorer: PreferenceScorer, cache: Cache, score: SplitScorer
-) -> dict[str, SplitScores]:
+def reference_logps(
+    config: DictConfig, data: Data, start: Path, scorer: PreferenceScorer, cache: Cache, score_split: SplitScorer
+) -> dict[str, SplitLogps]:
     """Log-probs of every split under the policy that the preference stage starts from, the one in the folder `start`.
 
     Raises:
         UserError: the stored log-probs are not this policy's.
     """
-    trainer, accelerator = config.trainer, score.accelerator
+    trainer, accelerator = config.trainer, score_split.accelerator
     splits = {"train": data.rows, "val": data.val, "test": data.test}
-    key = reference_key(config, start)
 
     def make(folder: Path | None) -> None:
         for name, split in splits.items():
-            values = score(scorer, split, f"reference {name}")
+            values = score_split(scorer, split, f"reference {name}")
             if folder:
                 values.save(folder / f"{name}.safetensors")
 
-    folder = shared_folder(cache, "reference", key, accelerator, make)
-    scores = {name: SplitScores.load(folder / f"{name}.safetensors") for name in splits}
+    folder = shared_folder(cache, "reference", reference_key(config, start), accelerator, make)
+    logps = {name: SplitLogps.load(folder / f"{name}.safetensors") for name in splits}
     whole = by_length(data.rows, trainer.eval_batch_size)[: accelerator.num_processes]
     first = [row for batch in whole for row in batch]
     dtype = torch.bfloat16 if trainer.precision == "bfloat16" else scorer.causal_lm.dtype
-    check_reference(score(scorer, [data.rows[row] for row in first], "check"), scores["train"].logp_SC[first], dtype)
-    return scores
+    now = score_split(scorer, [data.rows[row] for row in first], "check")
+    check_reference(now, logps["train"].logp_SC[first], dtype)
+    return logps
 
 
 def shared_folder(

@@ -16,7 +16,7 @@ from massdpo.config import instantiate
 from massdpo.data.batches import batches, by_length, in_order
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, SplitScores
+from massdpo.evaluation.logps import SplitLogps, SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.trackers import NoLogger
 from massdpo.selection import Selector
@@ -110,7 +110,7 @@ class Timing:
     def _preference(self, rows: Rows) -> Preference:
         config, widest = self.config, max(len(row.response_ids) for row in rows)
         nothing = torch.zeros(len(rows), widest)
-        reference = {"train": SplitScores(nothing, nothing.long())}
+        reference = {"train": SplitLogps(nothing, nothing.long())}
         compare = instantiate(config.loss)
         screen = config.selector.get("screen")
         given = self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference, self.score

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from massdpo import selection
 from massdpo.errors import UserError
-from massdpo.tensors import PoolStatistics, Scores
+from massdpo.tensors import CandidateScores, PoolStatistics
 
 
 class Selection(NamedTuple):
@@ -46,7 +46,7 @@ def select(
     pick = selector_named(selector, k, **options)
     mask_BC = torch.ones_like(logp_BC, dtype=torch.bool) if mask_BC is None else mask_BC
     # The tokens are not known here: log-probs are read at the resolution of a single one (1e-3 nats).
-    scores = Scores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
+    scores = CandidateScores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)
     generator = torch.Generator().manual_seed(seed)
     noise_BN = torch.rand(logp_BC.shape[0], logp_BC.shape[1] - 1, generator=generator, dtype=torch.float64)
     ids = [str(row) for row in range(len(logp_BC))]

@@ -16,7 +16,7 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_split
 from massdpo.errors import UserError
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split, generation_metrics
-from massdpo.evaluation.scores import SplitScorer, ranking
+from massdpo.evaluation.logps import SplitScorer, ranking
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.results import overrides
@@ -43,16 +43,16 @@ def evaluate(config: DictConfig) -> None:
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
-    score = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
-    scores = score(scorer, rows, "evaluate")
-    answers = generate_split(scorer, rows, score, tokenizer) if config.trainer.generate else []
+    score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
+    logps = score_split(scorer, rows, "evaluate")
+    answers = generate_split(scorer, rows, score_split, tokenizer) if config.trainer.generate else []
     splits = replace(splits, test=rows.rows_of(splits.test))
     against = {}
     if title_ids := tokenize_catalogue(splits.catalogue, tokenizer, rows, *options):
-        against = rank_catalogue(scorer, splits, rows, title_ids, score).metrics()
+        against = rank_catalogue(scorer, splits, rows, title_ids, score_split).metrics()
     if not accelerator.is_main_process:
         return
-    metrics = ranking(scores) | (generation_metrics(answers, scores) if answers else {}) | against
+    metrics = ranking(logps) | (generation_metrics(answers, logps) if answers else {}) | against
     print(f"{run} on the test split of {config.choices.dataset}, {len(rows)} prompts")
     summary_table("test split", [{"test metric": name, "policy": value} for name, value in metrics.items()])
     if config.out:

@@ -3,7 +3,7 @@
 from omegaconf import DictConfig
 
 from massdpo.console import warn
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.runs import launch, start
 from massdpo.runs import plan as plans
 
@@ -18,9 +18,9 @@ def plan(config: DictConfig) -> None:
     cache = start.cache_of(config)
     data, model = start.load(config, cache)
     selector = start.selector_for(config, data)
-    score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+    score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
     kept = plans.what_is_kept(config, data, cache, accelerator)
-    found = plans.plan(config, data, start.trainable(config, model), data.rows, selector, score, kept)
+    found = plans.plan(config, data, start.trainable(config, model), data.rows, selector, score_split, kept)
     if accelerator.is_main_process:
         for doubt in plans.doubts(config, data, data.rows, accelerator.num_processes):
             warn(doubt)

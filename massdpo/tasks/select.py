@@ -10,7 +10,7 @@ from torch import Tensor
 from massdpo.config import instantiate
 from massdpo.data.schema import PreferenceExample, joint
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.trackers import NoLogger
@@ -39,11 +39,11 @@ def select(config: DictConfig) -> None:
     data, model = start.load(config, cache)
     selector = start.selector_for(config, data)
     features = selector.features if selector.needs_scores else None
-    score = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
-    sft_folder = start.sft_start(config, data, start.trainable(config, model), features, cache, score, NoLogger())
+    score_split = SplitScorer(accelerator, trainer.eval_batch_size, data.pad_id)
+    sft_folder = start.sft_start(config, data, start.trainable(config, model), features, cache, score_split, NoLogger())
     policy = start.load_start(sft_folder, config)
     scorer = accelerator.prepare_model(PreferenceScorer(policy, features, trainer.layout), evaluation_mode=True)
-    reference = start.reference_scores(config, data, sft_folder, scorer, cache, score)
+    reference = start.reference_logps(config, data, sft_folder, scorer, cache, score_split)
     picking = Preference(
         selector=selector,
         compare=instantiate(config.loss),
@@ -53,7 +53,7 @@ def select(config: DictConfig) -> None:
         rows=data.rows,
         val=data.val,
         reference=reference,
-        score=score,
+        score_split=score_split,
         screen=config.selector.get("screen"),
     )
     picking.begin_epoch(scorer, 0, observe_every=len(data.rows))  # nothing is logged

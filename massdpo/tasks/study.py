@@ -12,7 +12,7 @@ from torch import nn
 
 from massdpo.data.batches import collate
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer
+from massdpo.evaluation.logps import SplitScorer
 from massdpo.model.save import load_policy
 from massdpo.runs import launch, pipeline, results, start
 from massdpo.runs.machine import commit, in_words, machine
@@ -72,8 +72,8 @@ def _of_features(config: DictConfig) -> tuple[Any, ...]:
         run = _run_of(config, seed=seed)
         folder = pipeline.train(run)
         data, model = start.load(run, cache)
-        score = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
-        sft_folder = start.sft_start(run, data, start.trainable(run, model), None, cache, score, NoLogger())
+        score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, data.pad_id)
+        sft_folder = start.sft_start(run, data, start.trainable(run, model), None, cache, score_split, NoLogger())
         before, after = start.load_start(sft_folder, run), load_policy(folder / "policy")[0]
         trained = {name for name, weight in before.named_parameters() if weight.requires_grad}
         for name, weight in after.named_parameters():

@@ -18,12 +18,12 @@ from massdpo.data.schema import PreferenceExample
 from massdpo.data.tokenize import tokenize_split
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, evaluate, ranking
+from massdpo.evaluation.logps import SplitScorer, evaluate, ranking
 from massdpo.model.load import disable_dropout
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Selector
 from massdpo.selection.choose import selector_named
-from massdpo.tensors import Batch, Scored
+from massdpo.tensors import Batch, ScorerOutput
 from massdpo.training import losses
 from massdpo.training.objectives import Loss, Preference
 
@@ -94,11 +94,13 @@ class MultiNegativeTrainer(Trainer):
         )
         picking = selector_named(selector, k) if isinstance(selector, str) else selector
         self.scorer = PreferenceScorer(model, picking.features if picking.needs_scores else None)
-        self.score = SplitScorer(self.accelerator, args.eval_batch_size, pad_id)
+        self.score_split = SplitScorer(self.accelerator, args.eval_batch_size, pad_id)
         start = self.scorer if ref_model is None else PreferenceScorer(ref_model)
         start.to(self.accelerator.device)
         splits = {"train": rows, "val": val}
-        reference = {name: self.score(start, split, f"reference {name}") for name, split in splits.items() if split}
+        reference = {
+            name: self.score_split(start, split, f"reference {name}") for name, split in splits.items() if split
+        }
         compare = _loss_named(loss) if isinstance(loss, str) else loss
         self.objective: Preference = Preference(
             picking, compare, beta, "step", args.seed, rows, val, reference, self.score
@@ -135,10 +137,12 @@ class MultiNegativeTrainer(Trainer):
         if eval_dataset is None and not self.objective.val:
             raise UserError("evaluate needs an eval_dataset: pass one here, or when creating the trainer")
         if eval_dataset is None:
-            scores = self.score(self.scorer, self.objective.val, "evaluate")
-            found = evaluate(scores, self.objective.reference["val"], self.objective.beta)
+            logps = self.score_split(self.scorer, self.objective.val, "evaluate")
+            found = evaluate(logps, self.objective.reference["val"], self.objective.beta)
         else:
-            found = ranking(self.score(self.scorer, tokenized(eval_dataset, "eval_dataset", *self.reading), "evaluate"))
+            found = ranking(
+                self.score_split(self.scorer, tokenized(eval_dataset, "eval_dataset", *self.reading), "evaluate")
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -174,14 +178,14 @@ def _loss_named(name: str) -> Loss:
     return function  # type: ignore[return-value]
 
 
-def _as_a_forward_pass(wrapper: nn.Module, scorer: PreferenceScorer) -> Callable[..., Scored]:
+def _as_a_forward_pass(wrapper: nn.Module, scorer: PreferenceScorer) -> Callable[..., ScorerOutput]:
     """The scorer, called as the forward pass of what wraps its model.
 
     DDP and DeepSpeed average the gradients of what goes through their own `forward`, which calls the model's.
     """
     model: Any = scorer.model
 
-    def scored(*inputs: Any) -> Scored:
+    def call(*inputs: Any) -> ScorerOutput:
         plain, patched = model.forward, "forward" in vars(model)  # Accelerate may have put one there
 
         def forward(*inputs: Any, **options: Any) -> Any:
@@ -197,4 +201,4 @@ def _as_a_forward_pass(wrapper: nn.Module, scorer: PreferenceScorer) -> Callable
             else:
                 del model.forward
 
-    return scored
+    return call

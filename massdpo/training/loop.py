@@ -30,7 +30,7 @@ from massdpo.training.history import History, Tracker, step_means
 from massdpo.training.interruption import Stopped, asked_to_stop
 from massdpo.training.stage import Stage
 
-TOLD = ("accuracy", "mrr", "margin")  # of the validation split, printed at each epoch's end
+EPOCH_METRICS = ("accuracy", "mrr", "margin")  # of the validation split, printed at each epoch's end
 
 
 def fit(
@@ -148,7 +148,7 @@ class Training:
         # There are none where a stopped stage had only its validation left.
         loss = f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""
         self.losses.clear()
-        told = ", ".join(f"{name} {validation[name]:.3f}" for name in TOLD if name in validation)
+        told = ", ".join(f"{name} {validation[name]:.3f}" for name in EPOCH_METRICS if name in validation)
         say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {loss}val {told}")
 
     def step(

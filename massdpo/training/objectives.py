@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
-from massdpo.evaluation.scores import SplitScorer, SplitScores, evaluate, ranking
+from massdpo.evaluation.logps import SplitLogps, SplitScorer, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
-from massdpo.tensors import Batch, Picks, PoolStatistics, Scored, Scores
+from massdpo.tensors import Batch, CandidateScores, Picks, PoolStatistics, ScorerOutput
 from massdpo.training.picks import Made, PickLog, noise, reasons, unscored
 from massdpo.training.remembered import Remembered
 from massdpo.training.stage import Objective
@@ -37,17 +37,17 @@ class Sft(Objective):
 
     rows: Sequence[TokenizedExample]
     val: Sequence[TokenizedExample]
-    score: SplitScorer
+    score_split: SplitScorer
     state: dict[str, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
 
     def loss(self, scorer: nn.Module, batch: Batch, epoch: int, observe: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean negative log-prob per token of the chosen response, `(B,)`."""
-        scored: Scored = scorer(batch.chosen_only())
-        return -scored.scores.mean_logp_BC[:, 0], {"chosen_logp": scored.scores.logp_BC[:, 0]} | tokens_of(scored)
+        output: ScorerOutput = scorer(batch.chosen_only())
+        return -output.scores.mean_logp_BC[:, 0], {"chosen_logp": output.scores.logp_BC[:, 0]} | tokens_of(output)
 
     def validate(self, scorer: nn.Module) -> dict[str, float]:
-        return ranking(self.score(scorer, self.val, "validate"))
+        return ranking(self.score_split(scorer, self.val, "validate"))
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Preference(Objective):
     seed: int
     rows: Sequence[TokenizedExample]
     val: Sequence[TokenizedExample]
-    reference: Mapping[str, SplitScores]  # of `rows` ("train") and of `val`
-    score: SplitScorer
+    reference: Mapping[str, SplitLogps]  # of `rows` ("train") and of `val`
+    score_split: SplitScorer
     screen: int | None = None
     log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
@@ -86,25 +86,25 @@ class Preference(Objective):
         started = time.perf_counter()
         if self.refresh != "step":
             picks, pool = self._remembered.picks(batch), None
-            scored: Scored = scorer(batch.take(picks))
+            output: ScorerOutput = scorer(batch.take(picks))
         elif self.selector.needs_scores:
             batch = self._remembered.shortlist(batch, self._reference(batch))
-            scored = scorer(
+            output = scorer(
                 batch, lambda scores: self._pick(self._statistics(batch, scores, epoch, observe), batch, epoch)
             )
-            assert scored.picks is not None and scored.pool is not None
-            picks, pool = scored.picks, scored.pool
-            self.seconds["select"] += scored.select_seconds
+            assert output.picks is not None and output.pool is not None
+            picks, pool = output.picks, output.pool
+            self.seconds["select"] += output.select_seconds
         else:
             picks, pool = self._pick(self._statistics(batch, unscored(batch), epoch), batch, epoch), None
             self.seconds["select"] += time.perf_counter() - started
-            scored = scorer(batch.take(picks))
-        scores = scored.scores
+            output = scorer(batch.take(picks))
+        scores = output.scores
         rewards_BC = self.beta * (scores.logp_BC - self._reference(batch).gather(1, picks.column_BC))
         if self.refresh == "step" and not self.selector.needs_scores:  # nobody knew them when it picked
             self._own[-1].known["reward"] = rewards_BC[:, 1:].detach()
         loss_B = self._compare(rewards_BC, scores, picks)
-        logs = self._logs(scores, rewards_BC, picks) | tokens_of(scored)
+        logs = self._logs(scores, rewards_BC, picks) | tokens_of(output)
         with torch.no_grad():
             logs |= self._pick_logs(scorer, batch, picks, pool, epoch, observe)
         return loss_B, logs
@@ -119,14 +119,14 @@ class Preference(Objective):
         done = int(self.state["selected_in"])
         if self.refresh == "step" or done == epoch or (self.refresh == "once" and done >= 0):
             return {}
-        parts, accelerator, started = [], self.score.accelerator, time.perf_counter()
-        for place, batch in enumerate(self.score.batches(scorer, self.rows, "select")):
+        parts, accelerator, started = [], self.score_split.accelerator, time.perf_counter()
+        for place, batch in enumerate(self.score_split.batches(scorer, self.rows, "select")):
             number = place * accelerator.num_processes + accelerator.process_index
             batch = self._remembered.shortlist(batch, self._reference(batch))
-            scored = scorer(batch) if self.selector.needs_scores else Scored(unscored(batch))
-            pool = self._statistics(batch, scored.scores, epoch, number % observe_every == 0)
+            output = scorer(batch) if self.selector.needs_scores else ScorerOutput(unscored(batch))
+            pool = self._statistics(batch, output.scores, epoch, number % observe_every == 0)
             picks = self._pick(pool, batch, epoch)
-            logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(scored)
+            logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()} | tokens_of(output)
             if self.selector.needs_scores:
                 logs["selection/hardest_overlap"] = hardest_overlap(pool, picks)
             if done >= 0:
@@ -142,7 +142,7 @@ class Preference(Objective):
         return {name: float(value_S.nanmean()) for name, value_S in values.items()}
 
     def validate(self, scorer: nn.Module) -> dict[str, float]:
-        return evaluate(self.score(scorer, self.val, "validate"), self.reference["val"], self.beta)
+        return evaluate(self.score_split(scorer, self.val, "validate"), self.reference["val"], self.beta)
 
     def share(self) -> None:
         """Bring the picks of all processes together, before they are saved and at an epoch's end."""
@@ -154,7 +154,7 @@ class Preference(Objective):
             if made.seen is not None:
                 self._remembered.saw(made.rows_B, *made.seen)
             places |= {row: (made, place) for place, row in enumerate(made.rows_B.tolist())}
-        if self.log and places and self.score.accelerator.is_main_process:
+        if self.log and places and self.score_split.accelerator.is_main_process:
             self.log.write(self._epoch, places, self.state["written"])
 
     @staticmethod
@@ -178,7 +178,7 @@ class Preference(Objective):
         """Reference log-probs of the batch's candidates, `(B, C)`."""
         return self.reference["train"].logp_SC[batch.index_B].to(batch.place_BC.device).gather(1, batch.place_BC)
 
-    def _statistics(self, batch: Batch, scores: Scores, epoch: int, observe: bool = False) -> PoolStatistics:
+    def _statistics(self, batch: Batch, scores: CandidateScores, epoch: int, observe: bool = False) -> PoolStatistics:
         noise_BN = noise(batch, self.seed, 0 if self.refresh == "once" else epoch)
         return PoolStatistics(scores, self._reference(batch), self.beta, noise_BN, batch.ids, observe)
 
@@ -191,7 +191,7 @@ class Preference(Objective):
         self._epoch = epoch
         return picks
 
-    def _compare(self, rewards_BC: Tensor, scores: Scores, picks: Picks) -> Tensor:
+    def _compare(self, rewards_BC: Tensor, scores: CandidateScores, picks: Picks) -> Tensor:
         if picks.beta_scale_BK is not None:
             apart_BK = picks.beta_scale_BK.to(rewards_BC) * (rewards_BC[:, 1:] - rewards_BC[:, :1])
             rewards_BC = torch.cat([rewards_BC[:, :1], rewards_BC[:, :1] + apart_BK], dim=1)
@@ -201,7 +201,7 @@ class Preference(Objective):
             given["log_inclusion_BK"] = picks.log_inclusion_BK.to(rewards_BC)
         return self.compare(rewards_BC, scores.mean_logp_BC, scores.mask_BC, **given)
 
-    def _logs(self, scores: Scores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
+    def _logs(self, scores: CandidateScores, rewards_BC: Tensor, picks: Picks) -> dict[str, Tensor]:
         count_B = picks.mask_BK.sum(-1)
         rejected = [(value_BC[:, 1:] * picks.mask_BK).sum(-1) / count_B for value_BC in (rewards_BC, scores.logp_BC)]
         best_B = rewards_BC[:, 1:].masked_fill(~picks.mask_BK, -torch.inf).amax(-1)
@@ -218,7 +218,7 @@ class Preference(Objective):
         }
 
     def _pick_logs(
-        self, scorer: nn.Module, batch: Batch, picks: Picks, pool: Scores | None, epoch: int, observe: bool
+        self, scorer: nn.Module, batch: Batch, picks: Picks, pool: CandidateScores | None, epoch: int, observe: bool
     ) -> dict[str, Tensor]:
         logs = {f"selection/{name}": value_B for name, value_B in picks.info.items()}
         if self.refresh == "step" and epoch and observe:
@@ -231,7 +231,7 @@ class Preference(Objective):
         return logs
 
 
-def tokens_of(scored: Scored) -> dict[str, Tensor]:
+def tokens_of(output: ScorerOutput) -> dict[str, Tensor]:
     """The counts of tokens through the model that the training loop adds up."""
-    counts = {"fed_tokens": scored.fed_B, "learned_tokens": scored.learned_B}
+    counts = {"fed_tokens": output.fed_B, "learned_tokens": output.learned_B}
     return {name: count_B for name, count_B in counts.items() if count_B is not None}

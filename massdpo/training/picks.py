@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from massdpo.data.schema import PreferenceExample
-from massdpo.evaluation.scores import SplitScores
+from massdpo.evaluation.logps import SplitLogps
 from massdpo.store import keyed_seed
-from massdpo.tensors import Batch, Picks, PoolStatistics, Scores
+from massdpo.tensors import Batch, CandidateScores, Picks, PoolStatistics
 
 
 class Made(NamedTuple):
@@ -61,10 +61,10 @@ def rounded(values: Tensor) -> Any:
     return [round(value, 6) for value in values.tolist()]
 
 
-def unscored(batch: Batch) -> Scores:
+def unscored(batch: Batch) -> CandidateScores:
     """What a selector that needs no scores is given: which candidates there are, and zeros."""
     zero_BCT = torch.zeros(batch.response_ids_BCT.shape, device=batch.response_ids_BCT.device)
-    return Scores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
+    return CandidateScores(zero_BCT[..., 0], zero_BCT, batch.length_BC, batch.mask_BC)
 
 
 def noise(batch: Batch, seed: int, draw: int) -> Tensor:
@@ -84,7 +84,7 @@ class PickLog:
     `keep="last"` the file holds the picks of the newest epoch, with `all` those of every epoch.
     """
 
-    def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitScores, keep: str):
+    def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitLogps, keep: str):
         self.file, self.examples, self.reference, self.keep = file, examples, reference, keep
 
     def write(self, epoch: int, made: Mapping[int, tuple[Made, int]], good: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from massdpo.selection import logdet
 from massdpo.selection.gram import candidate_gram
 from massdpo.store import keyed_seed
-from massdpo.tensors import Picks, PoolStatistics, Scores, members
+from massdpo.tensors import CandidateScores, Picks, PoolStatistics, members
 
 
 def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, clusters: int = 5) -> PoolStatistics:
@@ -27,7 +27,7 @@ def pools_of(features_BCD: Tensor, logp_BC: Tensor, noise_BN: Tensor, beta: floa
     """Pool statistics of these log-probs and features; the reference is uniform."""
     ones_BC = torch.ones_like(logp_BC, dtype=torch.int64)
     mask_BC = ones_BC.bool()
-    scores = Scores(logp_BC, logp_BC[..., None], ones_BC, mask_BC, features_BCD, precision=torch.float64)
+    scores = CandidateScores(logp_BC, logp_BC[..., None], ones_BC, mask_BC, features_BCD, precision=torch.float64)
     names = [f"prompt {row}" for row in range(len(logp_BC))]
     return PoolStatistics(scores, torch.zeros_like(logp_BC), beta, noise_BN, names)
 

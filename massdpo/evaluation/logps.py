@@ -1,4 +1,4 @@
-"""Score every candidate of a split, and turn scores into metrics.
+"""Log-probs of every candidate of a split, and the metrics that follow from them.
 
 Suffixes: S prompts of a split, B prompts of a batch, C = 1 + N candidates (column 0 is the chosen one).
 """
@@ -19,7 +19,7 @@ from massdpo.data.batches import by_length, collate
 from massdpo.data.tokens import TokenizedExample
 from massdpo.errors import UserError
 from massdpo.evaluation import metrics
-from massdpo.tensors import Batch, Scored
+from massdpo.tensors import Batch, ScorerOutput
 
 # Nats, per square root of a response's tokens, by which two machines' log-probs of one policy may differ: two to
 # four times what other batches or threads change in a model of 135M parameters (0.05 to 0.09 under bfloat16, 5e-6 in
@@ -28,7 +28,7 @@ ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.2}
 
 
 @dataclass(frozen=True)
-class SplitScores:
+class SplitLogps:
     """Summed log-probs of each candidate of each prompt of a split, on the CPU, float32 nats."""
 
     logp_SC: Tensor
@@ -46,7 +46,7 @@ class SplitScores:
         save_file({"logp_SC": self.logp_SC, "length_SC": self.length_SC}, file)
 
     @classmethod
-    def load(cls, file: Path) -> "SplitScores":
+    def load(cls, file: Path) -> "SplitLogps":
         return cls(**load_file(file))
 
 
@@ -72,7 +72,7 @@ class SplitScorer:
         scorer.train(was_training)
 
     @torch.no_grad()
-    def __call__(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> SplitScores:
+    def __call__(self, scorer: nn.Module, rows: Sequence[TokenizedExample], what: str) -> SplitLogps:
         """Every candidate's summed log-prob, at the run's precision; every process gets the whole.
 
         The same batches give the same numbers to the last digit. Batches of another shape do not, as matrix products
@@ -83,8 +83,8 @@ class SplitScorer:
         parts = []
         for batch in self.batches(scorer, rows, what):
             with self.accelerator.autocast():
-                scored: Scored = scorer(batch)
-            parts.append((batch.index_B, scored.scores.logp_BC.float().cpu(), scored.scores.length_BC.cpu()))
+                output: ScorerOutput = scorer(batch)
+            parts.append((batch.index_B, output.scores.logp_BC.float().cpu(), output.scores.length_BC.cpu()))
         parts = gather_object(parts)
         width = max(logp_BC.shape[1] for _, logp_BC, _ in parts)
         logp_SC = torch.zeros(len(rows), width)
@@ -92,10 +92,10 @@ class SplitScorer:
         for index_B, logp_BC, length_BC in parts:
             logp_SC[index_B, : logp_BC.shape[1]] = logp_BC
             length_SC[index_B, : length_BC.shape[1]] = length_BC
-        return SplitScores(logp_SC, length_SC)
+        return SplitLogps(logp_SC, length_SC)
 
 
-def check_reference(now: SplitScores, stored_SC: Tensor, dtype: torch.dtype) -> None:
+def check_reference(now: SplitLogps, stored_SC: Tensor, dtype: torch.dtype) -> None:
     """Compare the stored log-probs of some whole batches with those of the policy as it starts, in the same batches.
 
     There both are the same to the last digit, whatever `dtype` they are computed in; what another machine stored
@@ -113,18 +113,18 @@ def check_reference(now: SplitScores, stored_SC: Tensor, dtype: torch.dtype) -> 
         )
 
 
-def evaluate(policy: SplitScores, reference: SplitScores, beta: float) -> dict[str, float]:
+def evaluate(policy: SplitLogps, reference: SplitLogps, beta: float) -> dict[str, float]:
     """Metrics over the whole pool, whatever was trained on: ranking by mean (`_sum`: summed) log-prob, rewards."""
     return ranking(policy) | metrics.reward_metrics(*_rewards(policy, reference, beta))
 
 
-def ranking(scores: SplitScores) -> dict[str, float]:
-    by_mean = metrics.ranking_metrics(metrics.target_ranks(scores.mean_logp_SC, scores.mask_SC))
-    by_sum = metrics.ranking_metrics(metrics.target_ranks(scores.logp_SC, scores.mask_SC))
+def ranking(logps: SplitLogps) -> dict[str, float]:
+    by_mean = metrics.ranking_metrics(metrics.target_ranks(logps.mean_logp_SC, logps.mask_SC))
+    by_sum = metrics.ranking_metrics(metrics.target_ranks(logps.logp_SC, logps.mask_SC))
     return by_mean | {f"{name}_sum": value for name, value in by_sum.items()}
 
 
-def predictions(policy: SplitScores, reference: SplitScores, beta: float, ids: Sequence[str]) -> list[dict[str, Any]]:
+def predictions(policy: SplitLogps, reference: SplitLogps, beta: float, ids: Sequence[str]) -> list[dict[str, Any]]:
     """One row per prompt: the target's rank by mean and by summed log-prob, rewards, every candidate's scores."""
     rank_S = metrics.target_ranks(policy.mean_logp_SC, policy.mask_SC)
     rank_sum_S = metrics.target_ranks(policy.logp_SC, policy.mask_SC)
@@ -143,6 +143,6 @@ def predictions(policy: SplitScores, reference: SplitScores, beta: float, ids: S
     ]
 
 
-def _rewards(policy: SplitScores, reference: SplitScores, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rewards(policy: SplitLogps, reference: SplitLogps, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     change_SC = policy.logp_SC - reference.logp_SC
     return beta * change_SC, policy.mask_SC, change_SC[:, 0]
