@@ -1,7 +1,7 @@
 """Guesses without any model: by popularity, and by what the slates give away.
 
 Popularity ranks candidates by how often each is a target in training. The look-up is a table from target to slate and
-position, learned on the other splits: slates drawn by the target give themselves away (public LastFM preprocessing),
+position, learned on training and validation: slates drawn by the target give themselves away (public LastFM preprocessing),
 clean ones leave it at chance. Both guess evenly among equals, so their metrics are expectations over such guesses.
 
 Suffix: S prompts of a split.
@@ -11,6 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from zlib import crc32
 
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from massdpo.data.raw import SPLITS
 from massdpo.data.schema import PreferenceExample, Splits
 from massdpo.evaluation.metrics import ranking_values
 from massdpo.store import Cache, digest, package_code, write_json
@@ -42,24 +42,24 @@ def baselines(splits: Splits, cache: Cache) -> dict[str, float]:
     return values
 
 
-def guess_metrics(splits: Splits, split: str = "test") -> dict[str, float]:
-    """The ranking metrics of both baselines on `split`."""
-    guesses = {"popularity": popularity(splits), "lookup": lookup(splits, split)}
+def guess_metrics(splits: Splits) -> dict[str, float]:
+    """The ranking metrics of both baselines on the test split."""
+    guesses = {"popularity": popularity(splits), "lookup": lookup(splits)}
     return {
         f"{name}/{metric}": value
         for name, guess in guesses.items()
-        for metric, value in guessed(guess, getattr(splits, split)).metrics().items()
+        for metric, value in guessed(guess, splits.test).metrics().items()
     }
 
 
-def leak_check(splits: Splits, split: str = "test") -> dict[str, float]:
-    """How often the look-up finds the target of `split`.
+def leak_check(splits: Splits) -> dict[str, float]:
+    """How often the look-up finds the target of a test prompt.
 
     Returns:
         `accuracy`, the `chance` of guessing evenly, the `standard_error` of guessing so, and `matched`, the share of
         rows where something matched. All are shares of rows.
     """
-    found = guessed(lookup(splits, split), getattr(splits, split))
+    found = guessed(lookup(splits), splits.test)
     chance_S = 1 / found.size_S
     return {
         "accuracy": found.metrics()["accuracy"],
@@ -74,14 +74,14 @@ def popularity(splits: Splits) -> Guess:
     return lambda example: [count[candidate] for candidate in example.candidates]
 
 
-def lookup(splits: Splits, split: str) -> Guess:
+def lookup(splits: Splits) -> Guess:
     """The table keeps, of each target, the place where it stood most often and the negatives beside it there first.
 
     A candidate matches as far as it stands at its own remembered place and among its own remembered negatives. One
     that was never a target is judged by another one's memory, so that having been a target gives nothing away: how
     often a candidate is a target is what popularity measures.
     """
-    table = _remember(example for name in SPLITS if name != split for example in getattr(splits, name))
+    table = _remember(chain(splits.train, splits.val))
     memories = list(table.values()) or [(-1, frozenset())]
 
     def guess(example: PreferenceExample) -> list[float]:

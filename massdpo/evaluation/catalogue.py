@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from massdpo.data.schema import Splits
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.logps import SplitScorer
-from massdpo.evaluation.metrics import ranking_metrics, target_ranks
+from massdpo.evaluation.metrics import both_rankings, target_ranks
 from massdpo.model.trie import Catalogue
 from massdpo.tensors import ScorerOutput
 
@@ -35,8 +35,7 @@ class CatalogueRanks:
 
     def metrics(self) -> dict[str, float]:
         """The ranking metrics under `catalogue/` (`_sum`: by summed log-prob), and what they cost."""
-        by_sum = {f"{name}_sum": value for name, value in ranking_metrics(self.rank_sum_S).items()}
-        values = ranking_metrics(self.rank_S) | by_sum | {"items": self.items, "seconds": self.seconds}
+        values = both_rankings(self.rank_S, self.rank_sum_S) | {"items": self.items, "seconds": self.seconds}
         return {f"catalogue/{name}": value for name, value in values.items()}
 
 

@@ -42,6 +42,11 @@ class SplitLogps:
     def mean_logp_SC(self) -> Tensor:
         return self.logp_SC / self.length_SC.clamp(min=1)
 
+    def ranks(self) -> tuple[Tensor, Tensor]:
+        """The targets' ranks `(S,)` by mean and by summed log-prob."""
+        by_mean = metrics.target_ranks(self.mean_logp_SC, self.mask_SC)
+        return by_mean, metrics.target_ranks(self.logp_SC, self.mask_SC)
+
     def save(self, file: Path) -> None:
         save_file({"logp_SC": self.logp_SC, "length_SC": self.length_SC}, file)
 
@@ -119,15 +124,12 @@ def evaluate(policy: SplitLogps, reference: SplitLogps, beta: float) -> dict[str
 
 
 def ranking(logps: SplitLogps) -> dict[str, float]:
-    by_mean = metrics.ranking_metrics(metrics.target_ranks(logps.mean_logp_SC, logps.mask_SC))
-    by_sum = metrics.ranking_metrics(metrics.target_ranks(logps.logp_SC, logps.mask_SC))
-    return by_mean | {f"{name}_sum": value for name, value in by_sum.items()}
+    return metrics.both_rankings(*logps.ranks())
 
 
 def predictions(policy: SplitLogps, reference: SplitLogps, beta: float, ids: Sequence[str]) -> list[dict[str, Any]]:
     """One row per prompt: the target's rank by mean and by summed log-prob, rewards, every candidate's scores."""
-    rank_S = metrics.target_ranks(policy.mean_logp_SC, policy.mask_SC)
-    rank_sum_S = metrics.target_ranks(policy.logp_SC, policy.mask_SC)
+    rank_S, rank_sum_S = policy.ranks()
     values = metrics.reward_values(*_rewards(policy, reference, beta))
     kept = {metric.column: values[metric.name].tolist() for metric in metrics.REWARDS if metric.column}
     kept["reward_correct"] = [bool(value) for value in kept["reward_correct"]]

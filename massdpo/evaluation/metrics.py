@@ -90,11 +90,8 @@ RANKING = (  # of one relevant candidate: its ideal DCG is 1 (JÃ¤rvelin and KekÃ
 )
 REWARDS = (  # a NaN reward is never a win, and makes the prompt's margin NaN
     Metric(
-        *(
-            "reward_accuracy",
-            "reward accuracy",
-            "share of prompts whose chosen reward is above **all** rejected rewards",
-        ),
+        *("reward_accuracy", "reward accuracy"),
+        "share of prompts whose chosen reward is above **all** rejected rewards",
         of_rewards=lambda it: it.wins_BN.sum(-1) == it.mask_BC[:, 1:].sum(-1),
         column="reward_correct",
         summary=True,
@@ -230,6 +227,11 @@ def ranking_values(rank_B: Tensor) -> dict[str, Tensor]:
 def ranking_metrics(rank_B: Tensor) -> dict[str, float]:
     """Means over prompts of `ranking_values`."""
     return _means(ranking_values(rank_B))
+
+
+def both_rankings(rank_B: Tensor, rank_sum_B: Tensor) -> dict[str, float]:
+    """`ranking_metrics` of the ranks by mean log-prob and, as `_sum`, of those by summed log-prob."""
+    return ranking_metrics(rank_B) | {f"{name}_sum": value for name, value in ranking_metrics(rank_sum_B).items()}
 
 
 def reward_values(rewards_BC: Tensor, mask_BC: Tensor, chosen_logp_change_B: Tensor) -> dict[str, Tensor]:

@@ -106,11 +106,12 @@ def save_policy(
             bits = {"quantize": bits_of(base)} if bits_of(base) else {}
             write_json(folder / BASE, {"dtype": str(base.config.dtype).removeprefix("torch.")} | bits)
         else:
-            without_adapter = {name: weight for name, weight in weights.items() if ".lora_" not in name}
-            names = {
-                name: name.removeprefix("base_model.model.").replace(".base_layer.", ".") for name in without_adapter
+            of_base = {
+                name.removeprefix("base_model.model.").replace(".base_layer.", "."): weight
+                for name, weight in weights.items()
+                if ".lora_" not in name
             }
-            base.save_pretrained(folder, state_dict={names[name]: weight for name, weight in without_adapter.items()})
+            base.save_pretrained(folder, state_dict=of_base)
         # save_embedding_layers="auto" would ask the hub whether they changed
         model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     else:

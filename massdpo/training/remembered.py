@@ -33,10 +33,8 @@ class Remembered:
 
     def picks(self, batch: Batch) -> Picks:
         """The batch's picks as they were stored, on its device."""
-        names = {"index_BK": "index_SK", "mask_BK": "mask_SK"} | {f"{name}_BK": f"{name}_SK" for name in CARRIED}
-        found: dict[str, Any] = {
-            name: self.state[key][batch.index_B] for name, key in names.items() if key in self.state
-        }
+        stored = [name for name in ("index", "mask", *CARRIED) if f"{name}_SK" in self.state]
+        found: dict[str, Any] = {f"{name}_BK": self.state[f"{name}_SK"][batch.index_B] for name in stored}
         return Picks(**found).to(batch.prompt_ids_BP.device)
 
     def store(self, rows_B: Tensor, picks: Picks) -> None:
