@@ -1,7 +1,7 @@
 """Guesses without any model: by popularity, and by what the slates give away.
 
 Popularity ranks candidates by how often each is a target in training. The look-up is a table from target to slate and
-position, learned on training and validation: slates drawn by the target give themselves away (public LastFM preprocessing),
+position, learned from the other splits: slates drawn by the target give themselves away (public LastFM preprocessing),
 clean ones leave it at chance. Both guess evenly among equals, so their metrics are expectations over such guesses.
 
 Suffix: S prompts of a split.
@@ -109,7 +109,7 @@ def _remember(examples: Iterable[PreferenceExample]) -> dict[str, tuple[int, fro
 
 
 @dataclass(frozen=True)
-class Guessed:
+class SlateRanks:
     """Where the target of each prompt stands among the scores of its slate."""
 
     above_S: NDArray[np.int64]  # candidates that score higher
@@ -129,7 +129,7 @@ class Guessed:
         }
 
 
-def guessed(guess: Guess, examples: Iterable[PreferenceExample]) -> Guessed:
+def guessed(guess: Guess, examples: Iterable[PreferenceExample]) -> SlateRanks:
     above, equal, size, best = [], [], [], []
     for example in examples:
         scores = guess(example)
@@ -138,4 +138,4 @@ def guessed(guess: Guess, examples: Iterable[PreferenceExample]) -> Guessed:
         equal.append(scores.count(target))
         size.append(len(scores))
         best.append(max(scores))
-    return Guessed(np.array(above), np.array(equal), np.array(size), np.array(best, np.float64))
+    return SlateRanks(np.array(above), np.array(equal), np.array(size), np.array(best, np.float64))

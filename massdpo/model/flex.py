@@ -36,7 +36,7 @@ class Flex:
         self.fewest: float | None = None
 
     def takes(self, causal_lm: PreTrainedModel, keys: int, misfit: Callable[[int], str]) -> bool:
-        """Whether a row with this many keys does; plain text, which needs no mask, counts as 0 keys."""
+        """Whether a row with this many keys goes through it; plain text, which needs no mask, counts as 0 keys."""
         if self.fewest is None and keys >= (fewest := _worth(causal_lm)):
             plain = causal_lm.config._attn_implementation
             _beside(causal_lm, plain.removeprefix(PREFIX))

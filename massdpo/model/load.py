@@ -52,7 +52,7 @@ class PretrainedModel:
         self.hub_id = hub_id
         self.path = path
         self.revision = revision
-        self.dtype = _known(dtype)
+        self.dtype = dtype
 
     def load(
         self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
@@ -97,7 +97,7 @@ class PackagedModel:
     def __init__(self, packages: Sequence[str], terms: str, dtype: str = "float32"):
         self.packages = packages
         self.terms = terms
-        self.dtype = _known(dtype)
+        self.dtype = dtype
 
     def load(
         self, texts: Texts, seed: int, cache: Cache, texts_key: str | None = None
@@ -105,12 +105,6 @@ class PackagedModel:
         """The model and its tokenizer, on the CPU; neither depends on the training texts or the seed."""
         folder = converted(packaged(self.packages), self.dtype, cache, f"; terms: {self.terms}")
         return fitting(load_model(folder, self.dtype), load_tokenizer(folder))
-
-
-def _known(dtype: str) -> str:
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"model.dtype={dtype}: float32 or bfloat16")
-    return dtype
 
 
 def fitting(

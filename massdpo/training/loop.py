@@ -131,7 +131,7 @@ class Training:
         position.epoch, position.batch = position.epoch + 1, 0
 
     def validate(self) -> None:
-        """Metrics on the validation split; keeps the policy where it is the best so far."""
+        """Validate at an epoch's end, print its line, and keep the policy where it is the best so far."""
         position, options = self.position, self.options
         validation = self.objective.validate(self.scorer)
         self._log({f"val/{name}": value for name, value in validation.items()} | {"step": position.step})
@@ -143,23 +143,19 @@ class Training:
             checkpoints.write(best, position, state, self.accelerator, weights_alone=True)
         position.without_gain = 0 if value > position.best else position.without_gain + 1
         position.best = max(position.best, value)
-        self._tell(validation)
-
-    def _tell(self, validation: dict[str, float]) -> None:
-        """One line for the epoch that just ended."""
-        # There are none where a stopped stage had only its validation left.
+        # There are no losses where a stopped stage had only its validation left.
         loss = f"loss {sum(self.losses) / len(self.losses):.3f}, " if self.losses else ""
         self.losses.clear()
-        told = ", ".join(f"{name} {validation[name]:.3f}" for name in EPOCH_METRICS if name in validation)
-        say(f"{self.stage.name} epoch {self.position.epoch}/{self.stage.epochs}: {loss}val {told}")
+        means = ", ".join(f"{name} {validation[name]:.3f}" for name in EPOCH_METRICS if name in validation)
+        say(f"{self.stage.name} epoch {position.epoch}/{self.stage.epochs}: {loss}val {means}")
 
     def step(
         self, loader: Iterator[Batch], rows: Sequence[int], logged: bool, advance: Callable[..., None]
     ) -> dict[str, Any]:
         """One optimiser step over `rows`; returns what is logged of it."""
         position, accelerator = self.position, self.accelerator
-        name = self.stage.name
-        where, remedy = f"step {position.step} of {name}", f"lower trainer.{name}.learning_rate"
+        where = f"step {position.step} of {self.stage.name}"
+        remedy = f"lower trainer.{self.stage.name}.learning_rate"
         world, size = accelerator.num_processes, self.options.batch_size
         micro = micro_batches(len(rows), world, size)
         values: dict[str, list[Tensor]] = {}

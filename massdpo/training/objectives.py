@@ -19,7 +19,7 @@ from massdpo.errors import UserError
 from massdpo.evaluation.logps import SplitLogps, SplitScorer, evaluate, ranking
 from massdpo.selection import Selector, hardest_overlap, overlap
 from massdpo.tensors import Batch, CandidateScores, Picks, PoolStatistics, ScorerOutput
-from massdpo.training.picks import Made, PickLog, noise, reasons, unscored
+from massdpo.training.picks import BatchPicks, PickLog, noise, reasons, unscored
 from massdpo.training.remembered import Remembered
 from massdpo.training.stage import Objective
 
@@ -72,7 +72,7 @@ class Preference(Objective):
     log: PickLog | None = None  # where picks are written down
     state: dict[str, Tensor] = field(init=False)  # what a checkpoint must remember
     seconds: dict[str, float] = field(default_factory=lambda: {"select": 0.0, "observe": 0.0})
-    _own: list[Made] = field(default_factory=list)  # of an epoch's rows, known to this process alone until shared
+    _own: list[BatchPicks] = field(default_factory=list)  # of an epoch's rows, known to this process alone until shared
     _epoch: int = 0  # theirs
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Preference(Objective):
         """Bring the picks of all processes together, before they are saved and at an epoch's end."""
         own = [made.on_cpu() for made in self._own]  # only now, as each look at the device's picks waits for it
         self._own.clear()
-        places: dict[int, tuple[Made, int]] = {}  # a row once: a filler that keeps processes in step repeats one
+        places: dict[int, tuple[BatchPicks, int]] = {}  # a row once: a filler that keeps processes in step repeats one
         for made in gather_object(own):
             self._remembered.store(made.rows_B, made.picks)
             if made.seen is not None:
@@ -187,7 +187,7 @@ class Preference(Objective):
             raise UserError(f"{type(self.selector).__name__} picks without log_inclusion_BK: use loss=pl, not is_pl")
         known = reasons(pool, picks) if self.log and self.selector.needs_scores else {}
         seen = None if self.screen is None else (batch.place_BC[:, 1:] - 1, pool.advantage_BN)
-        self._own.append(Made(batch.index_B, batch.whole(picks), known, seen))
+        self._own.append(BatchPicks(batch.index_B, batch.whole(picks), known, seen))
         self._epoch = epoch
         return picks
 

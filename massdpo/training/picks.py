@@ -20,7 +20,7 @@ from massdpo.store import keyed_seed
 from massdpo.tensors import Batch, CandidateScores, Picks, PoolStatistics
 
 
-class Made(NamedTuple):
+class BatchPicks(NamedTuple):
     """The picks of a batch, and what is known about them: values per prompt `(B,)` or per pick `(B, K)`."""
 
     rows_B: Tensor  # of the split
@@ -28,10 +28,10 @@ class Made(NamedTuple):
     known: dict[str, Tensor]
     seen: tuple[Tensor, Tensor] | None = None  # where only a shortlist was scored: which negatives, and their s
 
-    def on_cpu(self) -> "Made":
+    def on_cpu(self) -> "BatchPicks":
         known = {name: value.cpu() for name, value in self.known.items()}
         seen = None if self.seen is None else (self.seen[0].cpu(), self.seen[1].cpu())
-        return Made(self.rows_B, self.picks.to("cpu"), known, seen)
+        return BatchPicks(self.rows_B, self.picks.to("cpu"), known, seen)
 
 
 def reasons(pool: PoolStatistics, picks: Picks) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class PickLog:
     def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitLogps, keep: str):
         self.file, self.examples, self.reference, self.keep = file, examples, reference, keep
 
-    def write(self, epoch: int, made: Mapping[int, tuple[Made, int]], good: Tensor) -> None:
+    def write(self, epoch: int, made: Mapping[int, tuple[BatchPicks, int]], good: Tensor) -> None:
         """Write the picks of some rows, each with its place in a batch; `good` is (newest epoch, bytes), kept right."""
         newest, end = good.tolist()
         end = end if self.keep == "all" or newest == epoch else 0
@@ -97,7 +97,7 @@ class PickLog:
             file.write(text.encode())
             good.copy_(torch.tensor([epoch, file.tell()]))
 
-    def _line(self, epoch: int, row: int, made: Made, place: int) -> str:
+    def _line(self, epoch: int, row: int, made: BatchPicks, place: int) -> str:
         example, mask_K = self.examples[row], made.picks.mask_BK[place]
         index_K = made.picks.index_BK[place][mask_K].tolist()
         line: dict[str, Any] = {"id": example.id, "epoch": epoch} | candidates_of(example, self.reference.logp_SC[row])
