@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from massdpo.errors import UserError
-from massdpo.model.load import load_model, tell_of_long_rope
+from massdpo.model.load import load_model, warn_of_long_rope
 from massdpo.model.scoring import PreferenceScorer
 from tests.conftest import ROOT
 from tests.test_scoring import (
@@ -198,7 +198,7 @@ def test_long_rope_goes_by_the_longest_row_of_a_batch(capsys: pytest.CaptureFixt
     config = Phi3Config(**GROUPED, original_max_position_embeddings=16, rope_parameters=rope)
     for told, length in ((FAMILIES["phi3"], 64), (config, 16), (config, 17)):
         assert capsys.readouterr().err == ""
-        tell_of_long_rope(told, length)
+        warn_of_long_rope(told, length)
     assert re.fullmatch(
         r"warning: a row of more than 16 tokens .* trainer\.max_length=16 avoids that\n", capsys.readouterr().err
     )

@@ -29,7 +29,7 @@ class Answer:
     """The candidates of a prompt (0: the chosen one) that greedy decoding names; more than one where they are alike."""
 
     free: list[int]  # those with the text that the model wrote and ended; none where it wrote something else
-    constrained: list[int]  # those with the tokens that it came to when held to the candidates
+    constrained: list[int]  # those whose tokens it wrote when held to the candidates
 
 
 def generate_split(

@@ -37,9 +37,9 @@ class Flex:
 
     def takes(self, causal_lm: PreTrainedModel, keys: int, misfit: Callable[[int], str]) -> bool:
         """Whether a row with this many keys goes through it; plain text, which needs no mask, counts as 0 keys."""
-        if self.fewest is None and keys >= (fewest := _worth(causal_lm)):
+        if self.fewest is None and keys >= (fewest := _fewest_keys(causal_lm)):
             plain = causal_lm.config._attn_implementation
-            _beside(causal_lm, plain.removeprefix(PREFIX))
+            _put_beside(causal_lm, plain.removeprefix(PREFIX))
             self.fewest = 0  # the probe's short rows go through it too, at several lengths in tiles
             reason = misfit(min(24, causal_lm.config.get_text_config().max_position_embeddings // 8))
             self.fewest = math.inf if reason else fewest
@@ -49,7 +49,7 @@ class Flex:
         return self.fewest is not None and keys >= self.fewest
 
 
-def _worth(causal_lm: PreTrainedModel) -> float:
+def _fewest_keys(causal_lm: PreTrainedModel) -> float:
     """The fewest keys of a row from which FlexAttention is worth trying."""
     if causal_lm.device.type not in DEVICES or not causal_lm._supports_flex_attn:
         return math.inf
@@ -60,7 +60,7 @@ def _worth(causal_lm: PreTrainedModel) -> float:
     return LONG if causal_lm.config._attn_implementation.removeprefix(PREFIX) == "sdpa" else math.inf
 
 
-def _beside(causal_lm: PreTrainedModel, plain: str) -> None:
+def _put_beside(causal_lm: PreTrainedModel, plain: str) -> None:
     AttentionInterface.register(PREFIX + plain, partial(_attend, plain))
     AttentionMaskInterface.register(PREFIX + plain, ALL_MASK_ATTENTION_FUNCTIONS[plain])
     causal_lm.set_attn_implementation(PREFIX + plain)

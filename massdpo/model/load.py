@@ -115,7 +115,7 @@ def fitting(
     Special tokens that are never written here may lie beyond it, as an image's does in the text models of Gemma 3.
 
     Raises:
-        UserError: any other token does; names it.
+        UserError: another token has no row there; the message names it.
     """
     rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     ends = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -150,7 +150,7 @@ def attention(config: PreTrainedConfig) -> str | None:
     return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gemma2" else None
 
 
-def tell_of_long_rope(config: PreTrainedConfig, max_length: int) -> None:
+def warn_of_long_rope(config: PreTrainedConfig, max_length: int) -> None:
     """Warn where rows may be so long that Phi-3's long rope makes a batch's log-probs depend on its longest row."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     near = rope.get("original_max_position_embeddings", max_length)

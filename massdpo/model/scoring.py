@@ -76,7 +76,7 @@ class PreferenceScorer(nn.Module):
         loss and the selectors check that, and looking here too would wait for the device once more.
         """
         if catalogue is not None:
-            return ScorerOutput(self._against(batch, catalogue))
+            return ScorerOutput(self._score_catalogue(batch, catalogue))
         if select is None and torch.is_grad_enabled():
             tokens_B = self._tokens(batch)
             return ScorerOutput(self._score(batch, self._shared(batch)), fed_B=tokens_B, learned_B=tokens_B)
@@ -163,7 +163,7 @@ class PreferenceScorer(nn.Module):
             scores.features_BCD = torch.cat([cast(Tensor, features_BCD) for _, features_BCD in parts], dim=1)
         return scores
 
-    def _against(self, batch: Batch, catalogue: Catalogue) -> CandidateScores:
+    def _score_catalogue(self, batch: Batch, catalogue: Catalogue) -> CandidateScores:
         """Every response of a catalogue behind each prompt, a part of them at a time."""
         size = len(batch.ids)
         logp_BI = torch.zeros(size, len(catalogue.length_I), device=batch.prompt_ids_BP.device)

@@ -24,7 +24,7 @@ from massdpo.data.tokenize import tokenize_catalogue, tokenize_splits, tokenizer
 from massdpo.data.tokens import TokenizedExample, TokenizedSplit
 from massdpo.errors import UserError
 from massdpo.evaluation.logps import SplitLogps, SplitScorer, check_reference
-from massdpo.model.load import tell_of_long_rope
+from massdpo.model.load import warn_of_long_rope
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs.folder import alone
@@ -87,7 +87,7 @@ def tokenized(config: DictConfig, splits: Splits, cache: Cache) -> tuple[Data, n
     options = config.trainer.max_length, config.trainer.chat_template
     if config.trainer.max_length > context:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
-    tell_of_long_rope(model.config, config.trainer.max_length)
+    warn_of_long_rope(model.config, config.trainer.max_length)
     if config.trainer.chat_template:
         settle_chat_template(tokenizer)
     elif tokenizer.chat_template:

@@ -87,15 +87,15 @@ class PickLog:
     def __init__(self, file: Path, examples: Sequence[PreferenceExample], reference: SplitLogps, keep: str):
         self.file, self.examples, self.reference, self.keep = file, examples, reference, keep
 
-    def write(self, epoch: int, made: Mapping[int, tuple[BatchPicks, int]], good: Tensor) -> None:
-        """Write the picks of some rows, each with its place in a batch; `good` is (newest epoch, bytes), kept right."""
-        newest, end = good.tolist()
+    def write(self, epoch: int, made: Mapping[int, tuple[BatchPicks, int]], valid: Tensor) -> None:
+        """Write the picks of some rows, each with its place in a batch; updates `valid`, (newest epoch, bytes)."""
+        newest, end = valid.tolist()
         end = end if self.keep == "all" or newest == epoch else 0
         text = "".join(self._line(epoch, row, *where) for row, where in made.items())
         with open(self.file, "ab") as file:
             file.truncate(min(end, file.tell()))
             file.write(text.encode())
-            good.copy_(torch.tensor([epoch, file.tell()]))
+            valid.copy_(torch.tensor([epoch, file.tell()]))
 
     def _line(self, epoch: int, row: int, made: BatchPicks, place: int) -> str:
         example, mask_K = self.examples[row], made.picks.mask_BK[place]
