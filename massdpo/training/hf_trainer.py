@@ -103,7 +103,7 @@ class MultiNegativeTrainer(Trainer):
         }
         compare = _loss_named(loss) if isinstance(loss, str) else loss
         self.objective: Preference = Preference(
-            picking, compare, beta, "step", args.seed, rows, val, reference, self.score
+            picking, compare, beta, "step", args.seed, rows, val, reference, self.score_split
         )
         self.values: dict[str, list[Tensor]] = {}  # of prompts since the last line of the log
 
