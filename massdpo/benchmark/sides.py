@@ -43,6 +43,12 @@ class Setting:
     dtype: str = "float32"  # bfloat16: autocast over float32 weights
     device: str = "cpu"
 
+    @property
+    def token_bound(self) -> float:
+        """How many times fewer tokens a whole pool takes if its prompt is shared."""
+        size = 1 + self.negatives
+        return size * (self.prompt + self.response) / (self.prompt + size * self.response)
+
 
 CPU = Setting()
 GPU = Setting(
