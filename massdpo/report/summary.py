@@ -15,10 +15,11 @@ from scipy import stats
 
 from massdpo.errors import UserError
 from massdpo.evaluation.metrics import described
-from massdpo.report.methods import BASELINES, UNTRAINED, label_rank
-from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
+from massdpo.report.methods import BASELINES, METHODS, UNTRAINED, rank_in
+from massdpo.report.per_prompt import NO_TEST, compare
+from massdpo.report.reading import PerPrompt
 from massdpo.report.rows import DATA, RunRows
-from massdpo.report.statistics import holm
+from massdpo.report.statistics import Floats, holm
 from massdpo.report.views import shown
 
 BLOCK = ["dataset", "model"]
@@ -50,7 +51,6 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
     frame = frame[frame["label"].notna()]  # a run that never started may have nothing but a name
     lines = _grid(frame, axes)
     _refuse_twins(frame, rows.axes)
-    per_prompt = PerPrompt(rows.prompts)
     parts = []
     blocks: dict[tuple[Any, ...], pd.DataFrame] = dict(iter(frame.groupby(in_block)))
     for values in sorted(blocks, key=lambda values: [*map(_order, values)]):
@@ -58,18 +58,18 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
         finished = block[block["status"] == "finished"].reset_index(drop=True)
         trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
         lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
-        cells = _block_cells(finished, lines_of_block, axes, present, per_prompt, baselines)
+        cells = _block_cells(finished, lines_of_block, axes, present, rows.prompts, baselines)
         parts.append(cells.assign(**place, of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
     first = [*BLOCK, "label", *rows.axes, "metric"]
-    cells = cells[[*first, *(name for name in cells.columns if name not in first)]]
+    cells = cells[[*first, *cells.columns.difference(first, sort=False)]]
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
-    absent = [metric for metric in metrics if metric not in frame]
+    absent = [metric for metric in metrics if metric not in present]
     finished = rows.frame[rows.frame["status"] == "finished"]
-    measured = finished[[name for name in present if name in finished]].to_numpy(dtype=np.float64)
-    names = finished["name"][~np.isfinite(measured).all(axis=1)].tolist()  # NaN is written as an empty cell
-    return Summary(cells, in_block, rows.axes, present, absent, unfinished, names, _sizes(rows))
+    finite = np.isfinite(finished[present].to_numpy(dtype=np.float64))  # NaN is written as an empty cell
+    odd = finished["name"][~finite.all(axis=1)].tolist()
+    return Summary(cells, in_block, rows.axes, present, absent, unfinished, odd, _sizes(rows))
 
 
 def _sizes(rows: RunRows) -> dict[str, str]:
@@ -138,7 +138,7 @@ def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metric
 def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
     """The lines of every block: all blocks have the same lines, so that what is missing can be seen."""
     lines = frame[["label", *axes]].drop_duplicates()
-    keys = [(label_rank(label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
+    keys = [(rank_in(METHODS, label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
     return lines.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
 
 
@@ -151,7 +151,7 @@ def _block_cells(
     lines: pd.DataFrame,
     axes: list[str],
     metrics: list[str],
-    per_prompt: PerPrompt,
+    results: dict[str, PerPrompt],
     baselines: tuple[str, ...],
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
@@ -179,31 +179,28 @@ def _block_cells(
             pairs = [
                 (runs[run], runs[other]) for run, other in zip(run_LS[line][both_S], run_LS[base][both_S], strict=True)
             ]
-            tests.append(per_prompt.compare(metric, pairs))
+            tests.append(compare(results, metric, pairs))
         parts.append(cells.assign(**pd.DataFrame(tests, columns=["difference", "low", "high", "p", "pairs", "note"])))
     return pd.concat(parts, ignore_index=True)
 
 
 def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
     """Mean, half-width of its 95% t interval, and number of seeds of each line; a NaN among the values is kept."""
-    n_L = there_LS.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_L = np.where(there_LS, values_LS, 0).sum(1) / n_L
-        variance_L = np.where(there_LS, (values_LS - mean_L[:, None]) ** 2, 0).sum(1) / (n_L - 1)
-        half_L = stats.t.ppf(0.975, n_L - 1) * np.sqrt(variance_L / n_L)
-    return {"mean": mean_L, "half": np.where(n_L > 1, half_L, np.nan), "n": n_L}
+    known_LS = np.ma.masked_array(values_LS, ~there_LS)
+    n_L = known_LS.count(1)
+    half_L = stats.t.ppf(0.975, n_L - 1) * np.sqrt(known_LS.var(1, ddof=1) / n_L)
+    return {"mean": known_LS.mean(1).filled(np.nan), "half": half_L.filled(np.nan), "n": n_L}
 
 
 def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The best line, and those whose difference from it over shared seeds has a 95% interval that contains 0."""
-    best_L, tie_L = (np.zeros(len(values_LS), dtype=bool) for _ in range(2))
     better = described(metric).better
     mean_L = better * _means(values_LS, there_LS)["mean"]
     mean_L[~np.isfinite(mean_L)] = np.nan  # neither the best nor compared
     if not better or np.isnan(mean_L).all():
-        return best_L, tie_L
+        return np.zeros(len(mean_L), dtype=bool), np.zeros(len(mean_L), dtype=bool)
     best_L = mean_L == np.nanmax(mean_L)
-    gap_LS = values_LS[int(np.flatnonzero(best_L)[0])] - values_LS
+    gap_LS = values_LS[best_L.argmax()] - values_LS
     gap = _means(gap_LS, np.isfinite(gap_LS))
     return best_L, ~best_L & np.isfinite(mean_L) & (np.abs(gap["mean"]) <= gap["half"])
 

@@ -128,8 +128,3 @@ def view_of(sweep: str) -> View:
 def rows_of(sweep: str) -> str:
     """The sweep whose runs a sweep's report shows."""
     return view_of(sweep).rows_of or sweep
-
-
-def reading_order(sweep: str) -> tuple[int, str]:
-    order = list(VIEWS)
-    return (order.index(sweep) if sweep in VIEWS else len(order), sweep)
