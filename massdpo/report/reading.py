@@ -41,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def sound(value: Any) -> Any:
-    """The value itself; UnicodeEncodeError if a text in it has half a character, which no file can hold."""
+    """The value itself; UnicodeEncodeError if a text in it has a lone surrogate, which UTF-8 cannot encode."""
     json.dumps(value, ensure_ascii=False, default=str).encode()
     return value
 
@@ -85,10 +85,9 @@ def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Pe
         if "margin" in prompts:  # ranks of a policy that is always right do not tell prompts apart
             means["margin"] = float(prompts["margin"].astype(float).mean())
         for name, mean in means.items():
-            if not math.isclose(metrics.get(name, mean), mean, rel_tol=1e-4, abs_tol=1e-6) and math.isfinite(
-                metrics[name]
-            ):
-                raise ValueError(f"{len(lines)} prompts with {name} {mean:.4f}, in metrics.json {metrics[name]:.4f}")
+            told = metrics.get(name, mean)
+            if math.isfinite(told) and not math.isclose(told, mean, rel_tol=1e-4, abs_tol=1e-6):
+                raise ValueError(f"{len(lines)} prompts with {name} {mean:.4f}, in metrics.json {told:.4f}")
         return ids, prompts
 
 

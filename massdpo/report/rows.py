@@ -86,14 +86,12 @@ def collect(folder: Path) -> RunRows:
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
-    records: list[dict[str, Any]] = []
+    rows = [row | {f"option/{name}": options.get(path) for name, path in axes.items()} for row, options, _ in runs]
+    frame = pd.DataFrame(
+        {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in rows
+    )
     prompts = {as_cell(row["name"]): predictions for row, _, predictions in runs if predictions}
-    for row, options, _ in runs:
-        row = row | {f"option/{name}": options.get(path) for name, path in axes.items()}
-        records.append(
-            {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-        )
-    frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *frame.columns.difference(first, sort=False)]]
     return RunRows.through_text(frame, prompts)
@@ -163,13 +161,12 @@ def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
         group = seen.setdefault(tuple(options.get(f"choices.{name}") for name in GROUPS), {})
         for path, value in options.items():
             group.setdefault(path, set()).add(value)
-    paths = sorted({path for group in seen.values() for path, values in group.items() if len(values) > 1})
-    paths = [path for path in paths if not f"{path}.".startswith(NO_AXIS)]
+    paths = {path for group in seen.values() for path, values in group.items() if len(values) > 1}
     known = {tuple(options.get(path) for options in runs) for path in ("k", "beta", "refresh", "seed", "name")}
     axes: dict[str, str] = {}
-    for path in paths:
+    for path in sorted(paths):
         values = tuple(options.get(path) for options in runs)
-        if "." in path and not _follows(values, known):
+        if "." in path and not f"{path}.".startswith(NO_AXIS) and not _follows(values, known):
             known.add(values)
             short = path.rsplit(".", 1)[1]
             axes[path if short in axes or path.startswith(DATA) else short] = path

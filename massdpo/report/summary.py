@@ -186,10 +186,12 @@ def _block_cells(
 
 def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
     """Mean, half-width of its 95% t interval, and number of seeds of each line; a NaN among the values is kept."""
-    known_LS = np.ma.masked_array(values_LS, ~there_LS)
-    n_L = known_LS.count(1)
-    half_L = stats.t.ppf(0.975, n_L - 1) * np.sqrt(known_LS.var(1, ddof=1) / n_L)
-    return {"mean": known_LS.mean(1).filled(np.nan), "half": half_L.filled(np.nan), "n": n_L}
+    n_L = there_LS.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean_L = np.where(there_LS, values_LS, 0).sum(1) / n_L
+        variance_L = np.where(there_LS, (values_LS - mean_L[:, None]) ** 2, 0).sum(1) / (n_L - 1)
+        half_L = stats.t.ppf(0.975, n_L - 1) * np.sqrt(variance_L / n_L)
+    return {"mean": mean_L, "half": np.where(n_L > 1, half_L, np.nan), "n": n_L}
 
 
 def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

@@ -17,7 +17,7 @@ def metric_name(metric: str, *notes: str) -> str:
 
 
 def axis_name(metric: str) -> str:
-    """As an axis shows it: also which way is better, if that is not up."""
+    """The metric's name on an axis, which also says where lower is better."""
     return metric_name(metric, *(["lower is better"] if described(metric).better < 0 else []))
 
 
