@@ -353,6 +353,13 @@ def test_a_block_with_no_finished_run_is_shown(tmp_path: Path) -> None:
     assert cell(summary, "random", "accuracy", dataset="synthetic_mcqa").n == 0
 
 
+def test_a_sweep_in_which_nothing_has_finished_is_shown(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "mine", "mass", 0, status="failed")
+    assert main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "mine" / "means.md").read_text()
+    assert "| mass | missing | 0 of 1 |" in text and "1 failed" in text
+
+
 def test_differences_are_paired_by_seed_and_prompt(demo: Path) -> None:
     rows = collect(demo)
     summary = cells_of(rows)

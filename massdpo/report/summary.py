@@ -42,8 +42,9 @@ class Summary:
 
 def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
     """The summary of all finished runs, compared with those of `baselines`."""
-    frame = rows.frame
-    present = [metric for metric in metrics if metric in frame]
+    known = [metric for metric in metrics if metric in rows.frame]
+    present = known or [metrics[0]]  # where no run has finished, the table says what is missing
+    frame = rows.frame if known else rows.frame.assign(**{metrics[0]: np.nan})
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
     data_axes, axes = split_axes(rows.axes)
     in_block = [*BLOCK, *data_axes]
@@ -65,9 +66,9 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
     first = [*BLOCK, "label", *rows.axes, "metric"]
     cells = cells[[*first, *cells.columns.difference(first, sort=False)]]
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
-    absent = [metric for metric in metrics if metric not in present]
+    absent = [metric for metric in metrics if metric not in known]
     finished = rows.frame[rows.frame["status"] == "finished"]
-    finite = np.isfinite(finished[present].to_numpy(dtype=np.float64))  # NaN is written as an empty cell
+    finite = np.isfinite(finished[known].to_numpy(dtype=np.float64))  # NaN is written as an empty cell
     odd = finished["name"][~finite.all(axis=1)].tolist()
     return Summary(cells, in_block, rows.axes, present, absent, unfinished, odd, _sizes(rows))
 
