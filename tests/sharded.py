@@ -30,8 +30,10 @@ def opened(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **option
         PartialState._shared_state["distributed_type"] = self.distributed_type
 
 
-def save_and_die(folder: Path, position: checkpoints.Position, state: Any, accelerator: Accelerator) -> None:
-    save(folder, position, state, accelerator)
+def save_and_die(
+    folder: Path, position: checkpoints.Position, state: Any, accelerator: Accelerator, last: bool
+) -> None:
+    save(folder, position, state, accelerator, last)
     accelerator.wait_for_everyone()
     if folder.name == CHECKPOINTS:  # of the run itself, the preference stage's
         os._exit(1)

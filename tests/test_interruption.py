@@ -168,6 +168,9 @@ def test_sigterm_between_the_steps(
         patch.setattr(*place_of, stopped)
         place.train()
     assert place.status()["status"] == "interrupted" and "SIGTERM" in place.status()["why"]
+    if phase == "test":
+        (last,) = (place.run / "checkpoints").iterdir()
+        assert not list(last.glob("optimizer*")), "no step needs it any more, and it has twice the size of the weights"
     place.train()
     same(place.result(), whole)
 

@@ -73,6 +73,8 @@ VIEWS = {  # in the order in which a reader asks
         against="mass",
     ),
     "small_rates": View("Real models: learning rates", QUALITY, best_on="val/ndcg@5"),
+    "small_negatives": View("Real models: number of negatives", QUALITY, x="k"),
+    "small_beta": View("Real models: reward scale", QUALITY, x="beta"),
     "demo": View("Demonstration: selectors on the default dataset", QUALITY, differences=True),
     "main": View(
         "Main comparison",

@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,19 +38,25 @@ class Position:
     validation: dict[str, float] = field(default_factory=dict)  # of the policy that is kept
 
 
-def save(checkpoints: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator) -> None:
-    """Write the newest checkpoint, then drop older ones: once there is one, there is a whole one at every moment."""
-    write(checkpoints / f"{position.epoch:04d}-{position.step:08d}", position, state, accelerator)
+def save(checkpoints: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator, last: bool) -> None:
+    """Write the newest checkpoint, then drop older ones: once there is one, there is a whole one at every moment.
+
+    After the `last` step no optimiser is needed any more.
+    """
+    place = checkpoints / f"{position.epoch:04d}-{position.step:08d}"
+    write(place, position, state, accelerator, weights_alone=last)
     if accelerator.is_main_process:
         for old in _all(checkpoints)[:-1]:
             shutil.rmtree(old)
 
 
-def write(place: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator) -> None:
+def write(
+    place: Path, position: Position, state: dict[str, Tensor], accelerator: Accelerator, weights_alone: bool
+) -> None:
     """One checkpoint, written by the main process with what the others hold."""
 
     def build(folder: Path) -> None:
-        _save_state(accelerator, folder)
+        _save_state(accelerator, folder, weights_alone)
         (folder / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         if state:
             save_file(state, folder / "objective.safetensors")
@@ -57,15 +65,16 @@ def write(place: Path, position: Position, state: dict[str, Tensor], accelerator
         with writing(place.parent, "free some room; the same command then continues from the last checkpoint"):
             build_folder(place, build)
     else:
-        _save_state(accelerator, None)
+        _save_state(accelerator, None, weights_alone)
     accelerator.wait_for_everyone()
 
 
-def _save_state(accelerator: Accelerator, folder: Path | None) -> None:
+def _save_state(accelerator: Accelerator, folder: Path | None, weights_alone: bool) -> None:
     """Every process takes part, as weights may be sharded; the main one chooses the folder."""
     (place,) = broadcast_object_list([str(folder)])
     hook = accelerator.register_save_state_pre_hook(_trained_alone)
-    accelerator.save_state(place)
+    with _of_what_is_needed(accelerator, weights_alone):
+        accelerator.save_state(place)
     hook.remove()
     accelerator.wait_for_everyone()
 
@@ -78,8 +87,22 @@ def _trained_alone(models: list[nn.Module], weights: list[dict[str, Tensor]], fo
             del state[name]
 
 
+@contextmanager
+def _of_what_is_needed(accelerator: Accelerator, weights_alone: bool) -> Iterator[None]:
+    """Accelerate saves and loads all that it prepared; an optimiser has twice the size of the weights it trains."""
+    optimizers = accelerator._optimizers
+    accelerator._optimizers = [] if weights_alone else optimizers
+    yield
+    accelerator._optimizers = optimizers
+
+
+def load(place: Path, accelerator: Accelerator, weights_alone: bool) -> None:
+    with _of_what_is_needed(accelerator, weights_alone):
+        accelerator.load_state(str(place), strict=False)  # frozen weights are not in it
+
+
 def resume(
-    checkpoints: Path, state: dict[str, Tensor], keep: str, accelerator: Accelerator, schedule: LambdaLR
+    checkpoints: Path, state: dict[str, Tensor], keep: str, accelerator: Accelerator, schedule: LambdaLR, total: int
 ) -> Position:
     """Load the newest whole checkpoint, if any; damaged checkpoints are reported, moved aside and ignored."""
     if accelerator.is_main_process:
@@ -89,7 +112,7 @@ def resume(
         return Position()
     (place,) = places
     position = _position(place)
-    accelerator.load_state(str(place), strict=False)  # frozen weights are not in it
+    load(place, accelerator, weights_alone=position.step == total)
     if state:
         state.update(load_file(place / "objective.safetensors"))
     rates = [group["lr"] for group in schedule.optimizer.param_groups]  # they came back with the optimizer

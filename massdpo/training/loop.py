@@ -55,7 +55,7 @@ def fit(
     if options.keep == "best" and stage.epochs:
         if accelerator.is_fsdp2:  # an evaluation leaves the outermost weights gathered, and then none can be loaded
             training.scorer.reshard()
-        accelerator.load_state(str(stage.checkpoints / "best"), strict=False)
+        checkpoints.load(stage.checkpoints / "best", accelerator, weights_alone=True)
     return training.scorer, position
 
 
@@ -85,8 +85,8 @@ class Training:
         fall = max(1, self.total - rise)
         self.schedule = LambdaLR(optimizer, lambda step: step / rise if step < rise else (self.total - step) / fall)
         self.scorer, self.optimizer = accelerator.prepare(scorer, optimizer)
-        state = self.objective.state
-        self.position = checkpoints.resume(stage.checkpoints, state, options.keep, accelerator, self.schedule)
+        state, keep = self.objective.state, options.keep
+        self.position = checkpoints.resume(stage.checkpoints, state, keep, accelerator, self.schedule, self.total)
         if self.position.step:
             accelerator.print(f"{stage.name}: continuing from step {self.position.step}")
         self.warned: set[str] = set()
@@ -123,7 +123,8 @@ class Training:
                 asked, last = stop(), position.batch == len(steps)
                 if asked or last or position.step % options.checkpoint_every == 0:
                     self.objective.share()
-                    checkpoints.save(stage.checkpoints, position, self.objective.state, self.accelerator)
+                    state, last_step = self.objective.state, position.step == self.total
+                    checkpoints.save(stage.checkpoints, position, state, self.accelerator, last_step)
                 if asked or (last and stop()):
                     where = f"step {position.step} of {self.total} of {stage.name}"
                     raise Stopped(f"stopped at {where}; give the same command to continue")
@@ -138,7 +139,8 @@ class Training:
         if options.keep == "last" or value > position.best:
             position.validation = validation
         if options.keep == "best" and value > position.best:
-            checkpoints.write(self.stage.checkpoints / "best", position, self.objective.state, self.accelerator)
+            best, state = self.stage.checkpoints / "best", self.objective.state
+            checkpoints.write(best, position, state, self.accelerator, weights_alone=True)
         position.without_gain = 0 if value > position.best else position.without_gain + 1
         position.best = max(position.best, value)
         self._tell(validation)
