@@ -1,8 +1,6 @@
 """The benchmark compares like with like, and the engine keeps at least half of its advantage."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 from massdpo.benchmark import engine, measure
-from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, SIDES
+from massdpo.benchmark.engine import AT_LEAST, AT_MOST, SIDES
 from massdpo.benchmark.sides import CPU, build_batch, build_model, build_sides, everywhere, lean
 from massdpo.model.scoring import PreferenceScorer
 
@@ -52,10 +50,11 @@ def test_sides_alternate_and_may_time_themselves() -> None:
 def test_peak_memory_counts_what_is_gone_again() -> None:
     """400 MB that live only inside the step, in a process of its own; the peak of its parent's must not count."""
     torch.ones(300_000_000)
-    step = "lambda: torch.ones(100_000_000).sum()"
-    code = f"import torch; from massdpo.benchmark.measure import peak_bytes; print(peak_bytes({step}))"
-    found = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert 3.9e8 < found < 4.8e8
+    assert 3.9e8 < measure.in_fresh_process(measure.peak_bytes, step_of_400_mb) < 4.8e8
+
+
+def step_of_400_mb() -> None:
+    torch.ones(100_000_000).sum()
 
 
 @pytest.mark.slow
@@ -81,10 +80,9 @@ def test_half_of_the_goals() -> None:
     Other work on the machine disturbs the short sides most. Where three rounds miss, those of nine are decisive.
     """
     setting = replace(CPU, prompts=2)
-    sides, shape = build_sides(setting, build_model(setting)), json.dumps(asdict(setting))
+    sides = build_sides(setting, build_model(setting))
     memory = {
-        side: int(measure.fresh_process("massdpo.benchmark.engine", side, shape))
-        for side in ("full_everywhere", "full_packed")
+        side: measure.in_fresh_process(engine.memory_of, side, setting) for side in ("full_everywhere", "full_packed")
     }
 
     def missed(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from massdpo.benchmark import selection
-from massdpo.benchmark.selection import growth, measure, problem, sherman_morrison, sherman_morrison_batched
+from massdpo.benchmark.selection import compare, growth, problem, sherman_morrison, sherman_morrison_batched
 
 
 def test_sherman_morrison_follows_its_definition() -> None:
@@ -28,14 +28,14 @@ def test_sherman_morrison_follows_its_definition() -> None:
     assert torch.equal(picks_BK, sherman_morrison_batched(vectors_BND, 3, ridge))
 
 
-def test_measure_compares_the_same_picks() -> None:
-    result = measure(batch=4, pool=10, size=32, k=3, rounds=1)
+def test_both_ways_pick_the_same() -> None:
+    result = compare(batch=4, pool=10, size=32, k=3, rounds=1)
     assert result["same_picks"] is True
     assert all(isinstance(value, (int, float, bool)) and value > 0 for value in result.values())
 
 
 def test_run_writes_whole_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "measure", lambda: measure(batch=4, pool=10, size=32, k=3, rounds=1))
+    monkeypatch.setattr(selection, "compare", lambda: compare(batch=4, pool=10, size=32, k=3, rounds=1))
     monkeypatch.setattr(selection, "growth", lambda batch: growth(2, (8, 16), (8, 16), (1, 2), rounds=1))
     selection.run(tmp_path)
     result = json.loads((tmp_path / "selection.json").read_text())

@@ -17,6 +17,7 @@ from massdpo.tasks.studies.loglinear import LoglinearWorld, loglinear, maximum_l
 from massdpo.tasks.studies.optimality import optimality
 from massdpo.tasks.studies.pools import clustered_pools, mass_design, value_of
 from massdpo.tasks.studies.publish import with_interval
+from massdpo.tasks.studies.refresh import MEASURED
 from massdpo.tasks.studies.refresh import refresh as refresh_study
 from massdpo.tensors import Batch
 
@@ -159,9 +160,11 @@ def test_refresh(tmp_path: Path) -> None:
 
     def run(refresh: str, seed: int) -> Mapping[str, float]:
         asked.append((refresh, seed))
-        return {"accuracy": 0.1 * seed + {"once": 0.0, "epoch": 0.2, "step": 0.5}[refresh], "seconds": 1.0}
+        accuracy = 0.1 * seed + {"once": 0.0, "epoch": 0.2, "step": 0.5}[refresh]
+        return dict.fromkeys(MEASURED, 1.0) | {"accuracy": accuracy, "not shown": 7.0}
 
-    frame = refresh_study(tmp_path, run, seeds=[1, 2], labels={"accuracy": "accuracy (test)", "seconds": "cost (s)"})
+    frame = refresh_study(tmp_path, run, seeds=[1, 2])
+    assert list(frame) == ["refresh", "seed", *MEASURED]
     assert_published(tmp_path, "refresh", rows=6)
     assert asked == [(refresh, seed) for seed in (1, 2) for refresh in ("once", "epoch", "step")]
     assert frame.groupby("refresh")["accuracy"].mean().to_dict() == pytest.approx(

@@ -27,7 +27,7 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
-from massdpo.tasks.study import MEASURED
+from massdpo.tasks.studies.refresh import MEASURED
 from tests.conftest import ROOT
 from tests.test_mcqa import question
 

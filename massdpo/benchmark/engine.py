@@ -1,26 +1,24 @@
 """The engine compared with the usual ways: time and memory of a training step, and its growth with N, k and P.
 
-`python -m massdpo.benchmark.engine SIDE` measures one side's memory; `sides.py` says what the sides are.
-
-Suffixes: B prompts, C = 1 + N candidates, K picks.
+`sides.py` says what the sides are. Suffixes: B prompts, C = 1 + N candidates, K picks.
 """
 
 import importlib.util
-import json
-import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine_report import AT_LEAST, AT_MOST, GROWN, SIDES, draw_growth, markdown
 from massdpo.benchmark.sides import BETA, CPU, GPU, Setting, autocast, build_batch, build_model, build_sides
+from massdpo.console import markdown_table
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
-from massdpo.runs import machine
+from massdpo.report.figures import save_pictures
 from massdpo.store import write_json, write_text
 from massdpo.training.losses import pl
 
@@ -28,6 +26,33 @@ GROWTH: dict[str, tuple[int, ...]] = {
     "negatives": (5, 20, 50, 100),
     "k": (1, 2, 4, 8, 16),
     "prompt": (64, 128, 256, 512),
+}
+# Goals of a quiet machine: at least, or at most.
+AT_LEAST = {
+    "full_pool_speedup": 25.0,
+    "full_pool_speedup_lean": 12.0,
+    "random_k_speedup": 5.0,
+    "random_k_speedup_lean": 3.0,
+    "mass_speedup": 4.0,
+    "mass_speedup_lean": 2.5,
+    "trl_pairs_speedup": 1.3,
+}
+AT_MOST = {"full_pool_memory_ratio": 1 / 12, "mass_over_random": 1.4}
+SIDES = {
+    "full_everywhere": "full pool, prompts repeated, logits at every token",
+    "full_lean": "full pool, prompts repeated, logits at response tokens",
+    "full_packed": "full pool, packed",
+    "random_everywhere": "random k, prompts repeated, logits at every token",
+    "random_lean": "random k, prompts repeated, logits at response tokens",
+    "random_packed": "random k, packed",
+    "mass": "MASS, selected at this step, two-phase",
+}
+
+GROWN = {  # the sides that are measured along N, k and P
+    "full_packed": "full pool, packed",
+    "mass": "MASS, two-phase",
+    "random_packed": "random k, packed",
+    "random_lean": "random k, prompts repeated",
 }
 
 
@@ -85,15 +110,23 @@ def against_trl(setting: Setting, rounds: int, steps: int = 5) -> dict[str, list
         return measure.alternate({"trl_pairs": theirs, "packed_pairs": ours}, rounds)
 
 
+def need_trl() -> None:
+    if importlib.util.find_spec("trl") is None:
+        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
+
+
+def memory_of(side: str, setting: Setting) -> int:
+    return measure.peak_bytes(build_sides(setting, build_model(setting))[side])
+
+
 def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
     """Measure everything and write `engine.json`, `engine.md`, `engine_growth.csv` and the figure into `out`.
 
     The setting is the CPU's, or the GPU's where there is one. Raises `UserError` where TRL is not installed.
     """
-    if importlib.util.find_spec("trl") is None:
-        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
+    need_trl()
     setting = setting or (GPU if torch.cuda.is_available() else CPU)
-    memory = {side: int(measure.fresh_process(__name__, side, json.dumps(asdict(setting)))) for side in SIDES}
+    memory = {side: measure.in_fresh_process(memory_of, side, setting) for side in SIDES}
     rounds_of = measure.alternate(build_sides(setting, build_model(setting)), rounds)
     rounds_of |= against_trl(setting, rounds)
     seconds = measure.medians(rounds_of)
@@ -107,18 +140,17 @@ def run(out: Path, setting: Setting | None = None, rounds: int = 5) -> None:
         "peak_bytes": memory,
         "growth": growth,
         "setting": asdict(setting),
-        "commit": machine.commit(),
-        "machine": machine.machine(),
+        **measure.origin(),
     }
     if setting.device == "cuda":
-        report["share_of_matrix_rate"] = shares(setting, seconds)
+        report["share_of_matrix_rate"] = rate_shares(setting, seconds)
     write_json(out / "engine.json", report)
     write_text(out / "engine.md", markdown(report))
     draw_growth(growth, out)
     print(markdown(report))
 
 
-def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
+def rate_shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     """Share of the device's measured bfloat16 matrix rate that each side reaches, counting only unavoidable operations.
 
     Six operations per weight and token, forward and backward: the layers for each token fed, the output matrix for each
@@ -147,6 +179,44 @@ def shares(setting: Setting, seconds: dict[str, float]) -> dict[str, float]:
     return found
 
 
-if __name__ == "__main__":  # the memory of one side, in a process of its own
-    side, shape = sys.argv[1], Setting(**json.loads(sys.argv[2]))
-    print(measure.peak_bytes(build_sides(shape, build_model(shape))[side]))
+def markdown(report: dict[str, Any]) -> str:
+    """Every number of the report as Markdown tables."""
+    sides = [
+        (meaning, f"{report['seconds'][side]:.3f}", f"{report['peak_bytes'][side] / 1e9:.2f}")
+        for side, meaning in SIDES.items()
+    ]
+    goals = [
+        (name, f"{report[name]:.3g}", f"{sign} {goal:.3g}")
+        for sign, bounds in (("at least", AT_LEAST), ("at most", AT_MOST))
+        for name, goal in bounds.items()
+    ]
+    growth = [(row["axis"], str(row["value"]), *(f"{row[side]:.3f}" for side in GROWN)) for row in report["growth"]]
+    setting = ", ".join(f"{name} {value}" for name, value in report["setting"].items())
+    return "\n\n".join(
+        [
+            markdown_table(["side", "step, s", "extra peak memory, GB"], sides),
+            markdown_table(["ratio", "measured", "goal"], goals),
+            markdown_table(["grows along", "value", *(f"{label}, s" for label in GROWN.values())], growth),
+            f"Setting: {setting}.\n{measure.origin_in_words(report)}",
+        ]
+    )
+
+
+def draw_growth(growth: list[dict[str, Any]], out: Path) -> None:
+    """`engine_growth.png` and `.svg`: one panel per axis; and the numbers as `engine_growth.csv`."""
+    titles = {"negatives": "negatives in the pool", "k": "negatives trained on (k)", "prompt": "prompt tokens"}
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    for panel, (axis, title) in zip(figure.subplots(1, 3, sharey=True), titles.items(), strict=True):
+        rows = [row for row in growth if row["axis"] == axis]
+        values = [row["value"] for row in rows]
+        for (side, label), marker in zip(GROWN.items(), "osD^", strict=True):
+            panel.plot(values, [row[side] for row in rows], marker=marker, markersize=4, label=label)
+        panel.set(xlabel=title, xscale="log", yscale="log")
+        panel.set_xticks(values, list(map(str, values)))
+        panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("seconds per step")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    save_pictures(figure, out / "engine_growth")
+    table = pd.DataFrame(growth, columns=["axis", "value", *GROWN])
+    write_text(out / "engine_growth.csv", table.to_csv(index=False, lineterminator="\n"))

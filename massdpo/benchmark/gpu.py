@@ -5,7 +5,6 @@ forward and backward, with as many prompts per step as let the plain way fit int
 """
 
 import gc
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,12 +13,11 @@ from typing import Any
 import torch
 
 from massdpo.benchmark import measure
-from massdpo.benchmark.engine import against_trl, shares
+from massdpo.benchmark.engine import against_trl, need_trl, rate_shares
 from massdpo.benchmark.sides import GPU, Setting, autocast, build_batch, build_model, build_sides, lean
 from massdpo.console import markdown_table
 from massdpo.errors import UserError
 from massdpo.model.scoring import PreferenceScorer
-from massdpo.runs import machine
 from massdpo.store import write_json, write_text
 
 SMOLLM2 = Setting(
@@ -71,19 +69,17 @@ def measured(setting: Setting, rounds: int) -> dict[str, Any]:
     dense = build_sides(setting, model, flex=False)["full_packed"]
     sides = build_sides(setting, model) | {"full_dense": dense}
     seconds = measure.medians(measure.alternate({side: sides[side] for side in TIMED}, rounds))
-    count = 1 + setting.negatives
-    bound = count * (setting.prompt + setting.response) / (setting.prompt + count * setting.response)
     speedup = seconds["full_lean"] / seconds["full_packed"]
     return {
         "setting": asdict(setting),
         "seconds": seconds | pairs,
         "full_speedup": speedup,
-        "token_bound": bound,
-        "share_of_bound": speedup / bound,
+        "token_bound": setting.token_bound,
+        "share_of_bound": speedup / setting.token_bound,
         "flex_speedup": seconds["full_dense"] / seconds["full_packed"],
         "mass_over_random": seconds["mass"] / seconds["random_packed"],
         "trl_pairs_speedup": pairs["trl_pairs"] / pairs["packed_pairs"],
-        "share_of_matrix_rate": shares(setting, seconds),
+        "share_of_matrix_rate": rate_shares(setting, seconds),
     }
 
 
@@ -104,19 +100,12 @@ def run(out: Path, settings: Mapping[str, Setting] = SETTINGS, rounds: int = 5) 
         raise UserError(
             "this benchmark needs a GPU, and there is none here: python -m massdpo.benchmark engine runs on a CPU"
         )
-    if importlib.util.find_spec("trl") is None:
-        raise UserError("this benchmark compares with TRL: install it with `pip install -e .[trl]`")
+    need_trl()
     found = [errors(setting) for setting in (first, second)]
     off = {name: max(each[name] for each in found) for name in found[0]}
     if max(off["float32"], off["gradient"]) > 1e-3 or off["bfloat16"] > BFLOAT16_ERROR:
         raise UserError(f"packed log-probs are wrong here: errors {off} in nats per token (gradient: relative)")
-    report: dict[str, Any] = {
-        "error_per_token": off,
-        "rows": {},
-        "too_large": [],
-        "commit": machine.commit(),
-        "machine": machine.machine(),
-    }
+    report: dict[str, Any] = {"error_per_token": off, "rows": {}, "too_large": [], **measure.origin()}
     for name, setting in settings.items():
         free()
         try:
@@ -141,10 +130,7 @@ def markdown(report: dict[str, Any]) -> str:
         rates = (f"{row['share_of_matrix_rate'][side]:.2f}" for row in rows)
         lines.append((f"{side}, share of the matrix rate", *rates))
     off = ", ".join(f"{error:.2g} in {what}" for what, error in report["error_per_token"].items())
-    notes = [
-        f"Largest errors, nats per token (of the gradient: relative): {off}.",
-        f"Machine: {machine.in_words(report['machine'])}.",
-        f"Commit: {report['commit']}.",
-        *([f"Too large for this GPU: {'; '.join(report['too_large'])}."] if report["too_large"] else []),
-    ]
-    return markdown_table(["", *names], lines) + "\n\n" + "\n".join(notes) + "\n"
+    notes = f"Largest errors, nats per token (of the gradient: relative): {off}.\n{measure.origin_in_words(report)}"
+    if report["too_large"]:
+        notes += f"Too large for this GPU: {'; '.join(report['too_large'])}.\n"
+    return f"{markdown_table(['', *names], lines)}\n\n{notes}"

@@ -1,15 +1,16 @@
 """How the benchmarks measure: sides in alternation, medians, peak memory of a fresh process."""
 
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import psutil
 import torch
 
-from massdpo.runs.machine import peak_resident
+from massdpo.runs.machine import commit, in_words, machine, peak_resident
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -50,10 +51,16 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return max(0, peak_resident() - before)
 
 
-def fresh_process(module: str, *arguments: str) -> str:
-    """What `python -m module arguments` prints last."""
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+def in_fresh_process(function: Callable[..., int], *arguments: Any) -> int:
+    """What a function returns in a new process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
+def origin() -> dict[str, Any]:
+    """What a report's numbers depend on besides its setting."""
+    return {"commit": commit(), "machine": machine()}
+
+
+def origin_in_words(report: Mapping[str, Any]) -> str:
+    return f"Machine: {in_words(report['machine'])}.\nCommit: {report['commit']}.\n"

@@ -1,15 +1,13 @@
 """Real weights on a CPU: where selection saves time and memory, and where it only improves what is learned.
 
 SmolLM2-135M in bfloat16, each step forward and backward. Short answers behind long prompts are multiple choice and
-recommendation; long answers are chat. `python -m massdpo.benchmark.real SIDE SETTING` measures one side's memory.
+recommendation; long answers are chat.
 
 Suffixes: B prompts, P prompt tokens, T response tokens, L tokens of a row.
 """
 
-import json
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model,
 from massdpo.config import compose
 from massdpo.console import markdown_table
 from massdpo.model.scoring import PreferenceScorer
-from massdpo.runs import machine
 from massdpo.store import Cache, write_json, write_text
 
 SIDES = {
@@ -80,19 +77,22 @@ def sides_of(model: PreTrainedModel, setting: Setting) -> dict[str, Callable[[],
     return {side: ours[side] for side in SIDES}
 
 
+def memory_of(side: str, model_name: str, setting: Setting) -> int:
+    return measure.peak_bytes(sides_of(*load(model_name, setting))[side])
+
+
 def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
     """Medians of a setting's alternating sides, their ratios, and the memory of each in a fresh process."""
     full = setting.prompts * (1 + setting.negatives) * setting.response <= GRAPH_TOKENS
-    arguments = model_name, json.dumps(asdict(setting))
     memory = {  # first, while this process still holds nothing
-        side: int(measure.fresh_process(__name__, side, *arguments))
+        side: measure.in_fresh_process(memory_of, side, model_name, setting)
         for side in KEPT_IN_MEMORY
         if full or side != "full_packed"
     }
-    model, setting = load(model_name, setting)
-    sides = {side: run for side, run in sides_of(model, setting).items() if full or side != "full_packed"}
+    sides = sides_of(*load(model_name, setting))
+    if not full:
+        del sides["full_packed"]
     seconds = measure.medians(measure.alternate(sides, rounds))
-    whole = (1 + setting.negatives) * (setting.prompt + setting.response)
     return {
         **{name: getattr(setting, name) for name in ("prompt", "response", "negatives", "k", "prompts")},
         "seconds": seconds,
@@ -102,7 +102,7 @@ def measured(model_name: str, setting: Setting, rounds: int) -> dict[str, Any]:
         "full_over_mass": seconds["full_packed"] / seconds["mass"] if full else None,
         "full_over_mass_memory": memory["full_packed"] / max(1, memory["mass"]) if full else None,
         "pool_share_of_mass": seconds["pool"] / seconds["mass"],
-        "token_bound": whole / (setting.prompt + (1 + setting.negatives) * setting.response),
+        "token_bound": setting.token_bound,
     }
 
 
@@ -119,8 +119,7 @@ def run(
         "goals": {"at_most": AT_MOST},
         "short": [],
         "long": [],
-        "commit": machine.commit(),
-        "machine": machine.machine(),
+        **measure.origin(),
     }
     for name, settings, at_most in (("short", short, rounds), ("long", long, 3)):
         for setting in settings:
@@ -156,12 +155,5 @@ def markdown(report: dict[str, Any]) -> str:
     }
     tables = [markdown_table([head, *places], body) for head, body in lines.items()]
     goals = ", ".join(f"{ratios[name]} at most {goal:g}" for name, goal in AT_MOST.items())
-    where = f"Model: {report['model'] or 'random weights'}, {report['dtype']}. Goals for short responses: {goals}."
-    where += f"\nMachine: {machine.in_words(report['machine'])}.\nCommit: {report['commit']}.\n"
-    return "\n\n".join([*tables, where])
-
-
-if __name__ == "__main__":  # the memory of one side, in a process of its own
-    side, name, shape = sys.argv[1], sys.argv[2], Setting(**json.loads(sys.argv[3]))
-    loaded, shape = load(name, shape)
-    print(measure.peak_bytes(sides_of(loaded, shape)[side]))
+    where = f"Model: {report['model'] or 'random weights'}, {report['dtype']}. Goals for short responses: {goals}.\n"
+    return "\n\n".join([*tables, where + measure.origin_in_words(report)])

@@ -1,8 +1,8 @@
 """The sides of the engine's benchmark: a training step of the shared-prefix engine and of the usual ways.
 
 The usual ways repeat the prompt for every response. `everywhere` makes logits at every token, as S-DPO's code does;
-`lean` makes them at response tokens only. Both use SDPA on rows without padding, and know the
-reference's log-probs beforehand, as ours do.
+`lean` makes them at response tokens only. Both use SDPA on rows without padding, and know the reference's log-probs
+beforehand, as ours do.
 
 Suffixes: B prompts, C = 1 + N candidates, P prompt tokens, T response tokens, R = B * C rows of L = P + T tokens,
 V vocabulary, K picks, D hidden units.
@@ -42,6 +42,12 @@ class Setting:
     tied: bool = False
     dtype: str = "float32"  # bfloat16: autocast over float32 weights
     device: str = "cpu"
+
+    @property
+    def token_bound(self) -> float:
+        """How many times fewer tokens a whole pool takes if its prompt is shared."""
+        size = 1 + self.negatives
+        return size * (self.prompt + self.response) / (self.prompt + size * self.response)
 
 
 CPU = Setting()

@@ -4,6 +4,7 @@ import argparse
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +14,12 @@ from massdpo.console import in_any_locale, summary_table
 from massdpo.errors import UserError
 from massdpo.report import figures, status, tables
 from massdpo.report.latex import to_latex
+from massdpo.report.methods import rank_in
 from massdpo.report.page import Section, write_page
-from massdpo.report.reading import read_histories, read_history
+from massdpo.report.reading import OF_RUN, read_histories, read_history
 from massdpo.report.rows import DATA, RunRows, collect
 from massdpo.report.summary import Summary, at_best, summarise
-from massdpo.report.views import VIEWS, View, reading_order, rows_of, view_of
+from massdpo.report.views import VIEWS, View, rows_of, view_of
 
 PRINTED = 60  # lines; a longer table is written but not printed
 
@@ -55,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         for folder in (path.parent for path in sorted(out.glob("*/means.md"))):
             if folder.name not in sections:
                 sections[folder.name] = write_tables(folder)[1]
-        write_page(out / "index.html", [sections[sweep] for sweep in sorted(sections, key=reading_order)])
+        write_page(out / "index.html", [sections[sweep] for sweep in sorted(sections, key=partial(rank_in, VIEWS))])
         print(f"page: {out / 'index.html'}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,9 +115,8 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
             place = out / name / "histories.csv"
             histories = _histories(runs, rows.only(view.labels, view.datasets), view)
             if place.exists() and not only_these:
-                keys = ["dataset", "model", "label", "seed", "step"]
-                histories = pd.concat([histories, read_histories(place)]).drop_duplicates(keys)
-                histories = histories.sort_values(keys, kind="stable")
+                histories = pd.concat([histories, read_histories(place)]).drop_duplicates([*OF_RUN, "step"])
+                histories = histories.sort_values([*OF_RUN, "step"], kind="stable")
             store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
 
 
@@ -123,10 +124,9 @@ def _histories(runs: Path, rows: RunRows, view: View) -> pd.DataFrame:
     """The columns of the view from the history of every finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
-        if not (runs / row["name"] / "history.csv").exists():  # a row kept from an earlier report
-            continue
-        history = read_history(runs / row["name"] / "history.csv", view.curves)
-        parts.append(history.assign(**{name: row[name] for name in ("dataset", "model", "label", "seed")}))
+        path = runs / row["name"] / "history.csv"
+        if path.exists():  # else the row was kept from an earlier report
+            parts.append(read_history(path, view.curves).assign(**{name: row[name] for name in OF_RUN}))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

@@ -26,6 +26,7 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.6,
+    "text.parse_math": False,  # a $ in a name is a $
     "svg.hashsalt": "massdpo",  # the same figure gives the same bytes
     "svg.fonttype": "none",  # text as text: a quarter of the size, and searchable
 }
@@ -34,7 +35,7 @@ STYLE = {
 def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.DataFrame | None = None) -> list[Path]:
     """Write the figures of each dataset; returns the PNG files (an SVG stands beside each)."""
     written = []
-    title = view.title.format(sweep=sweep).replace("$", r"\$")
+    title = view.title.format(sweep=sweep)
     with plt.rc_context(STYLE):  # type: ignore[arg-type]
         for dataset, cells in summary.cells.groupby("dataset", sort=True):
             name, known = f"{sweep}_{dataset}", cells[cells["mean"].notna()]

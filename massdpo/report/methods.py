@@ -1,5 +1,6 @@
 """Every method by its name in tables: its place, its colour and marker in figures, and what it does."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -64,6 +65,7 @@ def method(label: str) -> Method:
     return METHODS.get(label, Method(*OTHERS[crc32(label.encode()) % len(OTHERS)], "a method of your own"))
 
 
-def label_rank(label: str) -> tuple[int, str]:
-    order = list(METHODS)
-    return (order.index(label) if label in METHODS else len(order), label)
+def rank_in(known: Iterable[str], name: str) -> tuple[int, str]:
+    """To sort by: known names in their order, then the others alphabetically."""
+    order = list(known)
+    return (order.index(name) if name in order else len(order), name)

@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ FIELDS = {  # recorded per prompt: the columns of predictions.jsonl that metrics
     **{"rank": np.uint16, "rank_sum": np.uint16, "reward_correct": np.bool_},
 }
 TEXTS = ["name", "status", "why", *GROUPS, "label", "refresh", "prompts", "git_commit", "machine", "command"]
+OF_RUN = ["dataset", "model", "label", "seed"]  # which run a row of histories.csv belongs to
 IDENTITY = ["name", "status", "why", "dataset", "model", "label", "method", "selector", "loss", "k", "beta", "refresh"]
 
-Prompts = dict[str, NDArray[Any]]  # results of a run, one per test prompt, by field
+PerPrompt = dict[str, NDArray[Any]]  # results of a run, one per test prompt, by field
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def sound(value: Any) -> Any:
-    """The value itself; UnicodeEncodeError if a text in it has half a character, which no file can hold."""
+    """The value itself; UnicodeEncodeError if a text in it has a lone surrogate, which UTF-8 cannot encode."""
     json.dumps(value, ensure_ascii=False, default=str).encode()
     return value
 
@@ -67,7 +68,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         return {name: as_cell(value) if name in TEXTS else value for name, value in read_json(path).items()}
 
 
-def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Prompts]:
+def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], PerPrompt]:
     """Ids of the test prompts, sorted, and each of the `FIELDS` that the file has, in the order of the ids.
 
     They must be the prompts that `metrics` were measured on: a truncated file or one with a repeated line is refused.
@@ -78,16 +79,15 @@ def read_predictions(path: Path, metrics: dict[str, Any]) -> tuple[list[str], Pr
         if not lines or len(set(ids)) < len(ids):
             raise ValueError("a prompt appears twice" if lines else "no prompts")
         there = [name for name in FIELDS if all(isinstance(line.get(name), int | float) for line in lines)]
-        prompts: Prompts = {name: np.array([line[name] for line in lines], FIELDS[name]) for name in there}
+        prompts: PerPrompt = {name: np.array([line[name] for line in lines], FIELDS[name]) for name in there}
         ranked = ranking_values(torch.tensor(prompts["rank"].astype(np.int64)))
         means = {name: float(values.mean()) for name, values in ranked.items()}
         if "margin" in prompts:  # ranks of a policy that is always right do not tell prompts apart
             means["margin"] = float(prompts["margin"].astype(float).mean())
         for name, mean in means.items():
-            if not math.isclose(metrics.get(name, mean), mean, rel_tol=1e-4, abs_tol=1e-6) and math.isfinite(
-                metrics[name]
-            ):
-                raise ValueError(f"{len(lines)} prompts with {name} {mean:.4f}, in metrics.json {metrics[name]:.4f}")
+            told = metrics.get(name, mean)
+            if math.isfinite(told) and not math.isclose(told, mean, rel_tol=1e-4, abs_tol=1e-6):
+                raise ValueError(f"{len(lines)} prompts with {name} {mean:.4f}, in metrics.json {told:.4f}")
         return ids, prompts
 
 
@@ -106,16 +106,16 @@ def read_history(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 def read_histories(path: Path) -> pd.DataFrame:
     """Histories of the runs of a sweep, one below the other."""
     with reading(path):
-        frame = pd.read_csv(path, dtype={"dataset": str, "model": str, "label": str})
-        _only_numbers(frame, [name for name in frame.columns if name not in ("dataset", "model", "label")])
-        if frame[["dataset", "model", "label", "seed", "step"]].isna().any(axis=None):
+        frame = pd.read_csv(path, dtype=dict.fromkeys(OF_RUN[:3], str))
+        _only_numbers(frame, frame.columns.difference(OF_RUN[:3]))
+        if frame[[*OF_RUN, "step"]].isna().any(axis=None):
             raise ValueError("a row without dataset, model, label, seed or step")
         return frame
 
 
-def read_prompts(path: Path, frame: pd.DataFrame) -> dict[str, Prompts]:
+def read_prompts(path: Path, frame: pd.DataFrame) -> dict[str, PerPrompt]:
     """The per-prompt results of the runs in `frame`, by their names, from `prompts.npz`; never a pickle."""
-    found: dict[str, Prompts] = {}
+    found: dict[str, PerPrompt] = {}
     with reading(path), np.load(path, allow_pickle=False) as data:
         for key, names in frame.groupby("prompts")["name"]:
             arrays = {field: data[f"{key}/{field}"] for field in FIELDS if f"{key}/{field}" in data}
@@ -146,7 +146,7 @@ def as_cell(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def _only_numbers(frame: pd.DataFrame, names: list[str]) -> None:
+def _only_numbers(frame: pd.DataFrame, names: Iterable[str]) -> None:
     for name in names:
         if not is_numeric_dtype(frame[name]) and frame[name].notna().any():
             raise ValueError(f"column {name} holds something other than numbers")

@@ -18,7 +18,7 @@ from massdpo import store
 from massdpo.config import EXPECTED, NOT_IDENTITY
 from massdpo.errors import UserError
 from massdpo.report import reading
-from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, Prompts, as_cell, run_status
+from massdpo.report.reading import FIELDS, GROUPS, IDENTITY, PerPrompt, as_cell, run_status
 
 DATA = "dataset."  # options that change the questions
 NO_AXIS = ("choices.", "hydra.", *(f"{key}." for key in NOT_IDENTITY))
@@ -34,7 +34,7 @@ class RunRows:
 
     frame: pd.DataFrame
     axes: list[str]
-    prompts: dict[str, Prompts]
+    prompts: dict[str, PerPrompt]
 
     @classmethod
     def read(cls, folder: Path) -> "RunRows":
@@ -42,7 +42,7 @@ class RunRows:
         return cls(frame, _axes(frame), reading.read_prompts(folder / "prompts.npz", frame))
 
     @classmethod
-    def through_text(cls, frame: pd.DataFrame, prompts: dict[str, Prompts]) -> "RunRows":
+    def through_text(cls, frame: pd.DataFrame, prompts: dict[str, PerPrompt]) -> "RunRows":
         """Rows as they will be read back, the same to the last type."""
         read = reading.read_rows(io.StringIO(frame.to_csv(index=False)))
         return cls(read, _axes(read), prompts)
@@ -86,16 +86,14 @@ def collect(folder: Path) -> RunRows:
     if not runs:
         raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
     axes = _varied_options([options for _, options, _ in runs])
-    records: list[dict[str, Any]] = []
+    rows = [row | {f"option/{name}": options.get(path) for name, path in axes.items()} for row, options, _ in runs]
+    frame = pd.DataFrame(
+        {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in rows
+    )
     prompts = {as_cell(row["name"]): predictions for row, _, predictions in runs if predictions}
-    for row, options, _ in runs:
-        row = row | {f"option/{name}": options.get(path) for name, path in axes.items()}
-        records.append(
-            {as_cell(key): as_cell(value) if isinstance(value, str) else value for key, value in row.items()}
-        )
-    frame = pd.DataFrame(records)
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
-    frame = frame[[*first, *(name for name in frame.columns if name not in first)]]
+    frame = frame[[*first, *frame.columns.difference(first, sort=False)]]
     return RunRows.through_text(frame, prompts)
 
 
@@ -106,7 +104,7 @@ def _axes(frame: pd.DataFrame) -> list[str]:
     return [name for name in candidates if (values[name] > 1).any()]
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], PerPrompt]:
     """One run's row, its config flattened, and its per-prompt results (empty if it has not finished)."""
     status, why = run_status(folder)
     with reading.reading(folder / "config.yaml"):
@@ -123,13 +121,15 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Prompts]:
     return row | {"prompts": store.digest(ids)}, options, predictions
 
 
-def _row(name: str, config: dict[str, Any], status: str, why: str = "") -> dict[str, Any]:
+def _row(name: str, config: dict[str, Any], status: str, why: str) -> dict[str, Any]:
     """What a run is, without its numbers."""
     choices = config["choices"]
     by_parts = choices["selector"] if choices["loss"] == "pl" else f"{choices['selector']}+{choices['loss']}"
-    row = {"name": name, "status": status, "why": why, **{group: choices[group] for group in GROUPS}}
-    row |= {"label": choices["method"] or by_parts, **{key: config[key] for key in ("k", "beta", "refresh", "seed")}}
-    return row | {"prompts": None}
+    return {
+        **{"name": name, "status": status, "why": why, "label": choices["method"] or by_parts, "prompts": None},
+        **{group: choices[group] for group in GROUPS},
+        **{key: config[key] for key in ("k", "beta", "refresh", "seed")},
+    }
 
 
 def expected_runs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -161,13 +161,12 @@ def _varied_options(runs: list[dict[str, Any]]) -> dict[str, str]:
         group = seen.setdefault(tuple(options.get(f"choices.{name}") for name in GROUPS), {})
         for path, value in options.items():
             group.setdefault(path, set()).add(value)
-    paths = sorted({path for group in seen.values() for path, values in group.items() if len(values) > 1})
-    paths = [path for path in paths if not f"{path}.".startswith(NO_AXIS)]
+    paths = {path for group in seen.values() for path, values in group.items() if len(values) > 1}
     known = {tuple(options.get(path) for options in runs) for path in ("k", "beta", "refresh", "seed", "name")}
     axes: dict[str, str] = {}
-    for path in paths:
+    for path in sorted(paths):
         values = tuple(options.get(path) for options in runs)
-        if "." in path and not _follows(values, known):
+        if "." in path and not f"{path}.".startswith(NO_AXIS) and not _follows(values, known):
             known.add(values)
             short = path.rsplit(".", 1)[1]
             axes[path if short in axes or path.startswith(DATA) else short] = path

@@ -27,10 +27,9 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     told = {state: count for state, count in counts.items() if count or state != "interrupted"}
     sentence = ", ".join(f"{count} {state}" for state, count in told.items())
     if left and took:
-        side_by_side = max(1, counts["running"])
+        at_once = max(1, counts["running"])
         each = median(took)  # not the mean: one run on a machine that slept overnight would spoil it
-        left_seconds = left * each / side_by_side
-        sentence += f"; about {spell(left_seconds)} left at {spell(each)} per run, {side_by_side} at once"
+        sentence += f"; about {spell(left * each / at_once)} left at {spell(each)} per run, {at_once} at once"
     return lines, sentence
 
 

@@ -15,10 +15,11 @@ from scipy import stats
 
 from massdpo.errors import UserError
 from massdpo.evaluation.metrics import described
-from massdpo.report.methods import BASELINES, UNTRAINED, label_rank
-from massdpo.report.per_prompt import NO_TEST, Floats, PerPrompt
+from massdpo.report.methods import BASELINES, METHODS, UNTRAINED, rank_in
+from massdpo.report.per_prompt import NO_TEST, compare
+from massdpo.report.reading import PerPrompt
 from massdpo.report.rows import DATA, RunRows
-from massdpo.report.statistics import holm
+from massdpo.report.statistics import Floats, holm
 from massdpo.report.views import shown
 
 BLOCK = ["dataset", "model"]
@@ -41,8 +42,9 @@ class Summary:
 
 def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...] = BASELINES) -> Summary:
     """The summary of all finished runs, compared with those of `baselines`."""
-    frame = rows.frame
-    present = [metric for metric in metrics if metric in frame]
+    known = [metric for metric in metrics if metric in rows.frame]
+    present = known or [metrics[0]]  # where no run has finished, the table says what is missing
+    frame = rows.frame if known else rows.frame.assign(**{metrics[0]: np.nan})
     frame = frame.assign(**{axis: frame[axis].astype(object).where(frame[axis].notna(), "") for axis in rows.axes})
     data_axes, axes = split_axes(rows.axes)
     in_block = [*BLOCK, *data_axes]
@@ -50,7 +52,6 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
     frame = frame[frame["label"].notna()]  # a run that never started may have nothing but a name
     lines = _grid(frame, axes)
     _refuse_twins(frame, rows.axes)
-    per_prompt = PerPrompt(rows.prompts)
     parts = []
     blocks: dict[tuple[Any, ...], pd.DataFrame] = dict(iter(frame.groupby(in_block)))
     for values in sorted(blocks, key=lambda values: [*map(_order, values)]):
@@ -58,18 +59,18 @@ def summarise(rows: RunRows, metrics: tuple[str, ...], baselines: tuple[str, ...
         finished = block[block["status"] == "finished"].reset_index(drop=True)
         trained = ~lines["label"].isin(UNTRAINED)  # a benchmark without a popularity baseline lacks no result
         lines_of_block = lines[trained | lines["label"].isin(block["label"])].reset_index(drop=True)
-        cells = _block_cells(finished, lines_of_block, axes, present, per_prompt, baselines)
+        cells = _block_cells(finished, lines_of_block, axes, present, rows.prompts, baselines)
         parts.append(cells.assign(**place, of=block["seed"].nunique()))
     cells = pd.concat(parts, ignore_index=True)
     cells["p_holm"] = holm(cells["p"].tolist())
     first = [*BLOCK, "label", *rows.axes, "metric"]
-    cells = cells[[*first, *(name for name in cells.columns if name not in first)]]
+    cells = cells[[*first, *cells.columns.difference(first, sort=False)]]
     unfinished = rows.frame.loc[rows.frame["status"] != "finished", ["name", "status", "why"]]
-    absent = [metric for metric in metrics if metric not in frame]
+    absent = [metric for metric in metrics if metric not in known]
     finished = rows.frame[rows.frame["status"] == "finished"]
-    measured = finished[[name for name in present if name in finished]].to_numpy(dtype=np.float64)
-    names = finished["name"][~np.isfinite(measured).all(axis=1)].tolist()  # NaN is written as an empty cell
-    return Summary(cells, in_block, rows.axes, present, absent, unfinished, names, _sizes(rows))
+    finite = np.isfinite(finished[known].to_numpy(dtype=np.float64))  # NaN is written as an empty cell
+    odd = finished["name"][~finite.all(axis=1)].tolist()
+    return Summary(cells, in_block, rows.axes, present, absent, unfinished, odd, _sizes(rows))
 
 
 def _sizes(rows: RunRows) -> dict[str, str]:
@@ -138,7 +139,7 @@ def _untrained(frame: pd.DataFrame, in_block: list[str], axes: list[str], metric
 def _grid(frame: pd.DataFrame, axes: list[str]) -> pd.DataFrame:
     """The lines of every block: all blocks have the same lines, so that what is missing can be seen."""
     lines = frame[["label", *axes]].drop_duplicates()
-    keys = [(label_rank(label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
+    keys = [(rank_in(METHODS, label), *map(_order, values)) for label, *values in lines.itertuples(index=False)]
     return lines.iloc[sorted(range(len(keys)), key=keys.__getitem__)].reset_index(drop=True)
 
 
@@ -151,7 +152,7 @@ def _block_cells(
     lines: pd.DataFrame,
     axes: list[str],
     metrics: list[str],
-    per_prompt: PerPrompt,
+    results: dict[str, PerPrompt],
     baselines: tuple[str, ...],
 ) -> pd.DataFrame:
     """All cells of one block; L lines, S seeds."""
@@ -179,7 +180,7 @@ def _block_cells(
             pairs = [
                 (runs[run], runs[other]) for run, other in zip(run_LS[line][both_S], run_LS[base][both_S], strict=True)
             ]
-            tests.append(per_prompt.compare(metric, pairs))
+            tests.append(compare(results, metric, pairs))
         parts.append(cells.assign(**pd.DataFrame(tests, columns=["difference", "low", "high", "p", "pairs", "note"])))
     return pd.concat(parts, ignore_index=True)
 
@@ -196,14 +197,13 @@ def _means(values_LS: Floats, there_LS: NDArray[np.bool_]) -> dict[str, Floats]:
 
 def _best(metric: str, values_LS: Floats, there_LS: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """The best line, and those whose difference from it over shared seeds has a 95% interval that contains 0."""
-    best_L, tie_L = (np.zeros(len(values_LS), dtype=bool) for _ in range(2))
     better = described(metric).better
     mean_L = better * _means(values_LS, there_LS)["mean"]
     mean_L[~np.isfinite(mean_L)] = np.nan  # neither the best nor compared
     if not better or np.isnan(mean_L).all():
-        return best_L, tie_L
+        return np.zeros(len(mean_L), dtype=bool), np.zeros(len(mean_L), dtype=bool)
     best_L = mean_L == np.nanmax(mean_L)
-    gap_LS = values_LS[int(np.flatnonzero(best_L)[0])] - values_LS
+    gap_LS = values_LS[best_L.argmax()] - values_LS
     gap = _means(gap_LS, np.isfinite(gap_LS))
     return best_L, ~best_L & np.isfinite(mean_L) & (np.abs(gap["mean"]) <= gap["half"])
 

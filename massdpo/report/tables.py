@@ -79,7 +79,12 @@ def means_table(summary: Summary, title: str) -> ReportTable:
         )
     arrows = {metric: "↓" if described(metric).better < 0 else "" for metric in summary.metrics}
     head = [f"{metric_name(metric)} {arrows[metric]}".strip() for metric in summary.metrics]
-    return _table(summary, title, notes, head, _mean_cell, seeds=True)
+    table = _table(summary, title, notes, head, _mean_cell)
+    table.head.append("seeds")
+    first = summary.cells[summary.cells["metric"] == summary.metrics[0]]
+    for line, n, of in zip(table.lines, first["n"], first["of"], strict=True):
+        line.append(Cell(f"{n}" if n == of else f"{n} of {of}"))
+    return table
 
 
 def differences_table(summary: Summary, title: str, baseline: str = "random negatives") -> ReportTable:
@@ -96,34 +101,27 @@ def differences_table(summary: Summary, title: str, baseline: str = "random nega
     if untested:
         notes.append(f"Not recorded per prompt, so not tested: {', '.join(map(metric_name, untested))}.")
     head = [f"Δ {metric_name(metric)}" for metric in tested]
-    table = _table(replace(summary, metrics=tested), title, notes, head, _difference_cell, seeds=False)
+    table = _table(replace(summary, metrics=tested), title, notes, head, _difference_cell)
     # The baseline has no difference from itself, and a guess without a model none from a policy.
     table.lines = [line for line in table.lines if any(cell.text != "–" for cell in line[table.names :])]
     return table
 
 
 def _table(
-    summary: Summary, title: str, notes: list[str], head: list[str], render: Callable[[Any], Cell], seeds: bool
+    summary: Summary, title: str, notes: list[str], head: list[str], render: Callable[[Any], Cell]
 ) -> ReportTable:
-    axes = [axis for axis in summary.axes if axis not in summary.block]
-    keys = [*summary.block, "label", *axes]
-    cells = summary.cells
-    by_metric = [cells[cells["metric"] == metric].reset_index(drop=True) for metric in summary.metrics]
-    first = by_metric[0]
-    columns = [[render(cell) for cell in frame.itertuples(index=False)] for frame in by_metric]
-    names = [[Cell(shown(value) or "–") for value in line] for line in _named(first[keys]).itertuples(index=False)]
-    lines = [[*name, *line] for name, line in zip(names, zip(*columns, strict=True), strict=True)]
-    if seeds:
-        counts = [f"{n}" if n == of else f"{n} of {of}" for n, of in zip(first["n"], first["of"], strict=True)]
-        lines = [[*line, Cell(count)] for line, count in zip(lines, counts, strict=True)]
-    names_head = ["method" if key == "label" else key.removeprefix("option/") for key in keys]
-    head = [*names_head, *head, *(["seeds"] if seeds else [])]
+    keys = [*summary.block, "label", *(axis for axis in summary.axes if axis not in summary.block)]
+    by_metric = [summary.cells[summary.cells["metric"] == metric] for metric in summary.metrics]
+    names = by_metric[0][keys]
+    if "k" in names:  # `full` trains on the whole pool, whatever k its command says
+        names = names.assign(k=names["k"].mask(names["label"] == "full", "all"))
+    columns = [[render(cell) for cell in cells.itertuples(index=False)] for cells in by_metric]
+    lines = [
+        [*(Cell(shown(value) or "–") for value in name), *values]
+        for name, *values in zip(names.itertuples(index=False), *columns, strict=True)
+    ]
+    head = ["method" if key == "label" else key.removeprefix("option/") for key in keys] + head
     return ReportTable(title, notes, head, lines, len(summary.block), len(keys))
-
-
-def _named(lines: pd.DataFrame) -> pd.DataFrame:
-    """What a line is, as shown: `full` trains on the whole pool, whatever k its command says."""
-    return lines.assign(k=lines["k"].mask(lines["label"] == "full", "all")) if "k" in lines else lines
 
 
 def number(value: float, scale: float | None = None) -> str:
@@ -151,8 +149,8 @@ def _difference_cell(cell: Any) -> Cell:
     if cell.note:
         return Cell("–" if cell.note in QUIET else cell.note)
     scale = max(abs(cell.low), abs(cell.high))
-    numbers = (f"{'+' if value >= 0 else ''}{number(value, scale)}" for value in (cell.difference, cell.low, cell.high))
-    mean, low, high = numbers
+    values = (cell.difference, cell.low, cell.high)
+    mean, low, high = (f"{'+' if value >= 0 else ''}{number(value, scale)}" for value in values)
     seeds = "" if cell.pairs == cell.of else f" ({cell.pairs} of {cell.of} seeds)"
     return Cell(f"{mean} [{low}, {high}]{seeds}", p=cell.p_holm)
 
@@ -167,10 +165,11 @@ def to_markdown(table: ReportTable) -> str:
     return "\n\n".join([f"## {escape_markdown(table.title)}", body, *map(escape_markdown, table.notes), ""])
 
 
+MARKDOWN = str.maketrans({char: f"\\{char}" for char in "\\`*_[]<>|~"} | {"\n": " "})
+
+
 def escape_markdown(text: str) -> str:
-    for char in "\\`*_[]<>|~":
-        text = text.replace(char, f"\\{char}")
-    return text.replace("\n", " ")
+    return text.translate(MARKDOWN)
 
 
 def to_html(table: ReportTable) -> str:

@@ -17,7 +17,7 @@ def metric_name(metric: str, *notes: str) -> str:
 
 
 def axis_name(metric: str) -> str:
-    """As an axis shows it: also which way is better, if that is not up."""
+    """The metric's name on an axis, which also says where lower is better."""
     return metric_name(metric, *(["lower is better"] if described(metric).better < 0 else []))
 
 
@@ -130,8 +130,3 @@ def view_of(sweep: str) -> View:
 def rows_of(sweep: str) -> str:
     """The sweep whose runs a sweep's report shows."""
     return view_of(sweep).rows_of or sweep
-
-
-def reading_order(sweep: str) -> tuple[int, str]:
-    order = list(VIEWS)
-    return (order.index(sweep) if sweep in VIEWS else len(order), sweep)

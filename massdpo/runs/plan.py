@@ -5,7 +5,7 @@ Time and memory are measured: a few steps of the run's own model, batches and se
 
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,13 +17,14 @@ from rich.console import Console
 from torch import nn
 
 from massdpo.console import patiently, say, spell, summary_table
+from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split
 from massdpo.evaluation.logps import SplitScorer
 from massdpo.runs.machine import check_memory, free_bytes, peak_memory_mb, training_bytes
 from massdpo.runs.provenance import reference_key, start_key
 from massdpo.runs.start import Data
-from massdpo.runs.timing import LOOKED_AT, Rows, Timing
+from massdpo.runs.timing import LOOKED_AT, Timing
 from massdpo.selection import Selector
 from massdpo.store import Cache
 
@@ -52,7 +53,7 @@ def plan(
     config: DictConfig,
     data: Data,
     policy: nn.Module,
-    rows: Rows,
+    rows: Sequence[TokenizedExample],
     selector: Selector,
     score: SplitScorer,
     kept: Collection[str],
@@ -111,7 +112,7 @@ def at_the_end(timing: Timing, generate: bool, data: Data, score: SplitScorer) -
     return seconds
 
 
-def doubts(config: DictConfig, data: Data, rows: Rows, processes: int) -> Iterator[str]:
+def doubts(config: DictConfig, data: Data, rows: Sequence[TokenizedExample], processes: int) -> Iterator[str]:
     """Why a run may show nothing, a line each."""
     trainer = config.trainer
     at_once = trainer.batch_size * trainer.accumulate * processes

@@ -26,7 +26,6 @@ from massdpo.training.loop import Training
 from massdpo.training.objectives import Preference, Sft
 from massdpo.training.stage import Objective, Stage
 
-Rows = Sequence[TokenizedExample]
 LOOKED_AT = 500  # rows whose lengths stand for those of their split
 ENOUGH = 5.0  # seconds after which no other step is timed
 MOST, TIMES = 8, 6  # steps that differ, and how often each is timed
@@ -41,7 +40,7 @@ class Timing:
         self.scorer: Any = score.accelerator.prepare_model(PreferenceScorer(policy, features, config.trainer.layout))
         self._scoring = 0.0  # seconds per token, once known
 
-    def stage(self, name: str, rows: Rows, epochs: int) -> tuple[float, float]:
+    def stage(self, name: str, rows: Sequence[TokenizedExample], epochs: int) -> tuple[float, float]:
         """Tokens that a stage feeds to the model, and the seconds of its steps: those of the training loop itself."""
         trainer, chosen_only = self.config.trainer, name == "sft"
         size = trainer.batch_size * trainer.accumulate
@@ -80,7 +79,7 @@ class Timing:
         return self._now() - began
 
     @torch.no_grad()
-    def scoring(self, rows: Rows) -> float:
+    def scoring(self, rows: Sequence[TokenizedExample]) -> float:
         """Seconds to score every candidate of a split."""
         if not self._scoring:
             order = by_length(rows, self.config.trainer.eval_batch_size)
@@ -93,13 +92,13 @@ class Timing:
             self._scoring = (self._now() - began) / sum(tokens_of(row) for part in some for row in part)
         return self._scoring * mean_tokens(rows) * len(rows)
 
-    def observing(self, rows: Rows, epochs: int) -> float:
+    def observing(self, rows: Sequence[TokenizedExample], epochs: int) -> float:
         """Seconds to score pools for what the log alone needs, on the steps that are logged."""
         if self.config.refresh == "step" and self.selector.needs_scores:
             return 0.0  # they are scored anyway
         return self.scoring(rows) * epochs / self.config.trainer.log_every
 
-    def by_part(self, rows: Rows, work: Callable[[Rows], object]) -> float:
+    def by_part(self, rows: Sequence[TokenizedExample], work: Callable[[Sequence[TokenizedExample]], object]) -> float:
         """Seconds of what is done to all rows, by those of a batch of middling length."""
         order = by_length(rows, self.config.trainer.eval_batch_size)
         some = [rows[row] for row in order[(len(order) - 1) // 2]]
@@ -107,7 +106,7 @@ class Timing:
         work(some)
         return (self._now() - began) * len(rows) / len(some)
 
-    def _preference(self, rows: Rows) -> Preference:
+    def _preference(self, rows: Sequence[TokenizedExample]) -> Preference:
         config, widest = self.config, max(len(row.response_ids) for row in rows)
         nothing = torch.zeros(len(rows), widest)
         reference = {"train": SplitLogps(nothing, nothing.long())}
@@ -131,6 +130,6 @@ def tokens_of(row: TokenizedExample, chosen_only: bool = False) -> int:
     return len(row.prompt_ids) + sum(map(len, row.response_ids[:1] if chosen_only else row.response_ids))
 
 
-def mean_tokens(rows: Rows, chosen_only: bool = False) -> float:
+def mean_tokens(rows: Sequence[TokenizedExample], chosen_only: bool = False) -> float:
     places = np.linspace(0, len(rows) - 1, min(LOOKED_AT, len(rows))).astype(int).tolist()
     return sum(tokens_of(rows[place], chosen_only) for place in places) / len(places)

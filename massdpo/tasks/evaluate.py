@@ -17,11 +17,10 @@ from massdpo.errors import UserError
 from massdpo.evaluation.catalogue import rank_catalogue
 from massdpo.evaluation.generation import generate_split, generation_metrics
 from massdpo.evaluation.logps import SplitScorer, ranking
-from massdpo.model.scoring import PreferenceScorer
 from massdpo.runs import launch, start
 from massdpo.runs.results import overrides
 from massdpo.store import write_json
-from massdpo.tasks.rank import policy_in, trained_with, writing_to
+from massdpo.tasks.rank import scorer_in, trained_with, writing_to
 
 
 def evaluate(config: DictConfig) -> None:
@@ -35,14 +34,13 @@ def evaluate(config: DictConfig) -> None:
     """
     accelerator = launch.start(config)
     run = Path(config["in"]).expanduser()
-    policy, tokenizer = policy_in(run / "policy", config)
+    scorer, tokenizer = scorer_in(run / "policy", config, accelerator)
     config = with_data_of(run, config)
     splits = prepare(OmegaConf.to_container(config.dataset, resolve=True), start.cache_of(config))  # type: ignore[arg-type]
     options = config.trainer.max_length, config.trainer.chat_template
     rows = tokenize_split(splits.test, tokenizer, *options, long_rows=config.dataset.get("long_rows", "error"))
     for line in rows.warnings:
         print(f"warning: test: {line}", file=sys.stderr)
-    scorer = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
     score_split = SplitScorer(accelerator, config.trainer.eval_batch_size, tokenizer.pad_token_id)
     logps = score_split(scorer, rows, "evaluate")
     answers = generate_split(scorer, rows, score_split, tokenizer) if config.trainer.generate else []

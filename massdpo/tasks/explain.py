@@ -19,13 +19,12 @@ from massdpo.console import summary_table
 from massdpo.data.batches import collate
 from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
-from massdpo.model.scoring import PreferenceScorer
 from massdpo.report.prompt import Prompt, draw_prompt
 from massdpo.runs import launch
 from massdpo.runs.results import PICKS, PREDICTIONS, overrides
 from massdpo.selection import logdet
 from massdpo.selection.gram import candidate_gram
-from massdpo.tasks.rank import example_of, policy_in, questions, trained_with, writing_to
+from massdpo.tasks.rank import example_of, questions, scorer_in, trained_with, writing_to
 from massdpo.tensors import PoolStatistics
 from massdpo.training.objectives import noise
 
@@ -48,12 +47,11 @@ def explain(config: DictConfig) -> None:
     run, name = Path(config["in"]).expanduser(), str(config.id)
     _take_from(run, config)
     line = line_of(run, name)
-    policy, tokenizer = policy_in(run / "policy", config)
+    scorer, tokenizer = scorer_in(run / "policy", config, accelerator)
     example = replace(example_of(name, line), id=name)
     options = config.trainer.max_length, config.trainer.chat_template
     (row,) = tokenize_split([example], tokenizer, *options, long_rows="truncate")
     batch = collate([(0, row)], tokenizer.pad_token_id).to(accelerator.device)
-    scorer: Any = accelerator.prepare_model(PreferenceScorer(policy, None, config.trainer.layout), evaluation_mode=True)
     reference_BC = torch.tensor([line["reference"]], device=accelerator.device)
     noise_BN = noise(batch, config.seed, int(line.get("epoch", 0)))
 
@@ -65,7 +63,7 @@ def explain(config: DictConfig) -> None:
     pool = pool_with("mean")
     gram_BCC = candidate_gram(pool, "mean")
     prompt = Prompt(
-        names=[f"{place}  {short(text)}" for place, text in zip(_places(line), line["candidates"], strict=True)],
+        responses=[short(text) for text in line["candidates"]],
         before_C=ranks(reference_BC[0] / pool.scores.length_BC[0]),
         after_C=ranks(pool.scores.mean_logp_BC[0]),
         cosine_CC=logdet.unit_gram(gram_BCC, torch.zeros_like(gram_BCC[..., 0]))[0].cpu(),
@@ -141,29 +139,20 @@ def short(text: str) -> str:
     return line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
 
 
-def _places(line: dict[str, Any]) -> list[str]:
-    return ["chosen", *map(str, range(len(line["candidates"]) - 1))]
-
-
 def _tell(config: DictConfig, line: dict[str, Any], prompt: Prompt, pool: PoolStatistics) -> None:
-    places, reward_C = _places(line), pool.rewards_BC[0].tolist()
     p_C = ["", *(f"{p:.3f}" for p in pool.rewards_BC[0, 1:].softmax(0).tolist())]
-    others_CC = prompt.cosine_CC - 3 * torch.eye(len(places))  # not with itself
-    closest_C = [
-        f"{places[other]} ({cosine:+.2f})" for cosine, other in zip(*map(Tensor.tolist, others_CC.max(1)), strict=True)
+    closest_C = (prompt.cosine_CC - 3 * torch.eye(len(p_C))).max(1)  # but for itself
+    rows = [
+        {
+            "pool": prompt.names[place],
+            "response": prompt.responses[place],
+            "rank": f"{prompt.before_C[place]} → {prompt.after_C[place]}",
+            "reward": f"{pool.rewards_BC[0, place]:+.2f}",
+            "p": p_C[place],
+            "most similar": f"{prompt.names[int(closest_C.indices[place])]} ({closest_C.values[place]:+.2f})",
+        }
+        for place in sorted(range(len(p_C)), key=prompt.after_C.__getitem__)
     ]
-    rows = []
-    for place in sorted(range(len(places)), key=lambda place: prompt.after_C[place]):
-        rows.append(
-            {
-                "pool": places[place],
-                "response": short(line["candidates"][place]),
-                "rank": f"{prompt.before_C[place]} → {prompt.after_C[place]}",
-                "reward": f"{reward_C[place]:+.2f}",
-                "p": p_C[place],
-                "most similar": closest_C[place],
-            }
-        )
     print(f"prompt: {line['prompt']}")
     summary_table("candidates, likeliest first; ranks: SFT start → trained", rows, whole=1)
     takes = [{"selector": name, "takes": " ".join(map(str, picks))} for name, picks in prompt.takes.items()]

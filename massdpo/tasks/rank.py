@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from accelerate import Accelerator
 from omegaconf import DictConfig
-from torch import nn
 
 from massdpo.data.batches import collate
 from massdpo.data.chat import settle_chat_template
@@ -45,9 +45,7 @@ def rank(config: DictConfig) -> None:
     accelerator = launch.start(config)
     if accelerator.num_processes > 1:
         raise UserError("task=rank runs in one process: start it without torchrun")
-    policy, tokenizer = policy_in(Path(config.policy).expanduser(), config)
-    scorer = PreferenceScorer(policy, None, config.trainer.layout)
-    scorer = accelerator.prepare_model(scorer, evaluation_mode=True).eval()
+    scorer, tokenizer = scorer_in(Path(config.policy).expanduser(), config, accelerator)
     trainer = config.trainer
     lines = questions(Path(config["in"]))
     differences = 0
@@ -76,8 +74,8 @@ def rank(config: DictConfig) -> None:
         )
 
 
-def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
-    """A trained policy and its tokenizer, checked against the options."""
+def scorer_in(folder: Path, config: DictConfig, accelerator: Accelerator) -> tuple[Any, Any]:
+    """The scorer of a trained policy, and its tokenizer, checked against the options."""
     if not folder.is_dir():
         raise UserError(f"there is no policy in {folder}: give the policy/ of a run with trainer.save_policy=true")
     policy, tokenizer = load_policy(folder)
@@ -91,7 +89,8 @@ def policy_in(folder: Path, config: DictConfig) -> tuple[nn.Module, Any]:
         raise UserError(f"trainer.max_length={config.trainer.max_length}: the model's context holds {context} tokens")
     if config.trainer.chat_template:
         settle_chat_template(tokenizer)
-    return policy, tokenizer
+    scorer = PreferenceScorer(policy, None, config.trainer.layout)
+    return accelerator.prepare_model(scorer, evaluation_mode=True).eval(), tokenizer
 
 
 def trained_with(run: Path) -> dict[str, Any]:

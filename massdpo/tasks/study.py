@@ -21,14 +21,6 @@ from massdpo.store import write_text
 
 SEEDS = 5  # training seeds of study=features and study=refresh, from `seed` on
 PROMPTS = 64  # training prompts whose gradients study=features compares
-MEASURED = {  # of each run of study=refresh
-    "accuracy": "accuracy (test)",
-    "ndcg@5": "NDCG@5 (test)",
-    "margin": "mean margin (test; beta nats)",
-    "chosen_logp_change": "change of the chosen log-prob (nats)",
-    "select_seconds": "selection (s)",
-    "train_seconds": "preference stage (s)",
-}
 
 
 def study(config: DictConfig) -> None:
@@ -52,10 +44,9 @@ def study(config: DictConfig) -> None:
 def _of_refresh(config: DictConfig) -> tuple[Any, ...]:
     def run(kind: str, seed: int) -> Mapping[str, float]:
         folder = pipeline.train(_run_of(config, refresh=kind, seed=seed))
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return {name: metrics[name] for name in MEASURED}
+        return dict(json.loads((folder / "metrics.json").read_text(encoding="utf-8")))
 
-    return run, _seeds(config), MEASURED
+    return run, _seeds(config)
 
 
 def _of_features(config: DictConfig) -> tuple[Any, ...]:

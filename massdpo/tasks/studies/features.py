@@ -21,6 +21,7 @@ from massdpo.tasks.studies.pools import mass_design, value_of
 from massdpo.tasks.studies.publish import panels, publish, style, with_interval
 from massdpo.tensors import Batch, PoolStatistics
 
+RIDGES = (1.0, 0.01)  # relative; the first is the default of selector=mass
 SKETCH = 4_096  # numbers that a gradient is projected to: inner products to about 1.6% of the norms
 MEASURED = {
     "overlap": "overlap with full gradients' picks (Jaccard)",
@@ -35,7 +36,6 @@ def features(
     beta: float,
     k: int,
     seeds: Sequence[int],
-    ridges: Sequence[float] = (1.0, 0.01),
     sketch: int = SKETCH,
 ) -> pd.DataFrame:
     """Compare picks by `mean`, `last` and `head` features, by full gradients and at random, prompt by prompt.
@@ -51,15 +51,15 @@ def features(
             for stage, scorer in stages.items():
                 pools = pools_by_features(scorer, batch, reference_BC, beta, sketch, seed)
                 reference_BC = pools["gradient"].ref_logp_BC
-                for ridge in ridges:
+                for ridge in RIDGES:
                     rows += [{"ridge": ridge, "seed": seed, "stage": stage, **row} for row in compared(pools, k, ridge)]
     frame = pd.DataFrame(rows)
     by_seed = frame.groupby(["ridge", "stage", "features", "seed"], sort=False)[list(MEASURED)].mean().reset_index()
     table = with_interval(by_seed, ["ridge", "stage", "features"], MEASURED)
     table = table.sort_values("ridge", kind="stable", ascending=False)
-    figure, grid = panels(2 * len(ridges))
+    figure, grid = panels(2 * len(RIDGES))
     kinds = list(table["features"].unique())
-    for panel, (ridge, value) in zip(grid, itertools.product(ridges, MEASURED), strict=True):
+    for panel, (ridge, value) in zip(grid, itertools.product(RIDGES, MEASURED), strict=True):
         for place, stage in enumerate(table["stage"].unique()):
             part = table[(table["ridge"] == ridge) & (table["stage"] == stage)]
             at = [kinds.index(kind) + 0.16 * place - 0.08 for kind in part["features"]]

@@ -20,7 +20,8 @@ from massdpo.tasks.studies.publish import panels, publish, style, with_interval
 
 CASE = ["rounds", "prompts", "k"]
 MEASURED = {"max_error": "maximum relative logit error", "mean_error": "mean relative logit error"}
-
+WIDTH, FRESH = 10, 500  # features of a candidate; pools that errors are measured on
+PRIOR = 1e-2
 APART = "max_error less random"
 CORRECTED = "sampled, is_pl"
 
@@ -33,13 +34,12 @@ def loglinear(
     middle: tuple[int, int] = (100, 4),
     rounds: Sequence[int] = (1, 3),
     size: int = 20,
-    strength: float = 1.0,
 ) -> pd.DataFrame:
     """Fit by maximum likelihood on the selected subsets and measure how far the logits are from the true ones.
 
-    The chosen response is drawn from the softmax of phi . theta* (|theta*| = `strength`) over pools of clustered
-    features. With `rounds` = 1 negatives are selected once, under the uniform reference; with more, after each fit too.
-    `sampled` is fitted twice, the second time corrected for how its negatives were drawn (the loss is_pl).
+    The chosen response is drawn from the softmax of phi . theta* (|theta*| = 1) over pools of clustered features. With
+    `rounds` = 1 negatives are selected once, under the uniform reference; with more, after each fit too. `sampled` is
+    fitted twice, the second time corrected for how its negatives were drawn (the loss is_pl).
     Errors are of the logits of fresh pools about their mean, relative to the largest (`max_error`) or the mean
     (`mean_error`) true one: over the number of prompts at k = middle[1], and over k at middle[0] prompts. Differences
     from random's are paired: the same world.
@@ -49,7 +49,7 @@ def loglinear(
         rivals: dict[str, Selector] = {"mass": Mass(k), "adpo": Adpo(k), "random": Random(k), "hardest": Hardest(k)}
         rivals |= {"full": Full(), "sampled": Sampled(k), CORRECTED: Sampled(k)}
         for seed in range(seeds):
-            world = LoglinearWorld(count, size, seed, strength)
+            world = LoglinearWorld(count, size, seed, strength=1.0)
             for name, selector in rivals.items():
                 for turns, theta_D in zip(rounds, world.fits(selector, rounds, name == CORRECTED), strict=True):
                     case = {"rounds": turns, "prompts": count, "k": k, "selector": name, "seed": seed}
@@ -95,12 +95,12 @@ def _draw(panel: Axes, part: pd.DataFrame, axis: str, value: str, title: str) ->
 class LoglinearWorld:
     """One draw of theta*, training pools with choices, and fresh pools to measure on."""
 
-    def __init__(self, prompts: int, size: int, seed: int, strength: float, width: int = 10, fresh: int = 500):
+    def __init__(self, prompts: int, size: int, seed: int, strength: float):
         noise = torch.Generator().manual_seed(keyed_seed("loglinear", seed))  # the same theta* for every case of a seed
-        direction_D = torch.randn(width, generator=noise, dtype=torch.float64)
+        direction_D = torch.randn(WIDTH, generator=noise, dtype=torch.float64)
         self.theta_D = strength * direction_D / direction_D.norm()
-        self.fresh_BCD = self._features(fresh, size, seed, "fresh", width)
-        features_BCD = self._features(prompts, size, seed, "train", width)
+        self.fresh_BCD = _features(FRESH, size, keyed_seed("fresh", seed))
+        features_BCD = _features(prompts, size, keyed_seed("train", seed))
         noise = torch.Generator().manual_seed(keyed_seed("choices", seed, prompts))
         chance_BC = (features_BCD @ self.theta_D).softmax(-1)
         chosen_B1 = torch.multinomial(chance_BC, 1, generator=noise)
@@ -109,11 +109,6 @@ class LoglinearWorld:
         order_BC[:, 0] = chosen_B1[:, 0]
         self.features_BCD = features_BCD.gather(1, order_BC[..., None].expand_as(features_BCD))
         self.seed = seed
-
-    def _features(self, prompts: int, size: int, seed: int, use: str, width: int) -> Tensor:
-        pools = clustered_pools(prompts, size, keyed_seed(use, seed), width)
-        assert pools.scores.features_BCD is not None
-        return pools.scores.features_BCD.double()
 
     def fits(self, selector: Selector, rounds: Sequence[int], corrected: bool = False) -> list[Tensor]:
         """Select with the current policy, fit, and repeat: theta after each of these numbers of rounds."""
@@ -143,26 +138,30 @@ class LoglinearWorld:
         }
 
 
-def maximum_likelihood(
-    features_BCD: Tensor, offset_BC: Tensor | None = None, prior: float = 1e-2, steps: int = 100
-) -> Tensor:
+def _features(prompts: int, size: int, seed: int) -> Tensor:
+    pools = clustered_pools(prompts, size, seed, WIDTH)
+    assert pools.scores.features_BCD is not None
+    return pools.scores.features_BCD.double()
+
+
+def maximum_likelihood(features_BCD: Tensor, offset_BC: Tensor | None = None) -> Tensor:
     """theta `(D,)` that makes column 0 likeliest under softmax(features . theta + offset), by Newton's halved steps.
 
-    `prior` (prior / 2 |theta|^2, of the weight of a hundredth of a prompt) keeps it finite where the data separate.
+    A prior (PRIOR / 2 |theta|^2, of the weight of a hundredth of a prompt) keeps it finite where the data separate.
     """
     features_BCD = features_BCD.double()
     offset_BC = torch.zeros_like(features_BCD[..., 0]) if offset_BC is None else offset_BC
     theta_D = features_BCD.new_zeros(features_BCD.shape[-1])
 
     def loss(theta_D: Tensor) -> Tensor:
-        return -(features_BCD @ theta_D + offset_BC).log_softmax(-1)[:, 0].sum() + prior / 2 * theta_D @ theta_D
+        return -(features_BCD @ theta_D + offset_BC).log_softmax(-1)[:, 0].sum() + PRIOR / 2 * theta_D @ theta_D
 
-    for _ in range(steps):
+    for _ in range(100):
         share_BC = (features_BCD @ theta_D + offset_BC).softmax(-1)
         mean_BD = torch.einsum("bc,bcd->bd", share_BC, features_BCD)
-        gradient_D = (mean_BD - features_BCD[:, 0]).sum(0) + prior * theta_D
+        gradient_D = (mean_BD - features_BCD[:, 0]).sum(0) + PRIOR * theta_D
         hessian_DD = torch.einsum("bc,bcd,bce->de", share_BC, features_BCD, features_BCD) - mean_BD.T @ mean_BD
-        hessian_DD = hessian_DD + prior * torch.eye(len(theta_D), dtype=theta_D.dtype)
+        hessian_DD = hessian_DD + PRIOR * torch.eye(len(theta_D), dtype=theta_D.dtype)
         step_D = torch.linalg.solve(hessian_DD, gradient_D)
         decrease, length = gradient_D @ step_D, 1.0
         if decrease < 1e-14:

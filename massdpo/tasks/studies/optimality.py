@@ -25,16 +25,14 @@ def optimality(
     pools: Sequence[int] = (8, 12, 16, 20),
     ridges: Sequence[float] = (1.0, 0.01),
     prompts: int = 200,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Compare the solvers on random pools of clustered features with random rewards, in the design of `selector=mass`.
 
     `ridges` are relative, like its default; `random` picks mark the other end. Returns the table.
     """
-    axes = ["ridge", "N", "k", "solver"]
-    parts = []
+    axes, parts = ["ridge", "N", "k", "solver"], []
     for ridge, size in itertools.product(ridges, pools):
-        pool = clustered_pools(prompts, size, seed)
+        pool = clustered_pools(prompts, size, seed=0)
         gram_BNN, mean_B = mass_design(pool)
         for k in (k for k in ks if k <= size):
             reached = {}
@@ -45,8 +43,8 @@ def optimality(
             reached["random"] = value_B, torch.full_like(value_B, math.nan)
             for solver, (logdet_B, certified_B) in reached.items():
                 columns = {"logdet": logdet_B, "true_ratio": logdet_B / reached["exact"][0]}
-                part = pd.DataFrame({**columns, "certified_ratio": certified_B})
-                parts.append(part.assign(ridge=ridge, N=size, k=k, solver=solver))
+                case = {"ridge": ridge, "N": size, "k": k, "solver": solver}
+                parts.append(pd.DataFrame({**columns, "certified_ratio": certified_B, **case}))
     frame = pd.concat(parts)
     table = with_interval(frame, axes, ["logdet", "true_ratio", "certified_ratio"])
     ratio = frame.groupby(axes, sort=False)["true_ratio"]

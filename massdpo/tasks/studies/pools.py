@@ -11,12 +11,14 @@ from massdpo.selection.gram import candidate_gram
 from massdpo.store import keyed_seed
 from massdpo.tensors import CandidateScores, Picks, PoolStatistics, members
 
+CLUSTERS = 5
 
-def clustered_pools(prompts: int, size: int, seed: int, width: int = 16, clusters: int = 5) -> PoolStatistics:
+
+def clustered_pools(prompts: int, size: int, seed: int, width: int = 16) -> PoolStatistics:
     """Pools whose features gather around a few centres, as near-duplicates do, with random log-probs."""
     noise = torch.Generator().manual_seed(keyed_seed("clustered pools", size, seed))
-    centre_BSD = torch.randn(prompts, clusters, width, generator=noise)
-    which_BC = torch.randint(clusters, (prompts, size + 1), generator=noise)
+    centre_BSD = torch.randn(prompts, CLUSTERS, width, generator=noise)
+    which_BC = torch.randint(CLUSTERS, (prompts, size + 1), generator=noise)
     features_BCD = centre_BSD[torch.arange(prompts)[:, None], which_BC]
     features_BCD = features_BCD + 0.3 * torch.randn(features_BCD.shape, generator=noise)
     logp_BC = 2 * torch.randn(prompts, size + 1, generator=noise)

@@ -10,40 +10,46 @@ from massdpo.report.methods import COLOURS, GREY
 from massdpo.tasks.studies.publish import panels, publish, with_interval
 
 KINDS = ("once", "epoch", "step")
+MEASURED = {
+    "accuracy": "accuracy (test)",
+    "ndcg@5": "NDCG@5 (test)",
+    "margin": "mean margin (test; beta nats)",
+    "chosen_logp_change": "change of the chosen log-prob (nats)",
+    "select_seconds": "selection (s)",
+    "train_seconds": "preference stage (s)",
+}
 
 
-def refresh(
-    out: Path, run: Callable[[str, int], Mapping[str, float]], seeds: Sequence[int], labels: Mapping[str, str]
-) -> pd.DataFrame:
-    """Train each kind with each seed: `run(refresh, seed)` returns numbers by name, of which `labels` are shown.
+def refresh(out: Path, run: Callable[[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> pd.DataFrame:
+    """Train each kind with each seed: `run(refresh, seed)` returns the run's metrics.
 
     Differences from `step` are paired by seed.
     """
-    frame = pd.DataFrame([{"refresh": kind, "seed": seed, **run(kind, seed)} for seed in seeds for kind in KINDS])
-    measured = list(labels)
-    table = with_interval(frame, ["refresh"], measured)
-    values = frame.set_index(["refresh", "seed"])[measured]
+    runs = [{**run(kind, seed), "refresh": kind, "seed": seed} for seed in seeds for kind in KINDS]
+    frame = pd.DataFrame(runs)[["refresh", "seed", *MEASURED]]
+    table = with_interval(frame, ["refresh"], MEASURED)
+    values = frame.set_index(["refresh", "seed"])[list(MEASURED)]
     apart = pd.concat(
         {f"{kind} less step": values.loc[kind] - values.loc["step"] for kind in KINDS[:-1]}, names=["refresh"]
     )
-    table = pd.concat([table, with_interval(apart.reset_index(), ["refresh"], measured)])
-    figure, grid = panels(len(measured), columns=3)
-    for panel, name in zip(grid, measured, strict=True):
+    table = pd.concat([table, with_interval(apart.reset_index(), ["refresh"], MEASURED)])
+    figure, grid = panels(len(MEASURED), columns=3)
+    for panel, (name, label) in zip(grid, MEASURED.items(), strict=True):
         for kind in KINDS:
             values_S = frame[frame["refresh"] == kind][name]
-            label = "one seed" if kind == KINDS[0] else None
-            panel.plot([kind] * len(values_S), values_S, "o", color=GREY, alpha=0.4, markersize=3, label=label)
+            one_seed = "one seed" if kind == KINDS[0] else None
+            panel.plot([kind] * len(values_S), values_S, "o", color=GREY, alpha=0.4, markersize=3, label=one_seed)
         means = table[table["refresh"].isin(KINDS)]
         line: dict[str, Any] = {"fmt": "D", "color": COLOURS[0], "capsize": 3, "label": "mean, 95% interval"}
         panel.errorbar(means["refresh"], means[name], means[f"{name} ±"], **line)
-        panel.set(xlabel="negatives selected again", ylabel=labels[name])
+        panel.set(xlabel="negatives selected again", ylabel=label)
         panel.margins(x=0.2)
     handles = grid[0].get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    labels = "; ".join(f"`{name}`: {label}" for name, label in MEASURED.items())
     note = (
         f"Mean over {len(seeds)} training seeds ± half-width of the 95% t interval; differences are paired by seed. "
-        + "; ".join(f"`{name}`: {label}" for name, label in labels.items())
-        + "."
+        f"{labels}."
     )
     publish(out, "refresh", frame, table, figure, note)
     return frame
