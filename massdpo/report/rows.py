@@ -84,7 +84,7 @@ def collect(folder: Path) -> RunRows:
             with reading.reading(folder / EXPECTED):
                 runs.append((_row(name, noted["config"], state, why), _flatten(noted["config"]), {}))
     if not runs:
-        raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
+        raise no_runs(folder)
     axes = _varied_options([options for _, options, _ in runs])
     rows = [row | {f"option/{name}": options.get(path) for name, path in axes.items()} for row, options, _ in runs]
     frame = pd.DataFrame(
@@ -95,6 +95,10 @@ def collect(folder: Path) -> RunRows:
     first = [*IDENTITY, "seed", *(f"option/{name}" for name in axes), "prompts"]
     frame = frame[[*first, *frame.columns.difference(first, sort=False)]]
     return RunRows.through_text(frame, prompts)
+
+
+def no_runs(folder: Path) -> UserError:
+    return UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
 
 
 def _axes(frame: pd.DataFrame) -> list[str]:

@@ -6,9 +6,8 @@ from statistics import median
 from typing import Any
 
 from massdpo.console import spell
-from massdpo.errors import UserError
 from massdpo.report.reading import STATES, run_status
-from massdpo.report.rows import expected_runs
+from massdpo.report.rows import expected_runs, no_runs
 
 KNOWN = ("config.yaml", "status.json")  # files of a run; one that failed early has only the second
 
@@ -18,7 +17,7 @@ def sweep_status(folder: Path) -> tuple[list[dict[str, Any]], str]:
     expected = expected_runs(folder)
     names = sorted({path.parent.name for path in folder.glob("*/*.*") if path.name in KNOWN} | set(expected))
     if not names:
-        raise UserError(f"no runs in {folder}: start them with `python run.py -m sweep={folder.name} ...`")
+        raise no_runs(folder)
     lines = [_line(folder / name, expected[name]["job"] if name in expected else "") for name in names]
     lines.sort(key=lambda line: STATES.index(line["state"]))
     counts = {state: sum(line["state"] == state for line in lines) for state in STATES}

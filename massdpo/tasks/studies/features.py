@@ -18,7 +18,7 @@ from massdpo.model.scoring import PreferenceScorer
 from massdpo.selection import Mass, Random, logdet, overlap
 from massdpo.store import keyed_seed
 from massdpo.tasks.studies.pools import mass_design, value_of
-from massdpo.tasks.studies.publish import panels, publish, style, with_interval
+from massdpo.tasks.studies.publish import legend_below, panels, publish, style, with_interval
 from massdpo.tensors import Batch, PoolStatistics
 
 RIDGES = (1.0, 0.01)  # relative; the first is the default of selector=mass
@@ -69,8 +69,7 @@ def features(
         panel.set(
             xlabel="features that the picks are made with", ylabel=MEASURED[value], title=f"ridge {ridge:g}, k={k}"
         )
-    handles = grid[0].get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    legend_below(figure, grid[0])
     note = (
         f"k={k}; {frame['prompt'].nunique()} prompts under the policy of each of {len(seeds)} training seeds: mean ± "
         "half-width of the 95% t interval over the seeds. `overlap`: Jaccard, with the picks that full gradients make. "

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from massdpo.report.methods import COLOURS
 from massdpo.selection import Random, logdet
 from massdpo.tasks.studies.pools import clustered_pools, mass_design, value_of
-from massdpo.tasks.studies.publish import panels, publish, style, with_interval
+from massdpo.tasks.studies.publish import legend_below, panels, publish, style, with_interval
 
 LINES: dict[str, Any] = {"greedy": "-", "swap": "--"}
 
@@ -54,8 +54,7 @@ def optimality(
     for place, ridge in enumerate(ridges):
         _draw(grid[3 * place : 3 * place + 3], table[table["ridge"] == ridge], f"ridge {ridge:g}")
     lines = [Line2D([], [], color="black", linestyle=line, label=name) for name, line in LINES.items()]
-    handles = [*grid[2].get_legend_handles_labels()[0], *lines]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    legend_below(figure, grid[2], *lines)
     note = (
         f"Means over {prompts} random pools ± half-width of the 95% t interval. The ridge is in units of the mean "
         "diagonal (1 is the default), the log-det in nats above the empty set's. `true_ratio`: to the optimum, which "

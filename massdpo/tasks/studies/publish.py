@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy import stats
 
 from massdpo.console import markdown_table
@@ -41,6 +42,12 @@ def panels(count: int, columns: int = 2) -> tuple[Figure, list[Axes]]:
     for empty in grid.flat[count:]:
         empty.set_visible(False)
     return figure, list(grid.flat[:count])
+
+
+def legend_below(figure: Figure, panel: Axes, *more: Line2D) -> None:
+    """What the lines of a panel, and more, stand for."""
+    handles = [*panel.get_legend_handles_labels()[0], *more]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
 
 
 def style(place: int) -> dict[str, Any]:

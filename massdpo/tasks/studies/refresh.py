@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from massdpo.report.methods import COLOURS, GREY
-from massdpo.tasks.studies.publish import panels, publish, with_interval
+from massdpo.tasks.studies.publish import legend_below, panels, publish, with_interval
 
 KINDS = ("once", "epoch", "step")
 MEASURED = {
@@ -44,8 +44,7 @@ def refresh(out: Path, run: Callable[[str, int], Mapping[str, Any]], seeds: Sequ
         panel.errorbar(means["refresh"], means[name], means[f"{name} ±"], **line)
         panel.set(xlabel="negatives selected again", ylabel=label)
         panel.margins(x=0.2)
-    handles = grid[0].get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    legend_below(figure, grid[0])
     labels = "; ".join(f"`{name}`: {label}" for name, label in MEASURED.items())
     note = (
         f"Mean over {len(seeds)} training seeds ± half-width of the 95% t interval; differences are paired by seed. "
