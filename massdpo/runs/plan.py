@@ -55,7 +55,7 @@ def plan(
     policy: nn.Module,
     rows: Sequence[TokenizedExample],
     selector: Selector,
-    score: SplitScorer,
+    score_split: SplitScorer,
     kept: Collection[str],
 ) -> Plan:
     """The plan of a run on these rows; `kept`: which of its parts are there already. Several processes time nothing.
@@ -63,9 +63,9 @@ def plan(
     Raises:
         UserError: more memory is needed than is free.
     """
-    trainer, processes = config.trainer, score.accelerator.num_processes
-    check_memory(policy, score.accelerator)
-    timing = Timing(config, policy, selector, score) if processes == 1 else None
+    trainer, processes = config.trainer, score_split.accelerator.num_processes
+    check_memory(policy, score_split.accelerator)
+    timing = Timing(config, policy, selector, score_split) if processes == 1 else None
     count: Any = policy.num_parameters  # of what is held in few bits, too
     size, trained = count(), count(only_trainable=True)
     part = f", {trained / size:.1%} of them trained" if trained < size else ""
@@ -86,28 +86,28 @@ def plan(
             splits = {"train": rows, "val": data.val, "test": data.test}
             made.seconds |= {f"reference {split}": timing.scoring(part) for split, part in splits.items()}
     if timing:
-        made.seconds |= at_the_end(timing, trainer.generate, data, score)
+        made.seconds |= at_the_end(timing, trainer.generate, data, score_split)
         scoring = sum(seconds for name, seconds in made.seconds.items() if name not in trainer)
         prompts = len(data.test) + (0 if "reference" in kept else len(rows) + len(data.val) + len(data.test))
         timing.end()
         made.stages.append(dict(zip(made.stages[0], ["scoring", prompts, "", "", "", spell(scoring)], strict=True)))
-    state = training_bytes(policy, score.accelerator)
+    state = training_bytes(policy, score_split.accelerator)
     needed = peak_memory_mb() * 1e6 if timing else state
     made.memory = (
         f"{needed / 1e9:.2f} GB at the peak (weights, gradients and AdamW: {state / 1e9:.2g} GB), "
-        f"{free_bytes(score.accelerator) / 1e9:.1f} GB are free"
+        f"{free_bytes(score_split.accelerator) / 1e9:.1f} GB are free"
     )
     return made
 
 
-def at_the_end(timing: Timing, generate: bool, data: Data, score: SplitScorer) -> dict[str, float]:
+def at_the_end(timing: Timing, generate: bool, data: Data, score_split: SplitScorer) -> dict[str, float]:
     """Seconds of what follows the stages, by the name of its bar."""
     seconds, model = {"test": timing.scoring(data.test)}, timing.scorer
     if generate:
-        answer = partial(generate_split, model, score_split=score, tokenizer=data.tokenizer)
+        answer = partial(generate_split, model, score_split=score_split, tokenizer=data.tokenizer)
         seconds["generate"] = timing.by_part(data.test, answer)
     if data.catalogue:
-        rank = partial(rank_catalogue, model, data.splits, title_ids=data.catalogue, score_split=score)
+        rank = partial(rank_catalogue, model, data.splits, title_ids=data.catalogue, score_split=score_split)
         seconds["catalogue"] = timing.by_part(data.test, rank)
     return seconds
 

@@ -34,10 +34,11 @@ MOST, TIMES = 8, 6  # steps that differ, and how often each is timed
 class Timing:
     """Times a policy that is still to be trained, in one process, and leaves its weights as they are."""
 
-    def __init__(self, config: DictConfig, policy: nn.Module, selector: Selector, score: SplitScorer):
-        self.config, self.policy, self.selector, self.score = config, policy, selector, score
+    def __init__(self, config: DictConfig, policy: nn.Module, selector: Selector, score_split: SplitScorer):
+        self.config, self.policy, self.selector, self.score_split = config, policy, selector, score_split
         features = selector.features if selector.needs_scores else None
-        self.scorer: Any = score.accelerator.prepare_model(PreferenceScorer(policy, features, config.trainer.layout))
+        scorer = PreferenceScorer(policy, features, config.trainer.layout)
+        self.scorer: Any = score_split.accelerator.prepare_model(scorer)
         self._scoring = 0.0  # seconds per token, once known
 
     def stage(self, name: str, rows: Sequence[TokenizedExample], epochs: int) -> tuple[float, float]:
@@ -45,7 +46,7 @@ class Timing:
         trainer, chosen_only = self.config.trainer, name == "sft"
         size = trainer.batch_size * trainer.accumulate
         some = [rows[row] for row in in_order(len(rows), self.config.seed, name, 0)[: size * MOST]]
-        objective: Objective = Sft(some, some, self.score) if chosen_only else self._preference(some)
+        objective: Objective = Sft(some, some, self.score_split) if chosen_only else self._preference(some)
         began = self._now()
         objective.begin_epoch(self.scorer, 0, trainer.log_every)
         selecting = (self._now() - began) / sum(tokens_of(row, chosen_only) for row in some)  # seconds per token
@@ -53,11 +54,11 @@ class Timing:
         first = range(min(trainer.batch_size, len(some)))  # takes longer, and does not count
         parts, spent, seen = whole * TIMES, 0.0, 0
         with TemporaryDirectory() as folder:
-            stage = Stage(name, objective, 1, 0.0, Path(folder), self.config.seed, self.score.pad_id)
+            stage = Stage(name, objective, 1, 0.0, Path(folder), self.config.seed, self.score_split.pad_id)
             history = History(Path(folder) / "history.csv")
-            training = Training(stage, self.scorer, trainer, self.score.accelerator, history, NoLogger())
+            training = Training(stage, self.scorer, trainer, self.score_split.accelerator, history, NoLogger())
         with torch.random.fork_rng():  # a DataLoader draws from it
-            loader = batches(some, [first, *parts], trainer, self.score.pad_id, self.score.accelerator)
+            loader = batches(some, [first, *parts], trainer, self.score_split.pad_id, self.score_split.accelerator)
         training.scorer.train()
         self._step(training, loader, first)
         training.position.fed_tokens = 0
@@ -85,10 +86,10 @@ class Timing:
             order = by_length(rows, self.config.trainer.eval_batch_size)
             whole = order[:-1] or order
             some = [[rows[row] for row in numbers] for numbers in (whole[-1], whole[len(whole) // 2], whole[0])]
-            self.score(self.scorer, some[0], "plan")  # the first time takes longer
+            self.score_split(self.scorer, some[0], "plan")  # the first time takes longer
             began = self._now()
             for part in some:
-                self.score(self.scorer, part, "plan")
+                self.score_split(self.scorer, part, "plan")
             self._scoring = (self._now() - began) / sum(tokens_of(row) for part in some for row in part)
         return self._scoring * mean_tokens(rows) * len(rows)
 
@@ -112,12 +113,12 @@ class Timing:
         reference = {"train": SplitLogps(nothing, nothing.long())}
         compare = instantiate(config.loss)
         screen = config.selector.get("screen")
-        given = self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference, self.score
-        return Preference(*given, screen=screen)
+        given = self.selector, compare, config.beta, config.refresh, config.seed, rows, rows, reference
+        return Preference(*given, self.score_split, screen=screen)
 
     def end(self) -> None:
         """Accelerate forgets the scorer, which checkpoints would hold beside the one that is trained."""
-        self.score.accelerator.free_memory()
+        self.score_split.accelerator.free_memory()
 
     def _now(self) -> float:
         if torch.cuda.is_available():
