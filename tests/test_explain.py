@@ -115,11 +115,11 @@ def test_a_run_that_was_killed_writes_no_pick_twice(
     whole = train(*options, "name=whole") / "picks.jsonl"
     write, written = checkpoints.write, []
 
-    def dies(place: Path, *rest: Any) -> None:
+    def dies(place: Path, *rest: Any, **options: Any) -> None:
         written.append(place)
         if "single" in str(place) and "-00000006" in place.name:
             raise KeyboardInterrupt
-        write(place, *rest)
+        write(place, *rest, **options)
 
     monkeypatch.setattr(checkpoints, "write", dies)
     with pytest.raises(KeyboardInterrupt):

@@ -218,6 +218,7 @@ def test_pickles_planted_in_checkpoints_and_caches_are_not_run(tmp_path: Path, m
     """Even with matching checksums: who can write there can write those too."""
     mark = tmp_path / "harm"
     folders = [f"runs_dir={tmp_path / 'runs'}", f"cache_dir={tmp_path / 'cache'}", "name=run"]
+    folders.append("trainer.preference.epochs=2")  # stopped after the first, when the optimiser is still needed
 
     def stopping(*arguments: Any) -> None:
         raise KeyboardInterrupt
