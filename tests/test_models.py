@@ -105,6 +105,8 @@ def test_misspelt_options_are_told() -> None:
         TinyModel({"model_type": "lama"}, 300)
     with pytest.raises(UserError, match="at least 259"):
         TinyModel({"model_type": "llama"}, 100)
+    with pytest.raises(UserError, match="float16"):
+        PretrainedModel("some/model", dtype="float16")
 
 
 def test_values_that_do_not_fit_are_told(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ class PretrainedModel:
         self.hub_id = hub_id
         self.path = path
         self.revision = revision
+        if dtype not in ("float32", "bfloat16"):  # it may stand in a saved adapter's base.json
+            raise UserError(f"model.dtype={dtype}: use float32 or bfloat16")
         self.dtype = dtype
 
     def load(

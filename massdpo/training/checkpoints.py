@@ -73,7 +73,7 @@ def _save_state(accelerator: Accelerator, folder: Path | None, weights_alone: bo
     """Every process takes part, as weights may be sharded; the main one chooses the folder."""
     (place,) = broadcast_object_list([str(folder)])
     hook = accelerator.register_save_state_pre_hook(_trained_alone)
-    with _of_what_is_needed(accelerator, weights_alone):
+    with _without_optimizer_if(accelerator, weights_alone):
         accelerator.save_state(place)
     hook.remove()
     accelerator.wait_for_everyone()
@@ -88,16 +88,18 @@ def _trained_alone(models: list[nn.Module], weights: list[dict[str, Tensor]], fo
 
 
 @contextmanager
-def _of_what_is_needed(accelerator: Accelerator, weights_alone: bool) -> Iterator[None]:
-    """Accelerate saves and loads all that it prepared; an optimiser has twice the size of the weights it trains."""
+def _without_optimizer_if(accelerator: Accelerator, weights_alone: bool) -> Iterator[None]:
+    """Accelerate saves and loads all that it prepared, the optimiser too, which is twice the size of its weights."""
     optimizers = accelerator._optimizers
     accelerator._optimizers = [] if weights_alone else optimizers
-    yield
-    accelerator._optimizers = optimizers
+    try:
+        yield
+    finally:
+        accelerator._optimizers = optimizers
 
 
 def load(place: Path, accelerator: Accelerator, weights_alone: bool) -> None:
-    with _of_what_is_needed(accelerator, weights_alone):
+    with _without_optimizer_if(accelerator, weights_alone):
         accelerator.load_state(str(place), strict=False)  # frozen weights are not in it
 
 

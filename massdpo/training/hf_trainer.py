@@ -27,7 +27,7 @@ from massdpo.tensors import Batch, ScorerOutput
 from massdpo.training import losses
 from massdpo.training.objectives import Loss, Preference
 
-Rows = Iterable[Mapping[str, Any]]
+PreferenceRows = Iterable[Mapping[str, Any]]
 
 
 class MultiNegativeTrainer(Trainer):
@@ -57,8 +57,8 @@ class MultiNegativeTrainer(Trainer):
         self,
         model: nn.Module,
         args: TrainingArguments,
-        train_dataset: Rows,
-        eval_dataset: Rows | None = None,
+        train_dataset: PreferenceRows,
+        eval_dataset: PreferenceRows | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         selector: str | Selector = "mass",
         k: int = 4,
@@ -131,7 +131,7 @@ class MultiNegativeTrainer(Trainer):
         super().log(logs | means, start_time)
 
     def evaluate(  # type: ignore[override]
-        self, eval_dataset: Rows | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+        self, eval_dataset: PreferenceRows | None = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Ranking metrics over whole pools (`massdpo.metrics`); rewards too for the trainer's own `eval_dataset`."""
         if eval_dataset is None and not self.objective.val:
@@ -150,7 +150,7 @@ class MultiNegativeTrainer(Trainer):
 
 
 def tokenized(
-    rows: Rows, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
+    rows: PreferenceRows, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int, chat_template: bool
 ) -> Sequence[TokenizedExample]:
     """The trainer's rows as token ids; `name` is what messages call them."""
     layout, examples = Layout(), list[PreferenceExample]()
