@@ -742,6 +742,19 @@ def test_committed_tables_come_from_committed_rows(tmp_path: Path) -> None:
     assert before or not any(link.endswith("means.md") for link in linked)
 
 
+def test_the_page_of_results_computes_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code, but for that on run folders, which are not committed."""
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"^```python\n(.*?)```", page, re.DOTALL | re.MULTILINE):
+        if "results/runs" not in code:
+            exec(code, {})
+            found = re.findall(r"from 0(\.\d+)$", capsys.readouterr().out, re.MULTILINE)
+            assert found and all(f" {number} " in page for number in found)
+
+
 def dataset_texts() -> set[str]:
     """Titles, names, questions and options of the public data, but for short ones, which any page might hold."""
     items = (SHARED_DATA / "movielens_100k" / "u.item").read_text(encoding="latin-1").splitlines()
