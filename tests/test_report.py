@@ -891,7 +891,7 @@ def test_no_axis_of_a_share_passes_1(tmp_path: Path) -> None:
 
 
 INTERVALS, BY_SEED = "bars: 95% t intervals over seeds", "band: lowest to highest seed"
-LEVEL, DASHED = "horizontal lines: one setting for all", "dashed: random"
+LEVEL, DASHED = "horizontal lines: methods with one setting", "dashed: random"
 FRONT, CROSSED = "dashed: joins the points that nothing beats in both", "seeds and prompts as crossed random effects"
 
 

@@ -54,7 +54,7 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
             compared = known.dropna(subset=["difference", "low", "high"])
             if view.differences and len(compared):
                 figure, caption = plots.dots(compared, summary, view, differences=True)
-                head = f"{title}, paired differences to random: {dataset}"
+                head = f"{title}, paired differences from random: {dataset}"
                 about = f"{caption}. {_seeds(compared['pairs'])}, {prompts}"
                 written.append(_save(figure, folder / f"{name}_differences", head, about))
             if view.figure == "curves" and histories is not None:

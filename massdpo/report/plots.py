@@ -175,7 +175,7 @@ def lines(cells: pd.DataFrame, summary: Summary, view: View) -> tuple[Figure, st
         _bounded((axis.get_ylim, axis.set_ylim), metric)
 
     level = cells.groupby(["model", "metric", group, *others]).size().eq(1).any()
-    caption = _of_means(cells, "bars", "horizontal lines: one setting for all" if level else "")
+    caption = _of_means(cells, "bars", "horizontal lines: methods with one setting" if level else "")
     return _panels(cells, summary.metrics, (2.5, 2.3), draw), caption
 
 
