@@ -21,7 +21,7 @@ help: ## list the commands
 
 setup: $(VENV)/.runtime ## install Python packages at their pinned versions, into .venv
 
-run: setup ## MASS-DPO on the embedded default: a tiny model, under a minute
+run: setup ## MASS-DPO on the embedded default: a tiny model, about a minute
 	$(BIN)/python run.py $(ARGS)
 
 demo: setup ## mass, random, hardest and the full pool, 3 seeds each: tables and figures

@@ -2,13 +2,13 @@
 # One GPU, one command, MINUTES in all, no network (`make gpu` calls it): checks the engine there, measures it, then makes
 # as many runs of the small sweep as the minutes allow, and adds their rows to results/small.
 #
-#   MINUTES=12   when everything stops; what is finished by then is kept
+#   MINUTES=12   after which everything stops; what is finished by then is kept
 #   DATA=DIR     the folder of the public data
 #   WHEELS=DIR   wheels of the packages that are missing here; one too large to carry comes in parts, NAME.whl.part-*
 #   JOBS=4       runs at a time
 #   ARGS=...     further options of the runs
-#   DEVICE=cuda  cpu for a trial
-#   OUT=DIR      what is brought back: benchmarks, rows and tables (default: outputs/gpu)
+#   DEVICE=cuda  or cpu, for a trial
+#   OUT=DIR      where benchmarks, rows and tables go (default: outputs/gpu)
 #   RUNS=DIR     where runs go (default: results/runs)
 #   RESULTS=DIR  whose rows are added to (default: results)
 #   PYTHON=...   an interpreter with PyTorch for the card

@@ -1,6 +1,6 @@
 """Adding to the project stays easy: a selector, a loss, a dataset in a new format, a metric and a model family.
 
-Each takes the files that CONTRIBUTING.md says, in a checkout of its own, and the project's own checks still pass there.
+Each takes the files that docs/selector.md says, in a checkout of its own, and the project's own checks pass there.
 """
 
 import json

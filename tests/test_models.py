@@ -17,11 +17,13 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from massdpo.config import compose
 from massdpo.errors import UserError
 from massdpo.model import hub, scratch
 from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout, load_model
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scratch import TinyModel, learn_tokenizer
+from massdpo.runs.start import load_start, trainable
 from massdpo.store import Cache, is_whole
 from tests.conftest import ROOT
 
@@ -455,6 +457,23 @@ def test_adapter_is_float32_on_a_bfloat16_model(llama: Loaded) -> None:
     adapted = add_adapter(llama[0].bfloat16(), ADAPTER, 0)
     types = {(".lora_" in name, weight.dtype) for name, weight in adapted.named_parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("trainer", ["gpu", "lora"])
+def test_a_small_step_moves_everything_that_is_trained_on_a_bfloat16_model(
+    trainer: str, llama: Loaded, tmp_path: Path
+) -> None:
+    """In both stages; AdamW's first step moves a weight by the learning rate, whatever its gradient."""
+    config = compose([f"trainer={trainer}", "trainer.gradient_checkpointing=false"])
+    sft = trainable(config, llama[0].bfloat16())
+    save_policy(sft, llama[1], tmp_path / "start")
+    for policy in (sft, load_start(tmp_path / "start", config)):
+        trained = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
+        before = {name: weight.detach().clone() for name, weight in trained.items()}
+        for weight in trained.values():
+            weight.grad = torch.ones_like(weight)
+        torch.optim.AdamW(trained.values(), lr=config.trainer.preference.learning_rate, weight_decay=0.0).step()
+        assert trained and all((weight != before[name]).all() for name, weight in trained.items())
 
 
 def test_adapter_targets(llama: Loaded) -> None:

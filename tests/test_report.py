@@ -22,6 +22,7 @@ from scipy import integrate, optimize, stats
 from massdpo.errors import UserError
 from massdpo.report import plots, tables
 from massdpo.report.__main__ import main, write_tables
+from massdpo.report.figures import save_pictures
 from massdpo.report.latex import to_latex
 from massdpo.report.methods import METHODS
 from massdpo.report.methods import method as look_of
@@ -353,10 +354,11 @@ def test_a_block_with_no_finished_run_is_shown(tmp_path: Path) -> None:
     assert cell(summary, "random", "accuracy", dataset="synthetic_mcqa").n == 0
 
 
-def test_a_sweep_in_which_nothing_has_finished_is_shown(tmp_path: Path) -> None:
-    make_run(tmp_path / "runs" / "mine", "mass", 0, status="failed")
+@pytest.mark.parametrize("sweep", ["mine", "main"])  # `dynamics` shows the histories of `main`
+def test_a_sweep_in_which_nothing_has_finished_is_shown(sweep: str, tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / sweep, "mass", 0, status="failed")
     assert main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
-    text = (tmp_path / "mine" / "means.md").read_text()
+    text = (tmp_path / sweep / "means.md").read_text()
     assert "| mass | missing | 0 of 1 |" in text and "1 failed" in text
 
 
@@ -474,7 +476,7 @@ def test_lines_show_every_mean_and_interval(sizes: tuple[int, ...], tmp_path: Pa
         make_run(sweep, selector, seed, data={"num_negatives": size})
     summary = cells_of(collect(sweep), ("accuracy", "margin"))
     known = summary.cells[summary.cells["mean"].notna()]
-    figure = plots.lines(known, summary, view_of("pool"))
+    figure, _ = plots.lines(known, summary, view_of("pool"))
     for metric, axis in zip(summary.metrics, figure.axes, strict=True):
         cells = known[known["metric"] == metric]
         low, high = axis.get_ylim()
@@ -740,6 +742,19 @@ def test_committed_tables_come_from_committed_rows(tmp_path: Path) -> None:
     assert before or not any(link.endswith("means.md") for link in linked)
 
 
+def test_the_page_of_results_computes_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code, but for that on run folders, which are not committed."""
+    page = (RESULTS / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    for code in re.findall(r"^```python\n(.*?)```", page, re.DOTALL | re.MULTILINE):
+        if "results/runs" not in code:
+            exec(code, {})
+            found = re.findall(r"from 0(\.\d+)$", capsys.readouterr().out, re.MULTILINE)
+            assert found and all(f" {number} " in page for number in found)
+
+
 def dataset_texts() -> set[str]:
     """Titles, names, questions and options of the public data, but for short ones, which any page might hold."""
     items = (SHARED_DATA / "movielens_100k" / "u.item").read_text(encoding="latin-1").splitlines()
@@ -849,7 +864,7 @@ def test_a_sweep_of_ones_own_is_a_curve_over_what_it_varies(tmp_path: Path) -> N
     summary = cells_of(collect(sweep), ("accuracy",))
     known = summary.cells[summary.cells["mean"].notna()]
     for x, label, ticks in (("", "k", ["1", "2", "4"]), ("learning_rate", "learning rate", ["0.0001", "0.001"])):
-        (axis,) = plots.lines(known, summary, replace(view_of("mine"), x=x)).axes
+        (axis,) = plots.lines(known, summary, replace(view_of("mine"), x=x))[0].axes
         assert axis.get_xlabel() == label and [tick.get_text() for tick in axis.get_xticklabels()] == ticks
     arguments = ["mine", "--runs", str(sweep.parent), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--x", "learning_rate", "--group", "k"]) == 0
@@ -871,8 +886,61 @@ def test_no_axis_of_a_share_passes_1(tmp_path: Path) -> None:
     summary = cells_of(collect(sweep), ("reward_accuracy",))
     known = summary.cells[summary.cells["mean"].notna()]
     assert known["mean"].max() + known["half"].max() > 1
-    (axis,) = plots.dots(known, summary, view_of("main")).axes
+    (axis,) = plots.dots(known, summary, view_of("main"))[0].axes
     assert axis.get_xlim()[1] <= 1
+
+
+INTERVALS, BY_SEED = "bars: 95% t intervals over seeds", "band: lowest to highest seed"
+LEVEL, DASHED = "horizontal lines: methods with one setting", "dashed: random"
+FRONT, CROSSED = "dashed: joins the points that nothing beats in both", "seeds and prompts as crossed random effects"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "seeds", "varied", "said"),
+    [
+        ("mine", 3, {"learning_rate": (1e-3, 1e-4)}, {INTERVALS, LEVEL}),  # lines, and the start's
+        ("mine", 3, {"optimizer": ("adam", "sgd")}, {INTERVALS}),  # no number to draw lines along, no one random
+        ("mine", 3, {}, {INTERVALS, DASHED}),
+        ("mine", 1, {}, {DASHED}),
+        ("cost", 3, {}, {"pale " + INTERVALS, INTERVALS, FRONT}),
+        ("front", 3, {}, {"pale " + INTERVALS, INTERVALS, FRONT}),
+        ("demo", 3, {}, {INTERVALS, DASHED, CROSSED}),
+        ("demo", 1, {}, {DASHED, "bars: 95% intervals over prompts"}),
+        ("main", 3, {}, {INTERVALS, DASHED, CROSSED, BY_SEED}),
+        ("main", 1, {}, {DASHED, "bars: 95% intervals over prompts", "One seed"}),
+    ],
+)
+def test_captions_name_what_is_drawn(
+    sweep: str, seeds: int, varied: dict[str, Any], said: set[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "results"
+    for selector, seed in itertools.product(("mass", "random"), range(seeds)):
+        for value in next(iter(varied.values()), (0,)):
+            make_run(tmp_path / "runs" / sweep, selector, seed, options=dict.fromkeys(varied, value))
+    assert main(["--runs", str(tmp_path / "runs"), "--out", str(out)]) == 0
+    texts = " ".join(" ".join(re.findall(">([^<]+)<", path.read_text())) for path in out.rglob("*.svg"))
+    captions = " ".join(texts.split())
+    phrases = {INTERVALS, LEVEL, DASHED, FRONT, CROSSED, BY_SEED, *said}
+    assert {phrase for phrase in phrases if phrase in captions} == said
+
+
+def test_histories_without_a_column_of_the_view_have_no_curves(tmp_path: Path) -> None:
+    for selector in ("mass", "random"):
+        history = make_run(tmp_path / "runs" / "main", selector, 0) / "history.csv"
+        history.write_text("stage,step,loss,val/accuracy\nsft,90,1.0,\npreference,10,0.5,\n")  # never validated
+    assert main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    drawn = {path.name for path in (tmp_path / "dynamics" / "figures").iterdir()}
+    assert drawn == {"dynamics_synthetic_mcqa.png", "dynamics_synthetic_mcqa.svg"}
+
+
+def test_a_picture_has_the_same_bytes_every_time(tmp_path: Path) -> None:
+    """Also one that was drawn outside of a report, as those of the benchmarks are."""
+    for name in ("first", "second"):
+        figure, axis = plots.plt.subplots()
+        axis.plot([1, 2], marker="o")
+        save_pictures(figure, tmp_path / name)
+    for ending in ("png", "svg"):
+        assert (tmp_path / f"first.{ending}").read_bytes() == (tmp_path / f"second.{ending}").read_bytes()
 
 
 def test_curves_begin_with_the_start_and_leave_the_sft_stage_out(demo: Path) -> None:

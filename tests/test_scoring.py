@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from massdpo.errors import UserError
-from massdpo.model import head, packing, scoring
+from massdpo.model import head, packing, probe, scoring
 from massdpo.model.load import disable_dropout
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.tensors import Batch, CandidateScores, Picks
@@ -308,10 +308,14 @@ def test_autocast_gives_float32(layout: str, checkpoints: bool) -> None:
         output = scorer(RAGGED, pick_all)
     assert output.pool is not None and output.pool.features_BCD is not None
     assert output.scores.logp_BC.dtype == output.pool.features_BCD.dtype == torch.float32
-    gradient_of(model, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
+    gradient = gradient_of(model, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
     # bfloat16 keeps eight bits: logits of a few nats are right to some hundredths a token.
-    error_BC = (output.scores.logp_BC - plain_logp(model, RAGGED)).abs()
+    expected_BC = plain_logp(model, RAGGED)
+    error_BC = (output.scores.logp_BC - expected_BC).abs()
     assert (error_BC <= 0.1 * RAGGED.length_BC).all() and error_BC.max() > 0
+    # Autocast keeps its casts of weights: PyTorch before 2.11 kept those of the pool's pass without their gradients.
+    expected = gradient_of(model, pl_loss(expected_BC, RAGGED.mask_BC))
+    assert (gradient - expected).norm() <= 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize(("layout", "short"), [("packed", 0), ("packed", ALL_SHORT), ("repeated", 0)])
@@ -423,6 +427,17 @@ def test_long_responses_are_scored_some_at_a_time(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(getattr(output.pool, name), value, rtol=1e-5, atol=1e-5)
         gradient = gradient_of(scorer, pl_loss(output.scores.logp_BC, output.scores.mask_BC))
         assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("layout", ["packed", "repeated"])
+def test_a_part_that_no_prompt_has_a_candidate_in(layout: Literal["packed", "repeated"]) -> None:
+    """Short pools, or a selector that takes fewer than k, leave the last picks of every prompt empty."""
+    scorer = PreferenceScorer(tiny(LLAMA), "mean", layout)
+    index_BK, mask_BK = torch.zeros(3, 4, dtype=torch.int64), torch.arange(4).expand(3, -1) < 1
+    expected = scorer(RAGGED.take(Picks(index_BK[:, :1], mask_BK[:, :1]))).scores.logp_BC
+    with patch.object(packing, "ROW_TOKENS", 5):
+        found = scorer(RAGGED.take(Picks(index_BK, mask_BK))).scores.logp_BC
+    torch.testing.assert_close(found, torch.nn.functional.pad(expected, (0, 3)), rtol=1e-5, atol=1e-5)
 
 
 class DeviceWaits(TorchDispatchMode):
@@ -538,6 +553,14 @@ def test_the_probe_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(PreferenceScorer, "_encode", detached)
     with pytest.warns(UserWarning, match="relative error"):
         assert not PreferenceScorer(tiny(LLAMA)).packed
+
+
+def test_the_probe_packs_a_new_adapter_whichever_of_its_weights_it_compares() -> None:
+    """Of `up_proj` the smaller half is A, whose gradients are 0 while B is."""
+    adapted = get_peft_model(tiny(LLAMA), LoraConfig(target_modules=["up_proj"], r=4))
+    for elements in (1, 10**6):
+        with patch.object(probe, "GRADIENT_ELEMENTS", elements):
+            assert PreferenceScorer(adapted, layout="packed").packed
 
 
 def test_the_probe_leaves_no_trace() -> None:

@@ -22,7 +22,9 @@ def repeated_prompts(
 
     `model` is `causal_lm` or an adapter around it.
     """
-    b_R, c_R = batch.mask_BC.nonzero(as_tuple=True)
+    fed_BC = batch.mask_BC.clone()
+    fed_BC[0, 0] = True  # at least one: prompts may all lack the candidates of a part, and no model takes no tokens
+    b_R, c_R = fed_BC.nonzero(as_tuple=True)
     prompt_length_R = batch.prompt_mask_BP.sum(-1)[b_R]
     length_R = prompt_length_R + batch.length_BC[b_R, c_R]
     longest = int(length_R.max())

@@ -113,21 +113,24 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
     for name, view in VIEWS.items():
         if view.curves and rows_of(name) == runs.name:
             place = out / name / "histories.csv"
-            histories = _histories(runs, rows.only(view.labels, view.datasets), view)
+            parts = _histories(runs, rows.only(view.labels, view.datasets), view)
             if place.exists() and not only_these:
-                histories = pd.concat([histories, read_histories(place)]).drop_duplicates([*OF_RUN, "step"])
+                parts.append(read_histories(place))
+            place.unlink(missing_ok=True)
+            if parts:
+                histories = pd.concat(parts).drop_duplicates([*OF_RUN, "step"])
                 histories = histories.sort_values([*OF_RUN, "step"], kind="stable")
-            store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
+                store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
 
 
-def _histories(runs: Path, rows: RunRows, view: View) -> pd.DataFrame:
-    """The columns of the view from the history of every finished run."""
+def _histories(runs: Path, rows: RunRows, view: View) -> list[pd.DataFrame]:
+    """The columns of the view from the history of each finished run."""
     parts = []
     for row in rows.frame[rows.frame["status"] == "finished"].to_dict("records"):
         path = runs / row["name"] / "history.csv"
         if path.exists():  # else the row was kept from an earlier report
             parts.append(read_history(path, view.curves).assign(**{name: row[name] for name in OF_RUN}))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return parts
 
 
 def tables_of(rows: RunRows, sweep: str) -> tuple[Summary, dict[str, tables.ReportTable]]:

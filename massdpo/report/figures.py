@@ -27,6 +27,8 @@ STYLE = {
     "grid.color": "#e3e3e3",
     "grid.linewidth": 0.6,
     "text.parse_math": False,  # a $ in a name is a $
+}
+SVG = {
     "svg.hashsalt": "massdpo",  # the same figure gives the same bytes
     "svg.fonttype": "none",  # text as text: a quarter of the size, and searchable
 }
@@ -41,40 +43,32 @@ def draw(summary: Summary, view: View, sweep: str, folder: Path, histories: pd.D
             name, known = f"{sweep}_{dataset}", cells[cells["mean"].notna()]
             if known.empty:
                 continue
-            about = _about(known, summary.sizes.get(str(dataset), "?"))
+            prompts = f"{summary.sizes.get(str(dataset), '?')} test prompts."
             kind = {"dots": plots.dots, "lines": plots.lines, "front": plots.front, "curves": plots.dots}[view.figure]
             parts = [summary.metrics] if kind is plots.front else shares(summary.metrics, BESIDE)
             for number, metrics in enumerate(parts, start=1):
-                figure = kind(known, replace(summary, metrics=metrics), view)
+                figure, caption = kind(known, replace(summary, metrics=metrics), view)
                 place = folder / (f"{name}_{number}" if len(parts) > 1 else name)
-                written.append(_save(figure, place, f"{title}: {dataset}", f"{CAPTIONS[kind]}{about}"))
+                about = f"{caption}. {_seeds(known['n'])}, {prompts}"
+                written.append(_save(figure, place, f"{title}: {dataset}", about))
             compared = known.dropna(subset=["difference", "low", "high"])
             if view.differences and len(compared):
-                figure = plots.dots(compared, summary, view, differences=True)
-                head = f"{title}, paired differences to random: {dataset}"
-                written.append(_save(figure, folder / f"{name}_differences", head, f"{DIFFERENCES}{about}"))
+                figure, caption = plots.dots(compared, summary, view, differences=True)
+                head = f"{title}, paired differences from random: {dataset}"
+                about = f"{caption}. {_seeds(compared['pairs'])}, {prompts}"
+                written.append(_save(figure, folder / f"{name}_differences", head, about))
             if view.figure == "curves" and histories is not None:
-                curves = plots.curves(histories[histories["dataset"] == dataset], view)
-                head = f"Over steps of the preference stage: {dataset}"
-                written.append(_save(curves, folder / f"{name}_curves", head, CURVES))
+                part = histories[histories["dataset"] == dataset].dropna(axis="columns", how="all")
+                if set(view.curves) & set(part):
+                    figure, caption = plots.curves(part, view)
+                    head = f"Over steps of the preference stage: {dataset}"
+                    written.append(_save(figure, folder / f"{name}_curves", head, f"{caption}."))
     return written
 
 
-CAPTIONS = {
-    plots.dots: "Means; bars: 95% t intervals over seeds; dashed: random. ",
-    plots.lines: "Means; bars: 95% t intervals over seeds; horizontal lines: one setting for all. ",
-    plots.front: "Means; pale bars: 95% t intervals over seeds; dashed: joins the points that nothing beats in both. ",
-}
-DIFFERENCES = (
-    "Method minus random; bars: 95% intervals, seeds and prompts as crossed random effects; dashed: no difference. "
-)
-CURVES = "Mean over seeds; band: lowest to highest seed."
-
-
-def _about(cells: pd.DataFrame, prompts: str) -> str:
-    seeds = sorted(cells["n"].unique())
-    span = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{span} seed{'s' if span != '1' else ''}, {prompts} test prompts."
+def _seeds(counts: pd.Series) -> str:
+    fewest, most = counts.min(), counts.max()
+    return f"{f'{fewest} to ' if fewest < most else ''}{most} seed{'s' if most > 1 else ''}"
 
 
 def _save(figure: Figure, path: Path, title: str, caption: str) -> Path:
@@ -92,6 +86,6 @@ def _save(figure: Figure, path: Path, title: str, caption: str) -> Path:
 def save_pictures(figure: Figure, path: Path) -> None:
     """Write `path`.png and `path`.svg, the same bytes every time, and close the figure."""
     for ending, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        with store.replacing(path.with_name(f"{path.name}.{ending}")) as beside:
+        with store.replacing(path.with_name(f"{path.name}.{ending}")) as beside, plt.rc_context(SVG):  # type: ignore[arg-type]
             figure.savefig(beside, format=ending, metadata=metadata, dpi=120)
     plt.close(figure)

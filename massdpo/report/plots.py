@@ -1,4 +1,7 @@
-"""Panels of a figure: a row per model, a column per metric, each method with its own colour and marker."""
+"""Panels of a figure: a row per model, a column per metric, each method with its own colour and marker.
+
+Each kind of figure comes with its caption, which names only what is drawn.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -74,7 +77,13 @@ def _bars(cells: pd.DataFrame, metric: str) -> np.ndarray:
     return np.array([np.minimum(half, np.maximum(mean, 0)), np.minimum(half, np.maximum(1 - mean, 0))])
 
 
-def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = False) -> Figure:
+def _of_means(cells: pd.DataFrame, bars: str, also: str) -> str:
+    """The caption of means; a single seed has no interval."""
+    intervals = f"{bars}: 95% t intervals over seeds" if cells["half"].notna().any() else ""
+    return "; ".join(filter(None, ["Means", intervals, also]))
+
+
+def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = False) -> tuple[Figure, str]:
     """A line per method: means and intervals, or paired differences to random and theirs."""
     metrics = [metric for metric in summary.metrics if metric in set(cells["metric"])]
     models = sorted(cells["model"].unique())
@@ -89,6 +98,7 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
     figure.subplots_adjust(
         left / width, bottom / height, 1 - 0.15 / width, 1 - top / height, wspace=0.12, hspace=gap / panel
     )
+    dashed = False
     for model, row in zip(models, axes, strict=True):
         for metric, axis in zip(metrics, row, strict=True):
             part = cells[(cells["model"] == model) & (cells["metric"] == metric)]
@@ -103,6 +113,7 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
                 axis.plot(x, y, markersize=5, **_looks(label))
             random = part[part["label"].isin(BASELINES)]["mean"].tolist()
             if differences or len(random) == 1:
+                dashed = True
                 axis.axvline(0 if differences else random[0], color=GREY, linewidth=1, linestyle="--", zorder=1)
             axis.set_xlabel(f"Δ {axis_name(metric)}" if differences else axis_name(metric))
             if not differences:
@@ -115,10 +126,13 @@ def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = 
             axis.grid(axis="y", visible=False)
             axis.xaxis.set_major_locator(plt.MaxNLocator(4))
         row[0].set_title(model, loc="left", color=GREY)
-    return figure
+    if differences:
+        over = ", seeds and prompts as crossed random effects" if cells["pairs"].max() > 1 else " over prompts"
+        return figure, f"Method minus random; bars: 95% intervals{over}; dashed: no difference"
+    return figure, _of_means(cells, "bars", "dashed: random" if dashed else "")
 
 
-def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
+def lines(cells: pd.DataFrame, summary: Summary, view: View) -> tuple[Figure, str]:
     """Metrics over `view.x`, or the numeric option with most values; a method with one value is a horizontal line."""
     numeric = [axis for axis in summary.axes if all(not isinstance(value, str) or not value for value in cells[axis])]
     chosen = [axis for axis in summary.axes if view.x in (axis, _option(axis))]
@@ -160,10 +174,12 @@ def lines(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
         axis.set_title(axis_name(metric), loc="left")
         _bounded((axis.get_ylim, axis.set_ylim), metric)
 
-    return _panels(cells, summary.metrics, (2.5, 2.3), draw)
+    level = cells.groupby(["model", "metric", group, *others]).size().eq(1).any()
+    caption = _of_means(cells, "bars", "horizontal lines: methods with one setting" if level else "")
+    return _panels(cells, summary.metrics, (2.5, 2.3), draw), caption
 
 
-def front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
+def front(cells: pd.DataFrame, summary: Summary, view: View) -> tuple[Figure, str]:
     """Pairs of metrics against each other; the line joins the points that nothing beats in both."""
     pairs = [pair for pair in view.pairs if set(pair) <= set(summary.metrics)]
     if not pairs:
@@ -188,10 +204,11 @@ def front(cells: pd.DataFrame, summary: Summary, view: View) -> Figure:
         _bounded((axis.get_xlim, axis.set_xlim), across)
         _bounded((axis.get_ylim, axis.set_ylim), up)
 
-    return _panels(cells, pairs, (3.3, 2.9), draw)
+    caption = _of_means(cells, "pale bars", "dashed: joins the points that nothing beats in both")
+    return _panels(cells, pairs, (3.3, 2.9), draw), caption
 
 
-def curves(histories: pd.DataFrame, view: View) -> Figure:
+def curves(histories: pd.DataFrame, view: View) -> tuple[Figure, str]:
     """Columns of the histories over steps: mean over seeds, shaded from the lowest to the highest seed."""
 
     def draw(axis: Axes, part: pd.DataFrame, column: str) -> None:
@@ -207,4 +224,6 @@ def curves(histories: pd.DataFrame, view: View) -> Figure:
         _bounded((axis.get_ylim, axis.set_ylim), column)
 
     columns = [column for column in view.curves if column in histories]
-    return _panels(histories, columns, (2.9, 2.3), draw)
+    several = histories["seed"].nunique() > 1
+    caption = "Mean over seeds; band: lowest to highest seed" if several else "One seed"
+    return _panels(histories, columns, (2.9, 2.3), draw), caption

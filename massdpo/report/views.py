@@ -38,7 +38,7 @@ def shares(values: list[T], most: int) -> list[list[T]]:
 class View:
     """Tables show `metrics`; `figure` is `lines` (over a numeric option that the sweep varies; `dots` if there is
     none), `dots` (a mean and interval per method), `front` (pairs of metrics against each other) or `curves` (columns
-    of `history.csv` over steps).
+    of `history.csv` over steps). `front` draws `dots`, too, if no run has both metrics of a pair.
     `x`: the option of the lines' axis, `group`: the column whose values are coloured; as the sweep suggests, if empty.
     `best_on`: if an option is varied, another table with each method at its best value by this validation metric.
     `differences`: another figure, of the paired differences from random. `against`: another table, of those from this

@@ -62,8 +62,7 @@ def publish(out: Path, name: str, rows: pd.DataFrame, table: pd.DataFrame, figur
     head = [column for column in table.columns if not column.endswith(" ±")]
     cells = [[_cell(row[column], row.get(f"{column} ±")) for column in head] for row in table.to_dict("records")]
     write_text(out / f"{name}.md", f"# {name}\n\n{note}\n\n{markdown_table(head, cells)}\n")
-    with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        save_pictures(figure, out / name)
+    save_pictures(figure, out / name)
 
 
 def _cell(value: object, width: float | None) -> str:
