@@ -31,6 +31,7 @@ BAD = [
     ("selector=RANDOM", r"did you mean 'random'"),
     ("selector=zzz", r"unknown selector 'zzz'; there are adpo, .*mass, .*random"),
     ("dataset=lastfn", r"unknown dataset 'lastfn'; did you mean 'lastfm'"),
+    ("setting=small/quasc", r"unknown setting 'small/quasc'; did you mean 'small/qasc'"),
     ("model=tiny_lama", r"did you mean 'tiny_llama'"),
     ("model=/some/folder", r"unknown model '/some/folder'.*model=pretrained with model.path=DIR"),
     ("model.hub_id=owner/name", r"the model chosen has no 'model.hub_id': model=.*\| pretrained \|.* has"),

@@ -26,7 +26,8 @@ def explain(error: Exception) -> str:
         group, option = found.groups()
         if extra := PLUGINS.get(option.split("/")[-1] if group == "hydra" else ""):
             return f"{group}/{option} {comes_with(extra)}"
-        return f"unknown {group} '{option}'{nearest(option, options_of(group))}{OF_YOUR_OWN.get(group, '')}"
+        names = options_of(group) if group != "hydra" else []  # most of its options are in Hydra and its plugins
+        return f"unknown {group} '{option}'{nearest(option, names)}{OF_YOUR_OWN.get(group, '')}"
     if found := re.search(r"Could not (?:override|delete from config\.) '([^']+)'", said):
         if elsewhere := options_with(found[1]):
             group = found[1].split(".")[0]

@@ -25,9 +25,13 @@ def on_search_path() -> None:
 
 
 def options_of(group: str) -> list[str]:
-    """The options of a group: files in conf/, the package's or the working folder's, or beside it (sweeps/)."""
-    places = {root() / "conf", Path.cwd() / "conf", root()}
-    return sorted({file.stem for place in places for file in (place / group).glob("*.yaml")})
+    """The options of a group: files in conf/, the package's or the working folder's, or beside it (sweeps/).
+
+    Those of a setting lie in folders: `small/qasc`.
+    """
+    folders = [place / group for place in {root() / "conf", Path.cwd() / "conf", root()}]
+    files = {file.relative_to(folder) for folder in folders for file in folder.rglob("*.yaml")}
+    return sorted(file.with_suffix("").as_posix() for file in files)
 
 
 def read_option(group: str, name: str) -> DictConfig:
