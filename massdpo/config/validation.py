@@ -128,7 +128,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
     if task == "select" or (task in ("train", "plan") and trainer["preference"]["epochs"] > 0):
-        _check_slate(values["k"], values["loss"], selector, dataset)
+        _check_slate(values["loss"], selector, dataset)
 
 
 def _check_method(choices: Mapping[str, Any]) -> None:
@@ -144,7 +144,7 @@ def _check_method(choices: Mapping[str, Any]) -> None:
             )
 
 
-def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+def _check_slate(loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
     takes_k = "k" in selector  # selector=full trains on the whole pool
     if loss["_target_"] == "massdpo.training.losses.dpo" and not takes_k:
         raise UserError("loss=dpo takes one negative, but this selector takes the whole pool: use loss=pl or pairwise")
