@@ -20,7 +20,7 @@ rows = [
 ]  # or a datasets.Dataset with these columns, as texts or messages
 name = sys.argv[1]
 trainer = MultiNegativeTrainer(
-    AutoModelForCausalLM.from_pretrained(name),
+    AutoModelForCausalLM.from_pretrained(name, dtype="float32"),  # bfloat16 weights would lose small steps
     TrainingArguments(
         "outputs/trainer", per_device_train_batch_size=4, num_train_epochs=2, learning_rate=1e-5, report_to="none"
     ),

@@ -65,6 +65,8 @@ def test_select_takes_masks_other_selectors_and_options() -> None:
         massdpo.select(logp_BC, ref_BC, features_BCD, selector="masss")
     with pytest.raises(massdpo.UserError, match="nosuch"):
         massdpo.select(logp_BC, ref_BC, features_BCD, nosuch=1)
+    with pytest.raises(massdpo.UserError, match="features=head"):
+        massdpo.select(logp_BC, ref_BC, features_BCD, features="head")
     with pytest.raises(massdpo.UserError, match="fewer than k=9"):
         massdpo.select(logp_BC, ref_BC, features_BCD, k=9)
 

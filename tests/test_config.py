@@ -158,6 +158,8 @@ BAD = [
     ("loss=dpo selector=full k=1", r"loss=dpo .*whole pool"),
     ("loss=is_pl", r"loss=is_pl corrects for negatives drawn by chance: use selector=random, sampled or top_random"),
     ("method=is_pl selector.screen=8", r"loss=is_pl knows .*selector\.screen=null"),
+    ("method=mass selector=random", r"^selector=random contradicts method=mass, which has selector=mass: leave out"),
+    ("method=sdpo loss=dmpo", r"^loss=dmpo contradicts method=sdpo, which has loss=pl"),
     ("selector.screen=3", r"selector\.screen=3 is below k=4"),
     ("method=dpo k=2", r"loss=dpo .*k=2"),
     ("task=evaluate", r"task=evaluate needs in="),

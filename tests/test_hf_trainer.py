@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,18 @@ def test_an_adapter_and_messages(saved: Path, tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(torch.tensor(3.0).log().item(), abs=1e-6)  # equal rewards: log(1 + 2)
     trainer.save_model(str(tmp_path / "adapter"))
     PeftModel.from_pretrained(load_model(saved, "float32"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(("dtype", "adapter"), [("bfloat16", False), ("bfloat16", True), ("float32", False)])
+def test_weights_that_lose_small_steps_are_told(dtype: str, adapter: bool, saved: Path, tmp_path: Path) -> None:
+    """Below an adapter, which is float32, they may be anything."""
+    model: Any = load_model(saved, dtype)
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if adapter else model
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MultiNegativeTrainer(model, arguments(tmp_path), ROWS, processing_class=load_tokenizer(saved))
+    told = [str(warning.message) for warning in caught if "float32" in str(warning.message)]
+    assert len(told) == (dtype == "bfloat16" and not adapter) and all("learning_rate=0.001" in line for line in told)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from massdpo.errors import UserError
 from massdpo.training import losses
 
 # float64: two ways to sum a handful of exponentials differ by a few units of 2e-16, times rewards of order 10
@@ -149,6 +150,11 @@ def test_large_rewards_stay_finite(name: str, gap: float) -> None:
     loss = getattr(losses, name)(rewards_BC, torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)).sum()
     assert float(loss.detach()) == pytest.approx(max(-gap, 0.0))
     assert torch.isfinite(grads(loss, rewards_BC)[0]).all()
+
+
+def test_dpo_refuses_several_negatives() -> None:
+    with pytest.raises(UserError, match="k=1"):
+        losses.dpo(torch.zeros(2, 3), torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("name", ["pl", "dpo", "dmpo", "pairwise"])

@@ -441,6 +441,20 @@ def test_an_option_that_changes_the_data_has_starts_of_its_own(tmp_path: Path) -
     assert set(lines["k"]) == {""}
 
 
+def test_a_run_without_validation_has_no_best_option(tmp_path: Path) -> None:
+    """As method=sft, which ends before the stage that is validated; its line is that of the others' start."""
+    sweep = tmp_path / "learning_rate"
+    for seed, rate in itertools.product(range(2), (1e-3, 1e-4)):
+        for selector in ("random", "mass"):
+            make_run(sweep, selector, seed, options={"learning_rate": rate})
+        path = make_run(sweep, "random", seed, method="sft", options={"learning_rate": rate}) / "metrics.json"
+        metrics = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in metrics.items() if not name.startswith("val/")}))
+    best, told = at_best(collect(sweep), "val/accuracy")
+    assert len(told) == 2 and sorted(best.frame["label"].unique()) == ["mass", "random"]
+    assert set(cells_of(best).cells["label"]) == {"sft", "mass", "random"}
+
+
 def test_methods_are_compared_on_the_same_data_alone(tmp_path: Path) -> None:
     """A pool of 4 is easier than one of 20: what is best with 20 is not for runs with 4 to say."""
     sweep = tmp_path / "learning_rate"

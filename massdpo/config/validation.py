@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from massdpo.config.composition import plain
 from massdpo.config.messages import comes_with, explain, near, nearest, shown
-from massdpo.config.options import leaves, node_of, options_of
+from massdpo.config.options import leaves, node_of, options_of, read_option
 from massdpo.config.parts import check_part
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
@@ -113,6 +113,7 @@ def _check_values(values: dict[str, Any]) -> None:
 def _check_together(values: Mapping[str, Any]) -> None:
     """Refuse options that make no sense together."""
     task, trainer, dataset, selector = (values[key] for key in ("task", "trainer", "dataset", "selector"))
+    _check_method(values["choices"])
     meaning = {
         "in": "a run's folder" if task in OF_RUNS else "a file",
         "id": "a prompt's id, as picks.jsonl and predictions.jsonl have it",
@@ -127,10 +128,23 @@ def _check_together(values: Mapping[str, Any]) -> None:
         if values[key] is not None and task not in tasks:
             raise UserError(f"{key}={shown(values[key])} is for task={' | '.join(tasks)}, not for task={task}")
     if task == "select" or (task in ("train", "plan") and trainer["preference"]["epochs"] > 0):
-        _check_slate(values["k"], values["loss"], selector, dataset)
+        _check_slate(values["loss"], selector, dataset)
 
 
-def _check_slate(k: int, loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
+def _check_method(choices: Mapping[str, Any]) -> None:
+    """Refuse another selector or loss than the method's: tables would call the run by the method's name."""
+    if (method := choices["method"]) not in options_of("method"):
+        return
+    lines = read_option("method", method).get("defaults", [])
+    own = {key: option for line in lines if not isinstance(line, str) for key, option in line.items()}
+    for group in ("selector", "loss"):
+        if choices[group] != (option := own.get(f"override /{group}", choices[group])):
+            raise UserError(
+                f"{group}={choices[group]} contradicts method={method}, which has {group}={option}: leave out method="
+            )
+
+
+def _check_slate(loss: Mapping[str, Any], selector: Mapping[str, Any], dataset: Mapping[str, Any]) -> None:
     takes_k = "k" in selector  # selector=full trains on the whole pool
     if loss["_target_"] == "massdpo.training.losses.dpo" and not takes_k:
         raise UserError("loss=dpo takes one negative, but this selector takes the whole pool: use loss=pl or pairwise")

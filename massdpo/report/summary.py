@@ -95,6 +95,7 @@ def at_best(rows: RunRows, metric: str) -> tuple[RunRows, list[str]]:
     keys = [*BLOCK, *data_axes, "label"]
     finished = rows.frame[rows.frame["status"] == "finished"]
     means = finished.groupby([*keys, *axes], dropna=False, sort=False)[metric].mean().reset_index()
+    means = means[means[metric].notna()]  # method=sft validates nothing
     best = means.loc[means.groupby(keys, dropna=False, sort=True)[metric].idxmax()]
     told = []
     for line in best.to_dict("records"):

@@ -121,12 +121,8 @@ def selector_for(config: DictConfig, data: Data) -> Selector:
 
 
 def trainable(config: DictConfig, model: Any) -> nn.Module:
-    """The model as the SFT stage trains it: with the adapter, if there is one; all that is trained is float32.
-
-    Bfloat16 keeps eight bits, so most steps of a learning rate for pretrained weights would be rounded to nothing.
-    """
-    adapter = config.trainer.adapter
-    policy: nn.Module = add_adapter(model, adapter, config.seed) if adapter else model.float()
+    """The model as SFT trains it, with the adapter if there is one: in float32, as bfloat16 rounds small steps away."""
+    policy = add_adapter(model, config.trainer.adapter, config.seed) if config.trainer.adapter else model.float()
     if config.trainer.gradient_checkpointing:
         checkpointing(policy)
     return policy

@@ -41,9 +41,11 @@ def select(
     conf/selector (`ridge`, `solver`, ...). Ties are decided by `seed`.
 
     Raises:
-        UserError: an unknown selector or option, a pool below k, values that are not finite.
+        UserError: an unknown selector or option, features=head, a pool below k, values that are not finite.
     """
     pick = selector_named(selector, k, **options)
+    if pick.features == "head":
+        raise UserError("features=head are a model's gradients: give vectors as features_BCD and leave `features` out")
     mask_BC = torch.ones_like(logp_BC, dtype=torch.bool) if mask_BC is None else mask_BC
     # The tokens are not known here: log-probs are read at the resolution of a single one (1e-3 nats).
     scores = CandidateScores(logp_BC, logp_BC[..., None], mask_BC.long(), mask_BC, features_BCD)

@@ -4,6 +4,7 @@ The loop, optimiser, checkpoints, callbacks, loggers, DeepSpeed and the hub are 
 selection, loss and metrics are this project's. On the same batches its losses equal those of a run with refresh=step.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,9 @@ class MultiNegativeTrainer(Trainer):
     """Trains a causal language model on one chosen and several rejected responses per prompt, k of them at each step.
 
     Args:
-        model: a causal language model of `transformers`, or a PEFT adapter on one; its dropout is switched off.
+        model: a causal language model of `transformers`, or a PEFT adapter on one; its dropout is switched off. Load
+            what is trained with dtype="float32": `from_pretrained` keeps bfloat16, which rounds most small steps to
+            nothing (a warning says so); to compute in bfloat16, set the arguments' `bf16`.
         args: the Trainer's; `metric_for_best_model` may name any metric of `evaluate`, such as `eval_accuracy`.
         train_dataset: rows of `prompt`, `chosen` and `rejected` (a list), as texts or messages, for example a
             `datasets.Dataset`. Other layouts that `dataset=preferences` reads work too.
@@ -83,6 +86,12 @@ class MultiNegativeTrainer(Trainer):
         pad = processing_class.pad_token_id
         pad_id = processing_class.eos_token_id if pad is None else pad  # masked wherever it stands
         disable_dropout(model)
+        if any(weight.requires_grad and weight.dtype.itemsize < 4 for weight in model.parameters()):
+            warnings.warn(
+                f"most steps of learning_rate={args.learning_rate:g} round to nothing in 16 bits: load the model with "
+                'dtype="float32", and set bf16=True to compute in bfloat16',
+                stacklevel=2,
+            )
         super().__init__(
             model=model,
             args=args,

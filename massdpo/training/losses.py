@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from massdpo.errors import UserError
+
 TIE = 0.01  # rewards that differ by less rank alike in `lipo`: at the start all do, but for rounding
 
 
@@ -33,7 +35,13 @@ def is_pl(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor, log_inclusi
 
 
 def dpo(rewards_BC: Tensor, mean_logp_BC: Tensor, mask_BC: Tensor) -> Tensor:
-    """DPO on one negative: -log sigma(r_0 - r_1) (arXiv 2305.18290, Eq. 7). Needs C = 2."""
+    """DPO on one negative: -log sigma(r_0 - r_1) (arXiv 2305.18290, Eq. 7).
+
+    Raises:
+        UserError: there are several.
+    """
+    if rewards_BC.shape[1] != 2:
+        raise UserError("loss=dpo takes one negative per prompt: use k=1, or loss=pl or pairwise")
     chosen_B, rejected_B = rewards_BC.unbind(-1)
     return -F.logsigmoid(chosen_B - rejected_B)
 
