@@ -69,6 +69,12 @@ class JsonText:
             self._next()
             yield self.line, self._value()
 
+    def end(self) -> None:
+        """Leave the array; where it is the whole file, nothing may follow."""
+        self._took("]")
+        if not self.keys and self._next():
+            raise self._error("something follows the array's end: a file holds one array, or one object per line")
+
     def _took(self, character: str) -> bool:
         found = self._next() == character
         self.place += found
