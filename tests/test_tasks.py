@@ -27,6 +27,7 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
+from massdpo.tasks.evaluate import with_data_of
 from massdpo.tasks.studies.refresh import MEASURED
 from tests.conftest import ROOT
 from tests.test_mcqa import question
@@ -109,6 +110,20 @@ def test_evaluate_gives_the_runs_own_metrics(
     assert found["prompts"] == 30
     page = capsys.readouterr()
     assert "mrr_sum" in page.out and "warning" not in page.err
+
+
+def test_only_options_of_the_dataset_change_the_runs_data(tmp_path: Path) -> None:
+    """Others may have the same last word: seed, name, split."""
+    (run := tmp_path / "run").mkdir()
+    config = compose([*DATA, "dataset.seed=5"])
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    for given, seed in ((["seed=7", "name=other"], 5), (["dataset.seed=6"], 6)):
+        HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": given}}})  # type: ignore[assignment]
+        try:
+            found = with_data_of(run, compose([*DATA, *given])).dataset
+        finally:
+            HydraConfig.instance().cfg = None
+        assert found == OmegaConf.merge(config.dataset, {"seed": seed})
 
 
 def test_evaluate_runs_nothing_of_a_foreign_folder_and_uses_its_tokenizer(

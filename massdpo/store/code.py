@@ -95,7 +95,7 @@ def _follow(file: Path, package: str, found: dict[str, str]) -> None:
             continue
         if not spec or not spec.has_location or not (origin := spec.origin or "").endswith(".py"):
             continue
-        if origin not in found and not origin.startswith((*INSTALLED, str(PACKAGE))):
+        if origin not in found and not any(map(Path(origin).is_relative_to, (*INSTALLED, PACKAGE))):
             _follow(Path(origin), imported if spec.submodule_search_locations else spec.parent or "", found)
 
 
