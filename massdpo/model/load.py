@@ -224,7 +224,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise UserError(f"{folder} holds no tokenizer that can be loaded: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(
-            f"{folder}: {type(tokenizer).__name__} is written in Python, and only a tokenizer with a tokenizer.json can "
+            f"{folder}: {type(tokenizer).__name__} is written in Python, and only one with a tokenizer.json can "
             "be used: choose another model"
         )
     if tokenizer.pad_token is None:
