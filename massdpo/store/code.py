@@ -19,7 +19,7 @@ REPORTING = {
     *("runs/card", "runs/folder", "runs/machine", "runs/plan", "runs/provenance", "runs/shown", "runs/timing"),
     "runs/trackers",
 }
-INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 @cache
