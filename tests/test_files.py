@@ -283,6 +283,12 @@ def test_splits_by_their_names(tmp_path):
         Preferences(path=str(tmp_path), splits={"train": "nothing"}).load()
 
 
+def test_what_stands_beside_an_array_of_rows_is_passed_by(tmp_path):
+    beside = {"a": 1, "data": PLAIN, "b": [[1], {"c": "]"}, []], "d": {"e": []}, "f": []}
+    (tmp_path / "own.json").write_text(json.dumps(beside, indent=1) + "\n")
+    assert read(tmp_path / "own.json") == expected([(row["prompt"], ("a", "b")) for row in PLAIN])
+
+
 @pytest.mark.parametrize("name", ["{}.jsonl", "my.{}.jsonl", "my.v1.{}.jsonl", "my.{}.1.jsonl.gz", "my_{}-v1.jsonl"])
 def test_the_word_for_a_split_may_stand_anywhere_in_a_name(tmp_path, name):
     for split in ("train", "validation", "test"):
@@ -369,7 +375,9 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: set dataset.rows=KEY"),
         ("own.json", f"[{ROW} {ROW}]", r"own.json:1: not JSON \(a comma"),
         ("own.json", f'[{ROW},\n\n{{"prompt": }}]', "own.json:3: not JSON"),
-        ("own.json", f"[{ROW}]\n[{ROW}]", r"own.json:2: not JSON \(something follows"),
+        ("own.json", f"[{ROW}]\n[{ROW}]", r"own.json:2: not JSON \(something follows the array"),
+        ("own.json", f'{{"data": [{ROW}], "a": [[], {{}}]}}\n{{"data": []}}', r"own.json:2: .*the object whose 'data'"),
+        ("own.json", f'{{"data": [{ROW}], "a": [', r"own.json:1: not JSON"),
         (os.fsdecode(b"caf\xe9.jsonl"), ROW, r"caf\\udce9.jsonl' is not a name in UTF-8"),
         ("own.csv", "prompt,chosen,prompt\na,b,c\n", "the header has the same name twice"),
         ("own.csv", "prompt,chosen,rejected\na,b\n", r"own.csv:2: 2 fields, but the header has 3"),
