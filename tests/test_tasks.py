@@ -28,6 +28,7 @@ from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
 from massdpo.tasks.evaluate import with_data_of
+from massdpo.tasks.explain import _take_from
 from massdpo.tasks.studies.refresh import MEASURED
 from tests.conftest import ROOT
 from tests.test_mcqa import question
@@ -124,6 +125,18 @@ def test_only_options_of_the_dataset_change_the_runs_data(tmp_path: Path) -> Non
         finally:
             HydraConfig.instance().cfg = None
         assert found == OmegaConf.merge(config.dataset, {"seed": seed})
+
+
+@pytest.mark.parametrize(("given", "k"), [("k=3", 3), ("++k=3", 3), ("beta=2", 5)])
+def test_explain_takes_from_the_run_what_the_command_line_leaves_open(tmp_path: Path, given: str, k: int) -> None:
+    (tmp_path / "config.yaml").write_text("k: 5\n")
+    config = compose([given])
+    HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": [given]}}})  # type: ignore[assignment]
+    try:
+        _take_from(tmp_path, config)
+    finally:
+        HydraConfig.instance().cfg = None
+    assert config.k == k
 
 
 def test_evaluate_runs_nothing_of_a_foreign_folder_and_uses_its_tokenizer(

@@ -49,9 +49,12 @@ class Columns:
             if len(columns) == 1:
                 if row[columns[0]] is not None:
                     parts[part] = row[columns[0]]
-            elif filled := [place for place, column in enumerate(columns) if row[column] not in (None, "")]:
-                places = range(filled[-1] + 1) if part in self.aligned else filled
-                parts[part] = [row[columns[place]] if place in filled else None for place in places]
+                continue
+            cells = [None if row[column] == "" else row[column] for column in columns]
+            while cells and cells[-1] is None:
+                cells.pop()
+            if cells:
+                parts[part] = [cell for cell in cells if cell is not None or part in self.aligned]
         read = {column for columns in self._known[keys].values() for column in columns}
         self.ignored.update(key for key in keys if key not in read and row[key] is not None)
         return parts
