@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -282,6 +283,41 @@ def test_splits_by_their_names(tmp_path):
         Preferences(path=str(tmp_path), splits={"train": "nothing"}).load()
 
 
+def test_what_stands_beside_an_array_of_rows_is_passed_by(tmp_path):
+    beside = {"a": 1, "data": PLAIN, "b": [[1], {"c": "]"}, []], "d": {"e": []}, "f": []}
+    (tmp_path / "own.json").write_text(json.dumps(beside, indent=1) + "\n")
+    assert read(tmp_path / "own.json") == expected([(row["prompt"], ("a", "b")) for row in PLAIN])
+
+
+@pytest.mark.parametrize("name", ["{}.jsonl", "my.{}.jsonl", "my.v1.{}.jsonl", "my.{}.1.jsonl.gz", "my_{}-v1.jsonl"])
+def test_the_word_for_a_split_may_stand_anywhere_in_a_name(tmp_path, name):
+    for split in ("train", "validation", "test"):
+        rows = [{"prompt": f"{split} {row}", "chosen": "a", "rejected": "b"} for row in range(3)]
+        content = lines_of(rows).encode()
+        (tmp_path / name.format(split)).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    splits = Preferences(path=str(tmp_path)).load()
+    found = [{row.prompt.split()[0] for row in part} for part in (splits.train, splits.val, splits.test)]
+    assert found == [{"train"}, {"validation"}, {"test"}]
+
+
+@pytest.mark.parametrize("left_out", [(), (0,), (1,), (2,), (0, 1), (1, 2)])
+def test_an_empty_answer_or_score_moves_no_other_answers_score(tmp_path, left_out):
+    """In columns, and in a list of entries: in both, the best of those that have both is chosen."""
+    answers, scores = ["poor", "fair", "good", "worst"], [2, 3, 4, 1]
+    cells = {f"answer_{place}": "" if place in left_out else text for place, text in enumerate(answers)}
+    row = {"prompt": "q", **cells, **{f"score_{place}": score for place, score in enumerate(scores)}}
+    columns = {part: [f"{part[:-1]}_{place}" for place in range(4)] for part in ("answers", "scores")}
+    entries = [
+        None if place in left_out else {"text": text, "score": scores[place]} for place, text in enumerate(answers)
+    ]
+    best = max((place for place in range(4) if place not in left_out), key=scores.__getitem__)
+    for each, options in ((row, {"columns": columns}), ({"prompt": "q", "answers": entries}, {})):
+        (tmp_path / "own.jsonl").write_text(lines_of([each | {"prompt": f"q{row}"} for row in range(3)]))
+        ((chosen, pool),) = {example[1:] for example in read(tmp_path / "own.jsonl", **options)}
+        assert chosen == answers[best]
+        assert set(pool) == {text for place, text in enumerate(answers) if place not in (*left_out, best)}
+
+
 @pytest.mark.parametrize(
     ("row", "options", "told"),
     [
@@ -298,7 +334,9 @@ def test_splits_by_their_names(tmp_path):
             "dataset.columns.odd is not allowed",
         ),
         ({"prompt": "q", "answers": [{"text": "a", "model": "m"}]}, {}, "text, model, but no score or rank"),
+        ({"prompt": "q", "answers": [None, {"text": "a"}]}, {}, "text, but no score or rank"),
         ({"prompt": "q", "answers": ["a", "b"], "scores": [1]}, {}, '"scores" must be a list of 2 numbers'),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, {}, 'no "rejected": nothing stands in rejected$'),
         ({"prompt": "q", "chosen": [said(None)], "rejected": "b"}, {}, "content is not a text: null"),
         ({"prompt": "q", "chosen": [said(None) | {"tool_calls": [1]}], "rejected": "b"}, {}, "only calls a tool"),
         ({"prompt": [said([{"type": "image_url"}], "user")], "chosen": "a", "rejected": "b"}, {}, "type image_url"),
@@ -337,6 +375,10 @@ ROW = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
         ("train.json", '{"a": 1,\n"b": [{"prompt": "q"}]}', "keys a, b: set dataset.rows=KEY"),
         ("own.json", f"[{ROW} {ROW}]", r"own.json:1: not JSON \(a comma"),
         ("own.json", f'[{ROW},\n\n{{"prompt": }}]', "own.json:3: not JSON"),
+        ("own.json", f"[{ROW}]\n[{ROW}]", r"own.json:2: not JSON \(something follows the array"),
+        ("own.json", f'{{"data": [{ROW}], "a": [[], {{}}]}}\n{{"data": []}}', r"own.json:2: .*the object whose 'data'"),
+        ("own.json", f'{{"data": [{ROW}], "a": [', r"own.json:1: not JSON"),
+        (os.fsdecode(b"caf\xe9.jsonl"), ROW, r"caf\\udce9.jsonl' is not a name in UTF-8"),
         ("own.csv", "prompt,chosen,prompt\na,b,c\n", "the header has the same name twice"),
         ("own.csv", "prompt,chosen,rejected\na,b\n", r"own.csv:2: 2 fields, but the header has 3"),
         ("own.csv", 'prompt,chosen,rejected\na,"b"c,d\n', r"own.csv:2: not CSV"),

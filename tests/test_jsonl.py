@@ -317,7 +317,7 @@ BAD = {
     r'"rejected\[1\]" must be a text.*true': b'{"prompt": "p", "chosen": "c", "rejected": ["a", true]}',
     '"rejected" must be .*an empty list': b'{"prompt": "p", "chosen": "c", "rejected": []}',
     '"rejected" must be .*an object': b'{"prompt": "p", "chosen": "c", "rejected": {}}',
-    r'"chosen" is also rejected\[1\]': b'{"prompt": "p", "chosen": "c", "rejected": ["a", "c"]}',
+    r'"chosen" is also rejected\[2\]': b'{"prompt": "p", "chosen": "c", "rejected": ["a", "a", "c"]}',
     "\"candidates\" must be exactly.*'d'": START + b'"chosen": "c", "rejected": ["a"], "candidates": ["c", "a", "d"]}',
     '"candidates" must be a list': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "candidates": "c"}',
     '"id" must be': b'{"prompt": "p", "chosen": "c", "rejected": ["a"], "id": 1.5}',

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -179,6 +180,39 @@ def test_one_answer_that_is_no_option_does_not_change_how_the_others_are_read(tm
     with pytest.raises(UserError, match=r"quiz.jsonl:21: the answer '3' is none of the 2 options"):
         read(path)
     assert len(read(path, bad_rows="skip")) == 20
+
+
+@pytest.mark.parametrize("names", [list("ABCD"), ["option1", "option2", "option3", "option4"]])
+def test_an_empty_column_makes_no_other_option_the_right_one(tmp_path: Path, names: list[str]) -> None:
+    """Whichever of four options are empty: a row is read right, or refused."""
+    texts = ["one", "two", "three", "four"]
+    rows = [
+        {"question": f"{right} {''.join('x' if at in empty else 'o' for at in range(4))}"}
+        | {name: "" if at in empty else texts[at] for at, name in enumerate(names)}
+        | {"answer": "ABCD"[right] if names[0] == "A" else str(right + 1)}
+        for size in range(3)
+        for empty in itertools.combinations(range(4), size)
+        for right in range(4)
+        if right not in empty
+    ]
+    file = write_columns(",", ".csv")(tmp_path, rows)
+    found = read(file, bad_rows="skip", answer=None if names[0] == "A" else "index1")
+    assert found and all(chosen == texts[int(prompt.removeprefix("Question: ")[0])] for prompt, chosen, _ in found)
+    assert sum(len(pool) == 3 for _, _, pool in found) == 4
+
+
+@pytest.mark.parametrize("letter", ["ß", "ŉ", "é", "Σ"])
+def test_an_answer_of_one_letter_may_be_an_options_text(tmp_path: Path, letter: str) -> None:
+    rows = [{"question": f"q{row}", "options": ["s", letter], "answer": letter} for row in range(12)]
+    assert {chosen for _, chosen, _ in read(write_jsonl(tmp_path, rows))} == {letter}
+
+
+def test_what_is_not_read_of_a_folder_is_told(tmp_path: Path) -> None:
+    rows = [{"question": f"q{row}", "options": ["a", "b"], "answer": "a"} for row in range(12)]
+    for part in (0, 1):
+        write_jsonl(tmp_path, rows).rename(tmp_path / f"train_{part}.jsonl")
+    splits = MultipleChoice(path=str(tmp_path), num_negatives="own", val_size=1).load()
+    assert splits.report["notes"] == ["splits that were ignored: train_1 (dataset.splits)"]
 
 
 def test_columns_are_told_or_asked_for(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from massdpo.config import compose
 from massdpo.errors import UserError
 from massdpo.model import hub, scratch
-from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout, load_model
+from massdpo.model.load import PackagedModel, PretrainedModel, disable_dropout, load_model, load_tokenizer
 from massdpo.model.save import add_adapter, load_policy, merge_adapter, save_policy, weights_digest
 from massdpo.model.scratch import TinyModel, learn_tokenizer
 from massdpo.runs.start import load_start, trainable
@@ -218,6 +218,14 @@ def test_pad_token_where_a_tokenizer_has_none(llama: Loaded, tmp_path: Path) -> 
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").pad_token is None
     _, tokenizer = PretrainedModel("a/b", path=str(tmp_path / "saved")).load([], 0, Cache(tmp_path))
     assert tokenizer.pad_token == tokenizer.eos_token == "<|eos|>"
+
+
+def test_a_tokenizer_written_in_python_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text('{"a</w>": 0, "<unk>": 1}')
+    (tmp_path / "merges.txt").write_text("#version\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    with pytest.raises(UserError, match=r"CTRLTokenizer is written in Python, and only .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("extra", ["pad", "word", "turn", "image"])

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from massdpo.config import RULES, compose
 from massdpo.data.tokenize import tokenizer_key
 from massdpo.model.scratch import TinyModel, learn_tokenizer
-from massdpo.runs import pipeline
+from massdpo.runs import machine, pipeline
 from massdpo.runs.provenance import model_key, reference_key, run_parts, start_key
 from massdpo.store import MANIFEST, Cache, code, digest
 from massdpo.store.code import meaning, package_code, target_code
@@ -117,6 +118,11 @@ def test_a_class_of_ones_own_is_in_the_key_with_what_it_imports(own: Path) -> No
     assert target_code(node) != before
 
 
+def test_a_module_whose_name_begins_as_the_packages_is_followed(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "PACKAGE", own / "own")  # as massdpo_helper beside massdpo
+    assert len(target_code({"_target_": "own_part.loss"})) == 2
+
+
 @pytest.mark.parametrize("shown_by", ["from .inside import loss", "from own_package.inside import loss", ""])
 def test_a_class_is_followed_through_its_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_by: str
@@ -141,6 +147,18 @@ def test_the_packages_own_classes_have_no_key_of_their_own() -> None:
     assert target_code(OmegaConf.to_container(compose([]), resolve=True)) == []
 
 
+def test_the_commit_is_never_that_of_a_repository_around_an_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    around = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=b"]
+    subprocess.run([*around, "init", "-q"], check=True)
+    subprocess.run([*around, "commit", "-q", "--allow-empty", "-m", "a"], check=True)
+    for place, known in (("venv/site-packages/massdpo/runs", False), ("massdpo/runs", True)):
+        (tmp_path / place).mkdir(parents=True)
+        monkeypatch.setattr(machine, "__file__", str(tmp_path / place / "machine.py"))
+        assert (machine.commit() != "unknown") is known, place
+
+
 # --- options ---
 
 # What decides nothing: where files are, what is told, and how quickly the same comes about.
@@ -159,6 +177,7 @@ NOTHING = {
 }
 # What comes after the SFT start.
 LATER = {"k", "beta", "refresh", "trainer.picks", "trainer.generate", "trainer.save_policy"}
+LATER |= {"trainer.threads"}  # the number that is used counts, and does not change with the option here
 OTHER = {  # a value that is not the default, where counting up would not do
     "refresh": "once",
     "trainer.device": "auto",
@@ -210,6 +229,14 @@ def test_an_option_is_in_a_key_where_it_can_change_a_number_and_only_there() -> 
         assert (other_run == run) is (key in NOTHING), key
         later = key in NOTHING | LATER or key.startswith(("selector.", "trainer.preference."))
         assert (other_start == start) is later, key
+
+
+def test_a_start_of_other_threads_is_found_with_the_option_that_the_note_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    left_open, asked_for = compose([]), compose(["trainer.threads=3"])
+    other = start_key(left_open, "data", "model", HERE, 3)
+    assert other != keys(left_open)[0]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert keys(asked_for)[0] == keys(left_open)[0] == other
 
 
 def test_data_weights_and_machine_are_in_the_keys() -> None:

@@ -331,7 +331,7 @@ def test_time_needs_times(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"slate": "legacy", "num_negatives": 5}, "legacy has 19 negatives"),
-        ({"slate": "legacy"}, "legacy needs at least 30 different titles"),
+        ({"slate": "legacy"}, "legacy needs at least 30 different titles, and none twice: use dataset.slate=clean$"),
     ],
 )
 @pytest.mark.parametrize("titles", [29, 40])

@@ -1,5 +1,6 @@
 """Files and cached folders appear whole or not at all, whatever happens to who writes them."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -7,11 +8,14 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from massdpo.data.schema import PreferenceExample
+from massdpo.data.stored import spooled
 from massdpo.errors import UserError
 from massdpo.store import (
     MANIFEST,
@@ -25,6 +29,7 @@ from massdpo.store import (
     replacing,
     write_json,
     write_text,
+    writing,
 )
 from tests.conftest import ROOT
 
@@ -156,6 +161,29 @@ def test_a_damaged_folder_is_told_set_aside_and_built_again(
     assert is_whole(cache.folder("sft", "key", build))
     assert "is damaged: moved aside as key.damaged." in capsys.readouterr().err
     assert len(list((tmp_path / "sft").glob("key.damaged.*"))) == 1
+
+
+def test_what_a_file_manager_leaves_in_a_folder_is_no_damage(tmp_path: Path) -> None:
+    place = Cache(tmp_path).folder("sft", "key", build)
+    (place / ".DS_Store").write_bytes(b"how macOS shows the folder")
+    assert is_whole(place)
+
+
+@pytest.mark.parametrize(
+    ("file", "is_ours"), [("a/cache", True), ("a/cache/b", True), ("a", True), ("a/cache2", False)]
+)
+def test_only_what_is_in_a_folder_is_said_of_it(tmp_path: Path, file: str, is_ours: bool) -> None:
+    with pytest.raises(UserError if is_ours else FileNotFoundError), writing(tmp_path / "a" / "cache", "remedy"):
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(tmp_path / file))
+
+
+def test_a_full_folder_for_temporary_files_is_not_called_the_cache(tmp_path: Path) -> None:
+    def rows() -> Iterator[tuple[float, PreferenceExample]]:
+        yield 0.0, PreferenceExample("", "p", "a", ("b",), ("a", "b"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"massdpo\..* cannot be written \(No space.*TMPDIR"):
+        Cache(tmp_path).folder("prepared", "key", lambda _: spooled(rows()) and None)
 
 
 def test_a_builder_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
 from massdpo.runs.folder import take_over
 from massdpo.store import digest, write_json
+from massdpo.tasks import run as run_task
 from tests.conftest import ROOT
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml") if file.stem != "optuna")  # which searches
@@ -156,6 +157,16 @@ def test_a_job_that_got_another_name_is_expected_once(tmp_path: Path) -> None:
     assert {name for name, run in after.items() if run["job"].startswith("k=2")} == {
         run_name(compose(["k=2", f"runs_dir={tmp_path}"]))
     }
+
+
+def test_only_a_run_that_was_expected_is_noted_as_failed(tmp_path: Path) -> None:
+    """Not one whose name is a part of an expected one, nor one whose options are so wrong that it has no name."""
+    write_json(tmp_path / "single" / "expected.json", {"one-more": {}})
+    wrong = [*TINY, f"runs_dir={tmp_path}", "trainer.keep_metric=nothing"]
+    for more in (["name=one"], ["beta=abc"], ["name=one-more"]):
+        with pytest.raises(UserError, match=r"^(beta=|trainer\.keep_metric=)"):
+            run_task(compose([*wrong, *more]))
+    assert [path.parent.name for path in tmp_path.glob("*/*/status.json")] == ["one-more"]
 
 
 def run(*overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -27,6 +27,8 @@ from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
 from massdpo.store import Cache, write_json
+from massdpo.tasks.evaluate import with_data_of
+from massdpo.tasks.explain import _take_from
 from massdpo.tasks.studies.refresh import MEASURED
 from tests.conftest import ROOT
 from tests.test_mcqa import question
@@ -109,6 +111,32 @@ def test_evaluate_gives_the_runs_own_metrics(
     assert found["prompts"] == 30
     page = capsys.readouterr()
     assert "mrr_sum" in page.out and "warning" not in page.err
+
+
+def test_only_options_of_the_dataset_change_the_runs_data(tmp_path: Path) -> None:
+    """Others may have the same last word: seed, name, split."""
+    (run := tmp_path / "run").mkdir()
+    config = compose([*DATA, "dataset.seed=5"])
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    for given, seed in ((["seed=7", "name=other"], 5), (["dataset.seed=6"], 6)):
+        HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": given}}})  # type: ignore[assignment]
+        try:
+            found = with_data_of(run, compose([*DATA, *given])).dataset
+        finally:
+            HydraConfig.instance().cfg = None
+        assert found == OmegaConf.merge(config.dataset, {"seed": seed})
+
+
+@pytest.mark.parametrize(("given", "k"), [("k=3", 3), ("++k=3", 3), ("beta=2", 5)])
+def test_explain_takes_from_the_run_what_the_command_line_leaves_open(tmp_path: Path, given: str, k: int) -> None:
+    (tmp_path / "config.yaml").write_text("k: 5\n")
+    config = compose([given])
+    HydraConfig.instance().cfg = OmegaConf.create({"hydra": {"overrides": {"task": [given]}}})  # type: ignore[assignment]
+    try:
+        _take_from(tmp_path, config)
+    finally:
+        HydraConfig.instance().cfg = None
+    assert config.k == k
 
 
 def test_evaluate_runs_nothing_of_a_foreign_folder_and_uses_its_tokenizer(

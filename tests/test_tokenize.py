@@ -327,6 +327,7 @@ def test_tokens_are_made_once_and_what_happened_is_still_known(tmp_path, monkeyp
         (Splits(rows, rows, rows, digest="other data"), *asked[1:]),
         (splits, other, *asked[2:]),
         (splits, ended, *asked[2:]),
+        (splits, bpe(**SPECIAL, split_special_tokens=True), *asked[2:]),
         (splits, asked[1], 1000, False, cache),
         (splits, chat, 1000, True, cache),
     ):

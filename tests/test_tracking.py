@@ -82,7 +82,7 @@ def test_offline_file_holds_config_steps_and_final_metrics(
     result = tmp_path / "metrics.json"
     result.write_text("{}")
     tracker = build("wandb")
-    choices = {"selector": "mass", "dataset": "x" * 99}
+    choices = {"selector": "mass", "method": None, "dataset": "x" * 99}
     tracker.start({"loss": {"name": "pl"}, "k": 4, "sweep": "main", "choices": choices}, tmp_path / "a run")
     steps = [{"loss": 1 / (1 + i), "margin": i * 0.1} for i in range(3000)]  # enough to cross blocks of the file
     for step, row in enumerate(steps):

@@ -14,7 +14,8 @@ class Columns:
 
     `usual` has the usual column names of each part, the most usual first; `given` names the column (or columns) of a
     part, and takes precedence. A part in `several` may also be spread over numbered columns, as rejected_1, rejected_2.
-    A part in `optional` may be missing even if its column is given. `mapped` says what was found, `ignored` counts the
+    Of a part in `aligned`, whose places count, an empty cell before others is kept, as None. A part in `optional` may
+    be missing even if its column is given. `mapped` says what was found, `ignored` counts the
     columns that mean nothing here.
 
     Raises:
@@ -27,8 +28,10 @@ class Columns:
         given: Mapping[str, str | list[str]] | None = None,
         several: tuple[str, ...] = (),
         optional: tuple[str, ...] = (),
+        aligned: tuple[str, ...] = (),
     ):
         self.usual, self.given, self.several, self.optional = usual, given or {}, several, optional
+        self.aligned = aligned
         for part in self.given:
             if part not in usual:
                 raise UserError(f"dataset.columns.{part} is not allowed: use {', '.join(usual)}")
@@ -46,8 +49,12 @@ class Columns:
             if len(columns) == 1:
                 if row[columns[0]] is not None:
                     parts[part] = row[columns[0]]
-            elif values := [row[column] for column in columns if row[column] not in (None, "")]:
-                parts[part] = values
+                continue
+            cells = [None if row[column] == "" else row[column] for column in columns]
+            while cells and cells[-1] is None:
+                cells.pop()
+            if cells:
+                parts[part] = [cell for cell in cells if cell is not None or part in self.aligned]
         read = {column for columns in self._known[keys].values() for column in columns}
         self.ignored.update(key for key in keys if key not in read and row[key] is not None)
         return parts
@@ -55,6 +62,8 @@ class Columns:
     def missing(self, where: str, row: Mapping[str, Any], part: str, needed: tuple[str, ...]) -> UserError:
         """The error for a row without `part`: lists its columns, and guesses which of them are the `needed` ones."""
         named = self._known[tuple(row)]
+        if part in named:
+            return UserError(f'{where}: no "{part}": nothing stands in {shown(named[part])}')
         free = [key for key in row if all(key not in columns for columns in named.values())]
         guess = {}
         for wanted in needed:

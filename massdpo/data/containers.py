@@ -94,6 +94,7 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
                 where = f"{path}:{line} (row {element})"  # there may be many in one line
                 if checked := json_object(row, where, bad):
                     yield where, checked
+            text.end()
             return
         if reading.rows or text.is_one_object:
             raise UserError(

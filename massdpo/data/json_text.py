@@ -50,11 +50,9 @@ class JsonText:
             if self.keys[-1] in keys and self._took("["):
                 if self._next() == "{":
                     return True
-                for _ in self.elements():  # another kind of array under this name
-                    pass
-                self._took("]")
+                self._leave()  # another kind of array under this name
             else:
-                self._value()
+                self._pass_by()
             self._took(",")
         self.is_one_object = self._took("}") and self.line > 1 and not self._next()
         return False
@@ -68,6 +66,32 @@ class JsonText:
             first = False
             self._next()
             yield self.line, self._value()
+
+    def end(self) -> None:
+        """Leave the array that was read and the object around it, after which nothing may follow."""
+        self._leave()
+        if self.keys:
+            while self._took(","):
+                self._value()
+                self._took(":")
+                self._pass_by()
+            self._took("}")
+        if self._next():
+            whole = f"the object whose {self.keys[-1]!r} was read" if self.keys else "the array"
+            raise self._error(f"something follows {whole}: where each line is a row, call the file .jsonl")
+
+    def _pass_by(self) -> None:
+        """Move past a value, in pieces where it is an array."""
+        if self._took("["):
+            self._leave()
+        else:
+            self._value()
+
+    def _leave(self) -> None:
+        """Move to the end of the array and out of it."""
+        for _ in self.elements():
+            pass
+        self._took("]")
 
     def _took(self, character: str) -> bool:
         found = self._next() == character

@@ -8,7 +8,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,6 +73,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self.place = self.place.expanduser()
+        _check_name(self.place)
         if unknown := [name for name in self.names or () if name not in SPLITS]:
             raise UserError(f"dataset.splits.{unknown[0]} is not allowed: use {', '.join(SPLITS)}")
 
@@ -90,6 +91,7 @@ class Source:
         parts = dict(self.parts or self._saved() or self._by_card() or self._by_name())
         for files in parts.values():
             for file in files:
+                _check_name(file)
                 self._check_inside(file)
                 if not file.is_file():
                     raise UserError(f"{file} is missing, although {self.place} lists it")
@@ -205,9 +207,22 @@ class Source:
         return {name or ("(no split)" if "train" in named else "train"): files for name, files in parts.items()}
 
 
+def ignored_note(splits: Iterable[str]) -> list[str]:
+    """The note on splits that are ignored, if there are some."""
+    names = ", ".join(sorted(set(splits)))
+    return [f"splits that were ignored: {names} (dataset.splits)"] if names else []
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:  # Linux takes any bytes as a name
+        raise UserError(f"{str(path)!r} is not a name in UTF-8: rename it") from error
+
+
 def _split_name(file: Path) -> str:
-    """The split that a path names: train_prefs for `data/train_prefs-00000-of-00001.parquet`."""
-    for part in (SHARD.sub("", file.name).split(".")[0], *reversed(file.parts[:-1])):
+    """The split that a path names: train_prefs for `a/train_prefs-00000-of-00001.parquet`, test for `my.test.csv`."""
+    for part in (*SHARD.sub("", file.name).split("."), *reversed(file.parts[:-1])):
         if WORD.search(part.lower()):
             return part
     return ""

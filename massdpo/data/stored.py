@@ -16,6 +16,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from massdpo.data.schema import PreferenceExample
+from massdpo.store import writing
 
 T = TypeVar("T")
 RowNumbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -73,7 +74,8 @@ def spooled(examples: Iterable[tuple[float, PreferenceExample]]) -> tuple["Store
             numbers.append(number)
             yield example
 
-    with TemporaryDirectory(prefix="massdpo.") as folder:  # what is open stays readable when its name is gone
+    # What is open stays readable when its name is gone.
+    with TemporaryDirectory(prefix="massdpo.") as folder, writing(Path(folder), "free some room or set TMPDIR"):
         return StoredExamples.written(noted(), Path(folder), "rows"), np.array(numbers)
 
 

@@ -74,7 +74,8 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase, chat_template: bool) -> li
     backend = tokenizer.backend_tokenizer
     backend.no_padding()  # as every call here leaves it: what an earlier call left behind must not count
     backend.no_truncation()
-    return [backend.to_str(), tokenizer.bos_token_id, tokenizer.eos_token_id, template, rendered]
+    ends = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return [backend.to_str(), tokenizer.split_special_tokens, *ends, template, rendered]
 
 
 def tokenize_split(

@@ -222,6 +222,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer("")
     except Exception as error:  # as above
         raise UserError(f"{folder} holds no tokenizer that can be loaded: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{folder}: {type(tokenizer).__name__} is written in Python, and only one with a tokenizer.json can "
+            "be used: choose another model"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # any token would do: padding is masked everywhere
     return tokenizer

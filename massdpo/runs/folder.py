@@ -91,10 +91,13 @@ def telling(folder: Path, parts: Parts, accelerator: Accelerator) -> Iterator[No
 
 def note_failed(sweep: Path, config: DictConfig, error: Exception) -> None:
     """Let `--status` show a run that a multirun expected even if it failed before its folder held anything."""
-    if not (sweep / EXPECTED).exists():
+    if not (expected := mapping_in(sweep / EXPECTED)):
         return
-    folder = sweep / (config.get("name") or run_name(config))
-    if not (folder / "config.yaml").exists() and folder.name in (sweep / EXPECTED).read_text(encoding="utf-8"):
+    try:
+        folder = sweep / (config.get("name") or run_name(config))
+    except Exception:  # options of which no name can be made, and so none that was expected
+        return
+    if not (folder / "config.yaml").exists() and folder.name in expected:
         write_json(folder / "status.json", without_secrets({"status": "failed", "why": str(error)}))
 
 

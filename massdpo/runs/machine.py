@@ -21,9 +21,12 @@ from massdpo.errors import UserError
 
 def commit() -> str:
     """The commit of the code that runs, `+changes` where files differ from it, `unknown` outside a checkout."""
+    checkout = Path(__file__).parents[2]
+    if not (checkout / ".git").exists():  # git would ask the folders above, which may be a repository of the user's
+        return "unknown"
     describe = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
     try:
-        done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        done = subprocess.run(describe, cwd=checkout, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()

@@ -18,7 +18,8 @@ from massdpo.config import identity
 from massdpo.model.save import weights_digest
 from massdpo.store import MANIFEST, digest, package_code, target_code
 
-NOT_OF_THE_START = ("preference", "generate", "picks", "save_policy")  # trainer options that come after the SFT start
+# Trainer options that come after the SFT start; of threads the number that is used counts, whoever chose it.
+NOT_OF_THE_START = ("preference", "generate", "picks", "save_policy", "threads")
 BY_CONTENT = ("dataset", "model")  # groups whose outcome has its own key
 OF_OTHER_TASKS = ("task", "in", "split", "study")
 

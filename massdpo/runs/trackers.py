@@ -144,7 +144,7 @@ class Wandb:
                 resume="allow",
                 name=run_dir.name,
                 group=config.get("sweep"),
-                tags=[str(choice)[:64] for choice in config.get("choices", {}).values()],  # W&B refuses longer ones
+                tags=[str(choice)[:64] for choice in config.get("choices", {}).values() if choice],  # or W&B refuses
                 config=dict(config),
                 reinit="create_new",  # an earlier job of this process that died left its run open
                 settings=settings,

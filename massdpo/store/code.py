@@ -19,7 +19,7 @@ REPORTING = {
     *("runs/card", "runs/folder", "runs/machine", "runs/plan", "runs/provenance", "runs/shown", "runs/timing"),
     "runs/trackers",
 }
-INSTALLED = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+INSTALLED = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 @cache
@@ -95,7 +95,8 @@ def _follow(file: Path, package: str, found: dict[str, str]) -> None:
             continue
         if not spec or not spec.has_location or not (origin := spec.origin or "").endswith(".py"):
             continue
-        if origin not in found and not origin.startswith((*INSTALLED, str(PACKAGE))):
+        followed = not any(Path(origin).is_relative_to(place) for place in (*INSTALLED, PACKAGE))
+        if followed and origin not in found:
             _follow(Path(origin), imported if spec.submodule_search_locations else spec.parent or "", found)
 
 

@@ -106,8 +106,8 @@ def writing(place: Path, remedy: str) -> Iterator[None]:
 def _why_not_written(error: Exception, place: Path) -> str | None:
     """The reason; None where the error is about something else, such as a file that cannot be read."""
     if isinstance(error, OSError) and error.errno is not None:
-        there, asked = os.path.abspath(place), os.path.abspath(error.filename or "/dev/null")
-        ours = asked.startswith(there) or there.startswith(asked)
+        there, asked = Path(os.path.abspath(place)), Path(os.path.abspath(error.filename or "/dev/null"))
+        ours = asked.is_relative_to(there) or there.is_relative_to(asked)
         return error.strerror if ours or error.errno in FULL else None
     if not (found := SAYS_FULL.search(str(error))):
         return None

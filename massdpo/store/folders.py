@@ -185,5 +185,6 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _files(folder: Path) -> list[str]:
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name != MANIFEST)
+    """But for hidden ones: macOS leaves .DS_Store in any folder that is looked at."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+    return sorted(name for path in files if (name := str(path.relative_to(folder))) != MANIFEST)

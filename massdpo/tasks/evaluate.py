@@ -80,7 +80,7 @@ def with_data_of(run: Path, config: DictConfig) -> DictConfig:
         return config
     if node.get("_target_") not in readers():
         raise UserError(f"{run} was trained on data of a reader that is not massdpo's: name them with dataset=")
-    options = {name.removeprefix("dataset.") for name in given}
+    options = {name.removeprefix("dataset.") for name in given if name.startswith("dataset.")}
     node |= {key: value for key, value in config.dataset.items() if key in options}
     whole: Any = OmegaConf.to_container(config, resolve=True)
     whole["dataset"], whole["choices"]["dataset"] = node, choices["dataset"]

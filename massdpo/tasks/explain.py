@@ -79,7 +79,7 @@ def explain(config: DictConfig) -> None:
 
 def _take_from(run: Path, config: DictConfig) -> None:
     """Set what the run was trained with, unless the command line says otherwise."""
-    given = {override.split("=")[0] for override in overrides()}
+    given = {override.lstrip("+").split("=")[0] for override in overrides()}
     trained = OmegaConf.create(trained_with(run))
     for key in OF_THE_RUN:
         value = OmegaConf.select(trained, key)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from massdpo.data.columns import Columns
-from massdpo.data.raw import SPLITS, BadRows, Source
+from massdpo.data.raw import SPLITS, BadRows, Source, ignored_note
 from massdpo.data.readers.histories import Prompting
 from massdpo.data.readers.impression_tables import USUAL, Impression, ImpressionTables, is_about_items
 from massdpo.data.readers.interactions import Ints
@@ -91,6 +91,8 @@ class Impressions(ImpressionTables, Prompting):
         rows |= self._held_out(keys["train"], [split for split in SPLITS if split not in given])
         counts["without_file_of_titles"] = 0 if about_items else counts["impressions"]
         notes = [text.format(counts[name]) for name, text in NOTES.items() if counts[name]]
+        found = self._source.found
+        notes += ignored_note(name for name in self._source.ignored if not all(map(is_about_items, found[name])))
         for split in SPLITS:
             if not len(rows[split]):
                 raise UserError(f"{self.path}: no example for the split {split!r}: {'; '.join(notes) or 'too few'}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from massdpo.data.columns import Columns, shown
 from massdpo.data.messages import Messages, as_text, checked_messages, dialogue, found, is_message
-from massdpo.data.readers.wording import NAMES, NEEDED, NUMBER_KEYS, SEVERAL, TEXT_KEYS
+from massdpo.data.readers.wording import ALIGNED, NAMES, NEEDED, NUMBER_KEYS, SEVERAL, TEXT_KEYS
 from massdpo.errors import UserError
 
 LAST_TURN = re.compile(r"^[#* ]*(assistant|response|answer)[* ]*:", re.IGNORECASE | re.MULTILINE)
@@ -44,7 +44,7 @@ class Layout:
     def __init__(
         self, columns: Mapping[str, str | list[str]] | None = None, ties: str = "drop", min_margin: float = 0.0
     ):
-        self.columns = Columns(NAMES, columns, several=SEVERAL, optional=("scores", "ranks"))
+        self.columns = Columns(NAMES, columns, several=SEVERAL, optional=("scores", "ranks"), aligned=ALIGNED)
         self.ties, self.min_margin = ties, min_margin
         self.counts: Counter[str] = Counter()
 
@@ -199,22 +199,23 @@ class Layout:
 
     def _worths(self, where: str, answers: list[Any], parts: dict[str, Any]) -> list[float | None]:
         """How good each answer is: its score, or its negated rank."""
+        entries = [answer if isinstance(answer, dict) else {} for answer in answers]
         for part, sign in (("scores", 1), ("ranks", -1)):
             values = parts.get(part)
-            if values is None and isinstance(answers[0], dict):
+            if values is None and any(entries):
                 asked = self.columns.given.get(part)
                 keys = (asked,) if isinstance(asked, str) else NUMBER_KEYS[part]
-                key = next((key for key in keys if any(answer.get(key) is not None for answer in answers)), None)
-                values = None if key is None else [answer.get(key) for answer in answers]
+                key = next((key for key in keys if any(entry.get(key) is not None for entry in entries)), None)
+                values = None if key is None else [entry.get(key) for entry in entries]
                 self.columns.mapped |= {part: f"{key} of each answer"} if key else {}
             if values is not None:
                 if not isinstance(values, list) or len(values) != len(answers):
                     raise UserError(f'{where}: "{part}" must be a list of {len(answers)} numbers, one for each answer')
                 numbers = [_number(value) for value in values]
                 return [None if number is None else sign * number for number in numbers]
-        if isinstance(answers[0], dict):
+        if any(entries):
             raise UserError(
-                f"{where}: the answers have {shown(answers[0])}, but no score or rank; "
+                f"{where}: the answers have {shown(next(filter(None, entries)))}, but no score or rank; "
                 "name it with dataset.columns={scores: KEY} or {ranks: KEY}"
             )
         self.counts["rows_ranked_by_order"] += 1

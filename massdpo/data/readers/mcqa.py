@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from massdpo.data.raw import SPLITS, BadRows, Source
+from massdpo.data.raw import SPLITS, BadRows, Source, ignored_note
 from massdpo.data.readers.interactions import raw_file
 from massdpo.data.readers.located import Located
 from massdpo.data.readers.questions import Question, answered, read_questions
@@ -92,7 +92,8 @@ class MultipleChoice(Located):
         report |= {f"{split}_rows": len(questions[split]) for split in SPLITS} | dict(+counts) | bad.report()
         for reader in readers.values():
             report = (reader.columns.report() if reader.columns else {}) | report
-        return Splits(train, val, test, {"answers_read_as": way} | report)
+        notes = {"notes": ignored_note(self._source.ignored)}
+        return Splits(train, val, test, {"answers_read_as": way} | report | notes)
 
     def _place(self, split: str) -> Path:
         return self._source.found[split][0] if self.train_file else self._source.place

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from massdpo.data.messages import found
-from massdpo.data.raw import SPLITS, BadRows, Source
+from massdpo.data.raw import SPLITS, BadRows, Source, ignored_note
 from massdpo.data.readers.layouts import Layout, RowParts
 from massdpo.data.readers.located import Located
 from massdpo.data.readers.wording import NOTES
@@ -100,9 +100,7 @@ class Preferences(Located):
         columns = layout.columns.report()
         if ignored := [name.removeprefix("ignored_column_") for name in columns if name.startswith("ignored_column_")]:
             notes.append(f"columns that were ignored: {', '.join(ignored)}; those that were read: {columns['columns']}")
-        if left := sorted({name for source in self._sources.values() for name in source.ignored}):
-            notes.append(f"splits that were ignored: {', '.join(left)} (dataset.splits)")
-        return notes
+        return notes + ignored_note(name for source in self._sources.values() for name in source.ignored)
 
     def _examples(
         self, split: str, source: Source, layout: Layout, bad: BadRows, seen: dict[str, str]
@@ -135,14 +133,14 @@ class Preferences(Located):
     def _of_row(self, where: str, row: RowParts, counts: Counter[str]) -> list[PreferenceExample]:
         """One example per chosen response, each with all rejected ones."""
         prompt = self._stripped(row.prompt, row.prompt.rstrip(), counts)
-        chosen, rejected = (
-            list(dict.fromkeys(self._stripped(text, text.strip(), counts) for text in texts))
-            for texts in (row.chosen, row.rejected)
+        every_chosen, every_rejected = (
+            [self._stripped(text, text.strip(), counts) for text in texts] for texts in (row.chosen, row.rejected)
         )
+        chosen, rejected = list(dict.fromkeys(every_chosen)), list(dict.fromkeys(every_rejected))
         if both := set(chosen) & set(rejected):
-            place = rejected.index(min(both))
+            place = every_rejected.index(min(both))
             raise UserError(f'{where}: "chosen" is also rejected[{place}]: remove it from there')
-        counts["rejected_repeats_dropped"] += len(row.rejected) - len(rejected)
+        counts["rejected_repeats_dropped"] += len(every_rejected) - len(rejected)
         if len(chosen) > 1:
             if self.several_chosen == "error":
                 raise UserError(

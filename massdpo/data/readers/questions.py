@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 from typing import Any
 
 from massdpo.data.columns import Columns
@@ -77,7 +78,9 @@ class Reader:
         if self.columns is None:
             lettered = _lettered(row)
             given = {"options": lettered, **self.given} if lettered else self.given
-            self.columns = Columns(USUAL, given, several=("options", "wrong"), optional=("options",))
+            self.columns = Columns(
+                USUAL, given, several=("options", "wrong"), optional=("options",), aligned=("options",)
+            )
         parts = self.columns.parts(where, row)
         for part in ("question", "answer"):
             if part not in parts and part not in self.columns.mapped:
@@ -144,8 +147,8 @@ def _ways(answer: Any, options: list[str], labels: list[str]) -> dict[str, int]:
     if labels.count(text) == 1:
         return {"own": labels.index(text)}
     ways = {}
-    if len(text) == 1 and text.isalpha() and 0 <= ord(text.upper()) - ord("A") < len(options):
-        ways["letter"] = ord(text.upper()) - ord("A")
+    if len(text) == 1 and 0 <= (letter := ascii_uppercase.find(text.upper())) < len(options):
+        ways["letter"] = letter
     if re.fullmatch(r"\d{1,3}", text):
         ways |= {f"index{base}": int(text) - base for base in (0, 1) if 0 <= int(text) - base < len(options)}
     same = [place for place, option in enumerate(options) if option == text] or [

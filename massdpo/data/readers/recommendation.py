@@ -74,7 +74,8 @@ class Recommendation(Prompting, ABC):
             log = tidy(log, MERGES[self.merge_titles])
         elif len({normalise(title) for title in log.titles}) < max(len(log.titles), LEGACY_ITEMS):
             raise UserError(
-                f"dataset.slate=legacy needs at least {LEGACY_ITEMS} different titles: use dataset.slate=clean"
+                f"dataset.slate=legacy needs at least {LEGACY_ITEMS} different titles, and none twice: use "
+                "dataset.slate=clean"
             )
         rows = rows_of(log, self.split, self.seed, self.min_history)
         weights_I = None

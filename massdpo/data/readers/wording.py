@@ -19,6 +19,7 @@ NAMES = {
 TEXT_KEYS = ("text", "response", "answer", "content", "output", "completion", "generated_text", "value")
 NUMBER_KEYS = {"scores": ("score", "overall_score", "rating", "reward"), "ranks": ("rank",)}
 SEVERAL = ("rejected", "answers", "scores", "ranks")  # these may stand in numbered columns: rejected_1, rejected_2
+ALIGNED = ("answers", "scores", "ranks")  # the number in one column belongs to the answer in another
 NEEDED = ("prompt", "chosen", "rejected")
 
 # notes on rows that were changed or left out
