@@ -116,11 +116,12 @@ def _collect(runs: Path, out: Path, only_these: bool) -> None:
             parts = _histories(runs, rows.only(view.labels, view.datasets), view)
             if place.exists() and not only_these:
                 parts.append(read_histories(place))
-            place.unlink(missing_ok=True)
-            if parts:
-                histories = pd.concat(parts).drop_duplicates([*OF_RUN, "step"])
-                histories = histories.sort_values([*OF_RUN, "step"], kind="stable")
-                store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
+            if not parts:
+                place.unlink(missing_ok=True)
+                continue
+            histories = pd.concat(parts).drop_duplicates([*OF_RUN, "step"])
+            histories = histories.sort_values([*OF_RUN, "step"], kind="stable")
+            store.write_text(place, histories.to_csv(index=False, lineterminator="\n"))
 
 
 def _histories(runs: Path, rows: RunRows, view: View) -> list[pd.DataFrame]:

@@ -84,7 +84,7 @@ def _of_means(cells: pd.DataFrame, bars: str, also: str) -> str:
 
 
 def dots(cells: pd.DataFrame, summary: Summary, view: View, differences: bool = False) -> tuple[Figure, str]:
-    """A line per method: means and intervals, or paired differences to random and theirs."""
+    """A line per method: means and intervals, or paired differences from random and theirs."""
     metrics = [metric for metric in summary.metrics if metric in set(cells["metric"])]
     models = sorted(cells["model"].unique())
     lines = cells[["label", *summary.axes]].drop_duplicates()
