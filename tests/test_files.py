@@ -216,6 +216,36 @@ def test_latin_1_is_read_where_it_is_named_and_told_otherwise(tmp_path):
         read(path)
 
 
+@given(st.sets(st.integers(1, 8)), st.integers(0, 2), st.sampled_from([",", "\t", "::"]))
+@settings(deadline=None, max_examples=30)
+def test_a_row_of_a_table_that_cannot_be_decoded_is_skipped_whole_and_counted(tmp_path_factory, wrong, line, separator):
+    """Also where one of the lines that a quoted cell goes over is wrong: no half of it is taken for a row."""
+    lines = ["a"] * 3 if separator != "::" else ["a"]  # that has no quotation marks
+    rows = []
+    for number in range(1, 9):
+        cell = [f"{text}{number}".encode() for text in lines]
+        if number in wrong:
+            cell[min(line, len(cell) - 1)] += b"\xe9"
+        rows.append(separator.encode().join([b"%d" % number, b'"%s"' % b"\n".join(cell)]))
+    path = tmp_path_factory.mktemp("table") / "own.csv"
+    path.write_bytes(b"\n".join([separator.join(["n", "text"]).encode(), *rows, b""]))
+    bad = BadRows("skip")
+    found = list(placed_rows(path, bad, Reading(separator=separator)))
+    assert {int(row["n"]) for _, row in found} == set(range(1, 9)) - wrong and bad.count == len(wrong)
+    if wrong:
+        first = 1 + (min(wrong) - 1) * len(lines) + 1 + min(line, len(lines) - 1)
+        assert f"own.csv:{first}: not UTF-8" in bad.first
+        with pytest.raises(UserError, match=f"own.csv:{first}: not UTF-8"):
+            list(placed_rows(path, STRICT, Reading(separator=separator)))
+
+
+def test_a_header_that_cannot_be_decoded_is_never_skipped(tmp_path):
+    path = tmp_path / "own.csv"
+    path.write_bytes(b"prompt,chosen,rejected\xe9\nq,a,b\nq,a,b\n")
+    with pytest.raises(UserError, match=r"own.csv:1: not UTF-8"):
+        list(placed_rows(path, BadRows("skip")))
+
+
 @pytest.mark.parametrize("cell", ["NA", "None", "null", "1", "007", "1.50", "True", "nan", "-inf", " x "])
 def test_a_cell_is_a_text_alone_or_in_a_folder(tmp_path, cell):
     (tmp_path / "folder").mkdir()

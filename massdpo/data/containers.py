@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from massdpo.data.json_text import JsonText
-from massdpo.data.text import COMPRESSED, Bad, json_object, read_jsonl, read_lines
+from massdpo.data.text import COMPRESSED, Bad, json_object, read_jsonl, read_lines, refuse
 from massdpo.errors import UserError, one_line
 
 PlacedRow = tuple[str, dict[str, Any]]  # where it stands (for messages), and its fields
@@ -108,9 +108,11 @@ def _json_rows(path: Path, bad: Bad, reading: Reading) -> Iterator[PlacedRow]:
 def _column_rows(path: Path, bad: Bad, reading: Reading, header: Sequence[str]) -> Iterator[PlacedRow]:
     """Rows of separated columns, named by `header` or the first line. Every cell is a text, whatever it looks like."""
     names = list(header)
-    for number, cells in _cells(path, reading, quoted=not header and suffix_of(path) not in RECBOLE):
+    for number, cells, undecoded in _cells(path, reading, quoted=not header and suffix_of(path) not in RECBOLE):
         where = f"{path}:{number}"
-        if not names:
+        if undecoded:
+            (bad if names else refuse)(undecoded)
+        elif not names:
             names = [name.strip() for name in cells]
             if len(set(names)) < len(names):
                 raise UserError(f"{where}: the header has the same name twice: {', '.join(names)[:200]}")
@@ -120,9 +122,16 @@ def _column_rows(path: Path, bad: Bad, reading: Reading, header: Sequence[str]) 
             yield where, dict(zip(names, cells, strict=not header))
 
 
-def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, list[str]]]:
-    """The cells of every row that is not blank, with the line in which the row begins."""
-    lines = (line for _, line in read_lines(path, encoding=reading.encoding, whole=True))
+def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, list[str], UserError | None]]:
+    """Of every row that is not blank: the line in which it begins, its cells, and what cannot be decoded in it."""
+    undecoded: list[UserError] = []  # since the last row
+    lines = (line for _, line in read_lines(path, undecoded.append, reading.encoding, whole=True))
+
+    def first_undecoded() -> UserError | None:
+        error = undecoded[0] if undecoded else None
+        undecoded.clear()
+        return error
+
     begun = [next(lines)]
     while not begun[-1].strip():
         begun.append(next(lines))
@@ -131,7 +140,7 @@ def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, li
     if len(separator) > 1:
         for number, line in enumerate(chain(begun, lines), start=1):
             if line.strip():
-                yield number, line.rstrip("\r\n").split(separator)
+                yield number, line.rstrip("\r\n").split(separator), first_undecoded()
         return
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
     rows = csv.reader(chain(begun, lines), delimiter=separator, strict=True, quoting=quoting)
@@ -144,7 +153,7 @@ def _cells(path: Path, reading: Reading, quoted: bool) -> Iterator[tuple[int, li
         if cells is None:
             return
         if cells:
-            yield number, cells
+            yield number, cells, first_undecoded()
 
 
 def unusual_separators(files: list[Path], encoding: str) -> list[str]:

@@ -62,7 +62,8 @@ def read_lines(
     """Yield (line number from 1, line without its end) for every line of a file that is not blank.
 
     CRLF line ends are accepted, and a byte-order mark decides the encoding. A line that cannot be decoded is left out,
-    and `bad` gets an error that names file and line. With `whole`, blank lines and line ends are kept.
+    and `bad` gets an error that names file and line. With `whole`, blank lines and line ends are kept, and those lines
+    too, with replacement characters: they may be the middle of a quoted cell.
 
     Raises:
         UserError: the file is missing, a folder, unreadable, or has no line that is not blank.
@@ -70,8 +71,8 @@ def read_lines(
     empty = True
     with reading_errors(path), opened(path) as file:
         encoding = encoding_of(file, encoding)
-        for number, line in enumerate(_decoded(path, file, encoding, bad), start=1):
-            if line is None or not (whole or line.strip()):
+        for number, line in enumerate(_decoded(path, file, encoding, bad, whole), start=1):
+            if not (whole or line.strip()):
                 continue
             empty = empty and not line.strip()
             yield number, line if whole else line.rstrip("\r\n")
@@ -79,8 +80,8 @@ def read_lines(
         raise UserError(f"{path} is empty: at least one line is needed")
 
 
-def _decoded(path: Path, file: io.BufferedReader, encoding: str, bad: Bad) -> Iterator[str | None]:
-    """Every line with its end; None in place of one that was handed to `bad`."""
+def _decoded(path: Path, file: io.BufferedReader, encoding: str, bad: Bad, whole: bool) -> Iterator[str]:
+    """Every line with its end; in place of one that was handed to `bad`, what can be read of it, or nothing."""
     if "\n".encode(encoding.removesuffix("-sig")) != b"\n":  # more than one byte per character
         try:
             yield from io.TextIOWrapper(file, encoding, newline="\n")
@@ -97,7 +98,7 @@ def _decoded(path: Path, file: io.BufferedReader, encoding: str, bad: Bad) -> It
                     f"column {error.start + 1}); save the file as UTF-8, or set dataset.encoding"
                 )
             )
-            yield None
+            yield raw.decode(encoding, errors="replace") if whole else ""
 
 
 def read_jsonl(path: Path, bad: Bad = refuse, encoding: str = "utf-8") -> Iterator[tuple[int, dict[str, Any]]]:
