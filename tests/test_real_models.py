@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from massdpo.model.gguf import converted, packaged
 from massdpo.model.load import load_model, load_tokenizer
 from massdpo.runs import pipeline
 from massdpo.store import Cache
-from tests.conftest import needs_real_models
+from tests.conftest import needs_fast_bfloat16, needs_real_models
 from tests.test_gguf import gguf_name, stored
 
 gguf = pytest.importorskip("gguf", reason="the real models' packages are not installed")
@@ -27,7 +26,7 @@ MODELS = {  # an option, how its text goes on, and the vector that its file keep
     "smollm2_135m_q4": ("The capital of France is", "Paris", "never"),
     "gemma3_270m_q4": ("Water boils at a temperature of", "100 degrees Celsius", "norm"),
 }
-WAYS = list(product(MODELS, ["float32", "bfloat16"], ["all", "lora"]))
+PRECISIONS = ["float32", pytest.param("bfloat16", marks=needs_fast_bfloat16)]
 GEMMA_NAMES = {
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
@@ -87,7 +86,9 @@ def test_the_weights_are_those_of_the_file_and_the_text_is_sensible(name: str, c
     assert goes_on in tokenizer.decode(answer[0])
 
 
-@pytest.mark.parametrize(("model", "precision", "trained"), WAYS)
+@pytest.mark.parametrize("trained", ["all", "lora"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("model", MODELS)
 def test_a_whole_run(model: str, precision: str, trained: str, data: list[str], cache: Path, tmp_path: Path) -> None:
     """SFT, reference, two MASS steps, evaluation, generation, saving; the saved policy loads to the same numbers."""
     checkpointing = (precision == "bfloat16") != (trained == "lora")

@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -25,7 +28,7 @@ from massdpo.errors import UserError
 from massdpo.report.rows import RunRows, expected_runs
 from massdpo.report.status import sweep_status
 from massdpo.report.views import VIEWS
-from massdpo.runs.folder import take_over
+from massdpo.runs.folder import claim, status, take_over
 from massdpo.store import digest, write_json
 from massdpo.tasks import run as run_task
 from tests.conftest import ROOT
@@ -264,13 +267,52 @@ def test_a_run_of_another_key_or_unfinished_is_not_taken_over(tmp_path: Path) ->
     parts = {"options": "o", "data": "d"}
     finished = {"status": "finished", "key": digest(parts), "parts": parts}
     write_json(other / "metrics.json", {})
-    for status, wanted in ((finished, parts | {"data": "other"}), (finished | {"status": "running"}, parts)):
-        write_json(other / "status.json", status)
+    for found, wanted in ((finished, parts | {"data": "other"}), (finished | {"status": "running"}, parts)):
+        write_json(other / "status.json", found)
         take_over(ours, wanted)
         assert not list(ours.iterdir())
     write_json(other / "status.json", finished)
     take_over(ours, parts)
     assert {path.name for path in ours.iterdir()} == {"metrics.json", "status.json"}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_is_cleared_while_it_is_copied_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Another job computes it again with force=true: its files are removed one by one, status.json first."""
+    ours, other = tmp_path / "b" / "name", tmp_path / "a" / "name"
+    ours.mkdir(parents=True)
+    parts = {"options": "o"}
+    machine: Any = SimpleNamespace(is_main_process=True)
+    write_json(other / "status.json", {"status": "finished", "key": digest(parts), "parts": parts})
+    for number in range(5):
+        write_json(other / f"{number}.json", {})
+    copies = []
+
+    def copy(source: str, target: str) -> None:
+        if len(copies) == 2 and when == "before":
+            assert claim(other, parts, True, machine)
+        copies.append(shutil.copyfile(source, target))
+        if len(copies) == 5:
+            assert claim(other, parts, True, machine)
+
+    copytree = shutil.copytree
+    monkeypatch.setattr(shutil, "copytree", lambda *args, **options: copytree(*args, copy_function=copy, **options))
+    take_over(ours, parts)
+    assert copies and not status(ours)
+
+
+def test_the_status_of_a_run_is_the_first_file_that_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = {"options": "o"}
+    machine: Any = SimpleNamespace(is_main_process=True)
+    for name in ("a.json", "status.json", "z.json"):
+        write_json(tmp_path / name, {"status": "finished", "key": digest(parts)})
+    removed = []
+    unlink = Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda path: [removed.append(path.name), unlink(path)])
+    assert claim(tmp_path, parts, True, machine)
+    assert removed[0] == "status.json" and len(removed) == 3
 
 
 @pytest.mark.parametrize("option", ["sweep=../../outside", "name=../outside"])

@@ -1,7 +1,7 @@
 """Real weights on a CPU: where selection saves time and memory, and where it only improves what is learned.
 
-SmolLM2-135M in bfloat16, each step forward and backward. Short answers behind long prompts are multiple choice and
-recommendation; long answers are chat.
+SmolLM2-135M in the precision that this CPU is fast in, each step forward and backward. Short answers behind long
+prompts are multiple choice and recommendation; long answers are chat.
 
 Suffixes: B prompts, P prompt tokens, T response tokens, L tokens of a row.
 """
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from massdpo.benchmark import measure
 from massdpo.benchmark.sides import Setting, autocast, build_batch, build_model, build_sides
-from massdpo.config import compose
+from massdpo.config import compose, fast_precision
 from massdpo.console import markdown_table
 from massdpo.model.scoring import PreferenceScorer
 from massdpo.store import Cache, write_json, write_text
@@ -32,9 +32,10 @@ SIDES = {
 }
 KEPT_IN_MEMORY = ("random_packed", "mass", "full_packed")
 AT_MOST = {"sft_over_plain": 1.1, "mass_over_random": 1.25}  # goals where responses are short
-SHORT = [Setting(prompt=prompt, response=4, negatives=20, k=4, prompts=8, dtype="bfloat16") for prompt in (110, 300)]
+PRECISION = fast_precision("cpu")
+SHORT = [Setting(prompt=prompt, response=4, negatives=20, k=4, prompts=8, dtype=PRECISION) for prompt in (110, 300)]
 LONG = [
-    Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=1, dtype="bfloat16")
+    Setting(prompt=256, response=response, negatives=negatives, k=4, prompts=1, dtype=PRECISION)
     for response in (64, 256)
     for negatives in (8, 20, 100)
 ]

@@ -15,16 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 
 from massdpo.config.messages import explain
 from massdpo.config.options import on_search_path, root
+from massdpo.config.precision import fast_precision
 from massdpo.config.rules import CHOICES
 from massdpo.errors import UserError
 
-# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), and the value for a size or a method.
+# For conf/ and sweeps/: where raw files are below data_dir (null: fetched), the value for a size or a method, and the
+# precision that a device is fast in.
 OmegaConf.register_new_resolver(
     "within", lambda folder, name: None if folder is None else f"{folder}/{name}", replace=True
 )
 OmegaConf.register_new_resolver(
     "pick", lambda name, options: options["other" if name not in options and "other" in options else name], replace=True
 )
+OmegaConf.register_new_resolver("fast_precision", fast_precision, replace=True)
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

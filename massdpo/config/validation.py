@@ -16,6 +16,7 @@ from massdpo.config.composition import plain
 from massdpo.config.messages import comes_with, explain, near, nearest, shown
 from massdpo.config.options import leaves, node_of, options_of, read_option
 from massdpo.config.parts import check_part
+from massdpo.config.precision import fast_precision
 from massdpo.config.rules import CHOICES, PARTS, RULES
 from massdpo.errors import UserError
 
@@ -210,11 +211,11 @@ def _has_gpu(trainer: Mapping[str, Any]) -> bool:
 
 def _check_machine(trainer: Mapping[str, Any]) -> None:
     if trainer["device"] == "cpu":
-        return  # PyTorch computes bfloat16 on every CPU
+        return
     import torch  # seconds
 
     if trainer["device"] == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but PyTorch finds no GPU here: use trainer.device=cpu or auto")
-    on_gpu = torch.cuda.is_available()
-    if on_gpu and trainer["precision"] == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    slow = trainer["precision"] == "bfloat16" and fast_precision(trainer["device"]) == "float32"
+    if slow and torch.cuda.is_available():
         raise UserError("trainer.precision=bfloat16, but this GPU does not support it: use trainer.precision=float32")

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -133,6 +133,7 @@ def claim(folder: Path, parts: Parts, force: bool, accelerator: Accelerator) -> 
         if not before and (folder / CHECKPOINTS).is_dir():
             set_aside(folder / CHECKPOINTS)  # status.json is lost: their config is unknown
         if before and (before["key"] != key or before["status"] == "finished"):
+            (folder / "status.json").unlink()  # first: take_over looks there before and after it copies
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
@@ -152,9 +153,11 @@ def take_over(folder: Path, parts: Parts) -> None:
     """Copy the same run from a sibling sweep, if it is finished there: tables share many runs."""
     others = sorted(folder.parent.parent.glob(f"*/{glob.escape(folder.name)}"))
     finished = {"status": "finished", "key": digest(parts), "parts": parts}
-    if not status(folder) and (other := next((path for path in others if status(path) == finished), None)):
-        print(f"{folder}: taken over from {other}")
-        shutil.copytree(
-            other, folder, ignore=shutil.ignore_patterns(".lock", "wandb", "status.json"), dirs_exist_ok=True
-        )
-        write_json(folder / "status.json", finished)  # last: everything else is in place
+    if status(folder) or not (other := next((path for path in others if status(path) == finished), None)):
+        return
+    ignored = shutil.ignore_patterns(".lock", "wandb", "status.json", CHECKPOINTS)
+    with suppress(FileNotFoundError, shutil.Error):  # force=true is clearing it at this moment
+        shutil.copytree(other, folder, ignore=ignored, dirs_exist_ok=True)
+        if status(other) == finished:
+            write_json(folder / "status.json", finished)  # last: everything else is in place
+            print(f"{folder}: taken over from {other}")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
 
+from massdpo.config import fast_precision
 from massdpo.console import patiently, say, spell, summary_table
 from massdpo.data.tokens import TokenizedExample
 from massdpo.evaluation.catalogue import rank_catalogue
@@ -130,6 +131,8 @@ def doubts(config: DictConfig, data: Data, rows: Sequence[TokenizedExample], pro
                 f"trainer.{name}.learning_rate={stage.learning_rate:g} is for tiny models of random weights, and "
                 f"pretrained ones lose what they know above {rate:g}: trainer=cpu_pretrained, gpu or lora set others"
             )
+    if trainer.precision != "float32" and fast_precision(trainer.device) == "float32":  # on a GPU, an error
+        yield "this CPU has no fast bfloat16: PyTorch may be some 60 times slower than with trainer.precision=float32"
     if len(data.test) < FEW_PROMPTS:
         yield (
             f"{len(data.test)} test prompts: chance alone moves an accuracy by {0.5 / len(data.test) ** 0.5:.2f}, so "
@@ -147,11 +150,11 @@ def what_is_kept(config: DictConfig, data: Data, cache: Cache, accelerator: Acce
         if cache.believes("sft", key):
             reference = reference_key(config, cache.path("sft", key))
             return {"sft", "reference"} if cache.believes("reference", reference) else {"sft"}
-    if cache.path("sft", f"{key}.checkpoints").is_dir():
+    if cache.checkpoints("sft", key).is_dir():
         return set()
     for other in range(1, (os.cpu_count() or 1) + 1):
-        place = cache.path("sft", start_key(config, data.key, data.model_key, accelerator, other))
-        if place.is_dir() or place.with_name(f"{place.name}.checkpoints").is_dir():
+        elsewhere = start_key(config, data.key, data.model_key, accelerator, other)
+        if cache.path("sft", elsewhere).is_dir() or cache.checkpoints("sft", elsewhere).is_dir():
             say(
                 f"note: the SFT stage was computed with {other} threads, whose last digits are others, and starts anew "
                 f"with {torch.get_num_threads()}: trainer.threads={other} goes on from it"

@@ -1,11 +1,13 @@
 """What decides a run's numbers, as keys: equal keys, equal numbers.
 
-Decided by: the code (the package's modules that can change a number, and the files of classes from outside it), the
-data as tokens, the start weights with their model's configuration, and the options. Every key of a cache or
-run is made here, later ones from earlier ones: that of the SFT start, of the reference, of the run.
+Decided by: the code (the package's modules that can change a number, the files of classes from outside it, and the
+versions of the libraries that compute), the data as tokens, the start weights with their model's configuration, and
+the options. Every key of a cache or run is made here, later ones from earlier ones: that of the SFT start, of the
+reference, of the run.
 """
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,11 @@ def start_key(config: DictConfig, data_key: str, weights: str, accelerator: Acce
     """The key of the SFT start: the same for every selector, loss, k and beta. `weights` is the `model_key`."""
     trainer = identity(config)["trainer"]
     options = {name: value for name, value in trainer.items() if name not in NOT_OF_THE_START}
-    # The number of threads changes last digits: a start computed with another number would change a repeated run.
-    machine = accelerator.device.type, accelerator.num_processes, threads or torch.get_num_threads()
-    return digest(package_code(), target_code(_node(config.model)), data_key, weights, options, config.seed, machine)
+    # A CPU's number of threads changes last digits: a start computed with another would change a repeated run.
+    threads = (threads or torch.get_num_threads()) if accelerator.device.type == "cpu" else 0
+    machine = accelerator.device.type, accelerator.num_processes, threads
+    code = package_code(), target_code(_node(config.model)), _versions()
+    return digest(code, data_key, weights, options, config.seed, machine)
 
 
 def reference_key(config: DictConfig, start: Path) -> str:
@@ -53,10 +57,15 @@ def run_parts(config: DictConfig, data_key: str, weights: str, accelerator: Acce
     return {
         "options": digest(options, config.dataset.get("seed", 0)),
         "code": digest(package_code(), target_code([_node(config[part]) for part in ("model", "selector", "loss")])),
+        "libraries": _versions(),
         "data": data_key,
         "model": weights,
         "number of processes": str(accelerator.num_processes),
     }
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
 
 
 def _node(node: DictConfig) -> Any:

@@ -1,6 +1,5 @@
 """What the preference stage starts from: data, the SFT policy, reference log-probs; each computed once and shared."""
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -143,7 +142,7 @@ def sft_start(
     """
     trainer, accelerator = config.trainer, score_split.accelerator
     key = start_key(config, data.key, data.model_key, accelerator)
-    checkpoints = cache.root / "sft" / f"{key}.checkpoints"
+    checkpoints = cache.checkpoints("sft", key)
 
     def make(folder: Path | None) -> None:
         check_memory(policy, accelerator)
@@ -166,9 +165,7 @@ def sft_start(
             save_policy(trained, data.tokenizer, folder, weights=weights)
             write_json(folder / "start.json", {"seconds": position.train_seconds, "history": position.history})
 
-    place = shared_folder(cache, "sft", key, accelerator, make)
-    shutil.rmtree(checkpoints, ignore_errors=True)  # weights and optimiser, three times the policy
-    return place
+    return shared_folder(cache, "sft", key, accelerator, make)
 
 
 def load_start(folder: Path, config: DictConfig) -> nn.Module:

@@ -72,6 +72,10 @@ class Cache:
     def path(self, kind: str, key: str) -> Path:
         return self.root / kind / key
 
+    def checkpoints(self, kind: str, key: str) -> Path:
+        """Where a `build` that was stopped goes on from."""
+        return self.root / kind / f"{key}.checkpoints"
+
     def folder(self, kind: str, key: str, build: Callable[[Path], None]) -> Path:
         """The folder for `key`; if it is not there yet, one of the jobs that ask builds it by `build(empty_folder)`."""
         if not self.believes(kind, key):
@@ -85,6 +89,7 @@ class Cache:
         with writing(self.root, "free some room or set cache_dir"):
             build_folder(self.path(kind, key), build)
         self._renewed.add(self.path(kind, key))
+        shutil.rmtree(self.checkpoints(kind, key), ignore_errors=True)
 
     @contextmanager
     def lock(self, kind: str, key: str, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
