@@ -120,6 +120,17 @@ def test_a_conversation_of_several_turns_is_flattened(path):
     assert row.meta["messages"] == turns
 
 
+def test_the_messages_of_a_conversation_are_stripped_too(path):
+    turns = [message(" be brief\n", "system"), message("hello"), message("hi ", "assistant"), message("why?\n")]
+    rows = [*lines(5), line(prompt=turns), line(prompt=[message("who? ")])]
+    splits = Preferences(path=write(path, rows), strip=True).load()
+    found = {tuple(turn["content"] for turn in row.meta["messages"]) for row in everything(splits) if row.meta}
+    assert found == {("be brief", "hello", "hi", "why?"), ("who?",)}
+    assert splits.report["texts_stripped"] == 4
+    kept = [row.meta["messages"] for row in everything(Preferences(path=write(path, rows)).load()) if row.meta]
+    assert turns in kept
+
+
 def test_what_is_changed_on_the_way_is_counted(path):
     rows = [*lines(5), line(prompt="p ", chosen=" c", rejected=["a", "a", "b"], score=3), line(rejected="a")]
     splits = Preferences(path=write(path, rows), strip=True).load()

@@ -132,7 +132,11 @@ class Preferences(Located):
 
     def _of_row(self, where: str, row: RowParts, counts: Counter[str]) -> list[PreferenceExample]:
         """One example per chosen response, each with all rejected ones."""
-        prompt = self._stripped(row.prompt, row.prompt.rstrip(), counts)
+        messages = [
+            message | {"content": self._stripped(message["content"], message["content"].strip(), counts)}
+            for message in row.messages
+        ]  # what a chat template gets; the prompt is the same as one text
+        prompt = self._stripped(row.prompt, row.prompt.rstrip(), Counter() if messages else counts)
         every_chosen, every_rejected = (
             [self._stripped(text, text.strip(), counts) for text in texts] for texts in (row.chosen, row.rejected)
         )
@@ -152,7 +156,6 @@ class Preferences(Located):
             raise UserError(f'{where}: "id" must be a text or a whole number, found {found(identity)}')
         name = "" if identity is None else str(identity)
         slate = self._given_slate(where, row.candidates, {*chosen, *rejected}, counts)
-        meta = {"messages": row.messages} if row.messages else {}
         return [
             PreferenceExample(
                 f"{name}/{number}" if name and len(chosen) > 1 else name,
@@ -161,7 +164,7 @@ class Preferences(Located):
                 tuple(rejected),
                 tuple(other for other in slate if other == text or other not in chosen)
                 or self._drawn_slate(prompt, [text, *rejected]),
-                meta=meta,
+                meta={"messages": messages} if messages else {},
             )
             for number, text in enumerate(chosen)
         ]
