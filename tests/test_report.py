@@ -22,7 +22,7 @@ from scipy import integrate, optimize, stats
 from massdpo.errors import UserError
 from massdpo.report import plots, tables
 from massdpo.report.__main__ import main, write_tables
-from massdpo.report.figures import save_pictures
+from massdpo.report.figures import draw, save_pictures
 from massdpo.report.latex import to_latex
 from massdpo.report.methods import METHODS
 from massdpo.report.methods import method as look_of
@@ -915,9 +915,10 @@ FRONT, CROSSED = "dashed: joins the points that nothing beats in both", "seeds a
         ("mine", 3, {"learning_rate": (1e-3, 1e-4)}, {INTERVALS, LEVEL}),  # lines, and the start's
         ("mine", 3, {"optimizer": ("adam", "sgd")}, {INTERVALS}),  # no number to draw lines along, no one random
         ("mine", 3, {}, {INTERVALS, DASHED}),
+        ("mine", 2, {}, {DASHED}),  # their interval would squeeze all else
         ("mine", 1, {}, {DASHED}),
-        ("cost", 3, {}, {"pale " + INTERVALS, INTERVALS, FRONT}),
-        ("front", 3, {}, {"pale " + INTERVALS, INTERVALS, FRONT}),
+        ("cost", 1, {}, set()),  # MASS is ahead in both: one point, and no line
+        ("front", 3, {}, {"pale " + INTERVALS, INTERVALS}),
         ("demo", 3, {}, {INTERVALS, DASHED, CROSSED}),
         ("demo", 1, {}, {DASHED, "bars: 95% intervals over prompts"}),
         ("main", 3, {}, {INTERVALS, DASHED, CROSSED, BY_SEED}),
@@ -936,6 +937,36 @@ def test_captions_name_what_is_drawn(
     captions = " ".join(texts.split())
     phrases = {INTERVALS, LEVEL, DASHED, FRONT, CROSSED, BY_SEED, *said}
     assert {phrase for phrase in phrases if phrase in captions} == said
+
+
+def test_a_method_with_two_seeds_widens_no_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The t interval of two seeds is several times as long as that of three: a caption says that it is not drawn."""
+    for method, seeds in (("random", 3), ("hardest", 2)):
+        for seed in range(seeds):
+            make_run(tmp_path / "mine", method, seed)
+    summary = cells_of(collect(tmp_path / "mine"), ("margin",))
+    summary.cells.loc[summary.cells["n"] == 2, "half"] = 100.0
+    drawn: list[Any] = []
+    dots = plots.dots
+    monkeypatch.setattr(plots, "dots", lambda *args: drawn.append(dots(*args)) or drawn[-1])
+    draw(summary, view_of("mine"), "mine", tmp_path)
+    ((figure, caption),) = drawn
+    left, right = figure.axes[0].get_xlim()
+    assert right - left < 10  # margins are about 1, and so are the intervals of three seeds
+    assert caption.startswith("Means; bars: 95% t intervals over seeds, where there are three or more")
+
+
+@pytest.mark.parametrize(("seconds", "joined"), [(1.0, False), (1e6, True)])
+def test_a_line_joins_the_front_where_it_has_two_points(tmp_path: Path, seconds: float, joined: bool) -> None:
+    """MASS has the higher margin; it may take longer."""
+    for method, seed in itertools.product(("mass", "random"), range(3)):
+        path = make_run(tmp_path / "cost", method, seed) / "metrics.json"
+        taken = {"train_seconds": seconds if method == "mass" else 100.0}
+        path.write_text(json.dumps(json.loads(path.read_text()) | taken))
+    summary = cells_of(collect(tmp_path / "cost"), ("train_seconds", "margin"))
+    view = replace(view_of("cost"), pairs=(("train_seconds", "margin"),))
+    caption = plots.front(summary.cells[summary.cells["mean"].notna()], summary, view)[1]
+    assert (FRONT in caption) == joined
 
 
 def test_histories_without_a_column_of_the_view_have_no_curves(tmp_path: Path) -> None:

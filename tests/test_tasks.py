@@ -26,7 +26,7 @@ from massdpo.data.tokenize import tokenize_split
 from massdpo.errors import UserError
 from massdpo.model.save import load_policy
 from massdpo.runs import pipeline, start
-from massdpo.store import Cache, write_json
+from massdpo.store import Cache, build_folder, write_json
 from massdpo.tasks.evaluate import with_data_of
 from massdpo.tasks.explain import _take_from
 from massdpo.tasks.studies.refresh import MEASURED
@@ -429,6 +429,9 @@ def test_selecting_again_replaces_its_own_result_only(
     assert call("task=select", f"out={out}") == 2
     assert "was not written by task=select" in capsys.readouterr().err
     assert (out / "mine.txt").read_text() == "mine"
+    build_folder(tmp_path / "policy", lambda folder: (folder / "model.safetensors").write_text("weights"))
+    assert call("task=select", f"out={tmp_path / 'policy'}") == 2  # whole, but something else
+    assert (tmp_path / "policy" / "model.safetensors").exists()
 
 
 def test_trl_sees_our_tokens_and_takes_a_step(selected: Path, home: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def _names(cells: pd.DataFrame, axes: list[str]) -> list[str]:
 
 
 def _bars(cells: pd.DataFrame, metric: str) -> np.ndarray:
-    """How far intervals reach below and above the means, (2, cells); 0 for a single seed, which has none.
+    """How far intervals reach below and above the means, (2, cells); 0 where there is none.
 
     The interval of a share is cut at 0 and 1.
     """
@@ -78,8 +78,9 @@ def _bars(cells: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def _of_means(cells: pd.DataFrame, bars: str, also: str) -> str:
-    """The caption of means; a single seed has no interval."""
-    intervals = f"{bars}: 95% t intervals over seeds" if cells["half"].notna().any() else ""
+    """The caption of means."""
+    few = ", where there are three or more" if (cells["n"] == 2).any() else ""
+    intervals = f"{bars}: 95% t intervals over seeds{few}" if cells["half"].notna().any() else ""
     return "; ".join(filter(None, ["Means", intervals, also]))
 
 
@@ -185,7 +186,10 @@ def front(cells: pd.DataFrame, summary: Summary, view: View) -> tuple[Figure, st
     if not pairs:
         return dots(cells, summary, view)
 
+    longest = 0
+
     def draw(axis: Axes, part: pd.DataFrame, pair: tuple[str, str]) -> None:
+        nonlocal longest
         (across, up), keys = pair, ["label", *summary.axes]
         both = part[part["metric"] == across].merge(part[part["metric"] == up], on=keys)  # x: across, y: up
         for line, name in zip(both.to_dict("records"), _names(both, summary.axes), strict=True):
@@ -199,13 +203,15 @@ def front(cells: pd.DataFrame, summary: Summary, view: View) -> tuple[Figure, st
         unbeaten = [p for p in points if not ((points >= p).all(1) & (points > p).any(1)).any()]
         front = np.array(sorted(unbeaten, key=lambda point: point[0])) * [best_x, 1.0]
         axis.plot(front[:, 0], front[:, 1], color=GREY, linewidth=0.8, linestyle="--", zorder=0)
+        longest = max(longest, len(front))
         axis.set_xlabel(axis_name(across))
         axis.set_ylabel(axis_name(up))
         _bounded((axis.get_xlim, axis.set_xlim), across)
         _bounded((axis.get_ylim, axis.set_ylim), up)
 
-    caption = _of_means(cells, "pale bars", "dashed: joins the points that nothing beats in both")
-    return _panels(cells, pairs, (3.3, 2.9), draw), caption
+    figure = _panels(cells, pairs, (3.3, 2.9), draw)
+    joined = "dashed: joins the points that nothing beats in both" if longest > 1 else ""
+    return figure, _of_means(cells, "pale bars", joined)
 
 
 def curves(histories: pd.DataFrame, view: View) -> tuple[Figure, str]:

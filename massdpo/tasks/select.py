@@ -33,7 +33,8 @@ def select(config: DictConfig) -> None:
     """
     accelerator = launch.start(config)
     out, trainer = Path(config.out), config.trainer
-    if out.exists() and not is_whole(out) and (out.is_file() or any(out.iterdir())):
+    written = is_whole(out) and (out / "pairs.jsonl").exists()  # by this task
+    if out.exists() and not written and (out.is_file() or any(out.iterdir())):
         raise UserError(f"out={out} was not written by task=select: give a new folder")
     cache = start.cache_of(config)
     data, model = start.load(config, cache)
