@@ -66,7 +66,7 @@ lint: $(VENV)/.test ## ruff: rules and format
 types: $(VENV)/.test ## mypy
 	$(BIN)/mypy
 
-clean: ## remove what make and the tools have made; results/ stays
+clean: ## remove what make and the tools have made; results/ and outputs/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist massdpo.egg-info
 	find massdpo tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
