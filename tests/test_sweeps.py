@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 
 from massdpo import __main__ as command
-from massdpo.config import compose, run_name, validate
+from massdpo.config import compose, fast_precision, run_name, validate
 from massdpo.config.options import on_search_path
 from massdpo.config.sweeps import NoteExpected, jobs_of
 from massdpo.errors import UserError
@@ -32,6 +32,7 @@ from massdpo.runs.folder import claim, status, take_over
 from massdpo.store import digest, write_json
 from massdpo.tasks import run as run_task
 from tests.conftest import ROOT
+from tests.test_precision import on_cpu
 
 SWEEPS = sorted(file.stem for file in (ROOT / "sweeps").glob("*.yaml") if file.stem != "optuna")  # which searches
 SETTINGS = sorted(f"{file.parent.name}/{file.stem}" for file in (ROOT / "conf" / "setting").glob("*/*.yaml"))
@@ -71,8 +72,9 @@ def test_a_sweep_has_a_first_line_a_view_and_jobs(sweep: str, size: str) -> None
         validate(last)
 
 
-def test_committed_rows_have_the_names_that_their_commands_give_today() -> None:
+def test_committed_rows_have_the_names_that_their_commands_give_today(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another default, or an option that `naming.ADDED` lacks, would part them from the runs that replace them."""
+    on_cpu(monkeypatch, fast=True)  # those with real weights were computed in bfloat16
     for file in sorted((ROOT / "results").glob("*/rows.csv")):
         with open(file, encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -93,7 +95,7 @@ def test_a_setting_is_there_in_both_sizes_and_possible(setting: str) -> None:
     size, name = setting.split("/")
     config = compose([f"setting={setting}"])
     if size == "small":  # real weights on a CPU: the benchmarks, with two models
-        assert config.choices.model.endswith("_q4") and config.trainer.precision == "bfloat16"
+        assert config.choices.model.endswith("_q4") and config.trainer.precision == fast_precision("cpu")
         assert config.k == 3 and config.trainer.preference.limit == 300
         return
     assert f"{'paper' if size == 'mini' else 'mini'}/{name}" in SETTINGS

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     in_any_locale()
     parser = argparse.ArgumentParser(prog="python -m massdpo.report", description=__doc__)
     parser.add_argument("sweeps", nargs="*", help="sweeps to report (default: all that have rows or runs)")
-    parser.add_argument("--status", action="store_true", help="only list which runs are finished, unfinished or missing")
+    parser.add_argument(
+        "--status", action="store_true", help="only list which runs are finished, unfinished or missing"
+    )
     parser.add_argument("--render", action="store_true", help="render the existing rows without looking at run folders")
     parser.add_argument(
         "--replace", action="store_true", help="delete rows whose run folders are not here (default: keep them)"
