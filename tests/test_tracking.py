@@ -98,6 +98,7 @@ def test_offline_file_holds_config_steps_and_final_metrics(
     (path,) = (tmp_path / "a run" / "wandb").glob("offline-run-*/*.wandb")
     kinds: dict[str, list[Any]] = {}
     while "exit" not in kinds:  # W&B's service writes the end of the file when the run has ended
+        time.sleep(0.1)
         kinds = {}
         for record in records(path):
             kinds.setdefault(record.WhichOneof("record_type"), []).append(record)
